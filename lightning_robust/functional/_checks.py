@@ -1,0 +1,96 @@
+"""Argument checks that several estimators share. Each says what was expected and what came."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_robust.functional._grad_mode import full_precision
+
+
+def channelwise(
+    value: float | Sequence[float] | Tensor | None, inputs: Tensor, *, name: str, positive: bool = True
+) -> Tensor | None:
+    """Shape a scalar or per-channel constant so that it broadcasts against ``inputs`` ``(N, channels, ...)``.
+
+    Raises:
+        ValueError: If the number of entries is neither 1 nor the number of channels, or an entry is not finite (not
+            positive, where ``positive``).
+    """
+    if value is None:
+        return None
+    constant = torch.as_tensor(value, dtype=full_precision(inputs[:0]).dtype, device=inputs.device).detach()
+    channels = inputs.shape[1] if inputs.ndim > 1 else 1
+    if constant.ndim > 1 or constant.numel() not in (1, channels):
+        raise ValueError(
+            f"Expected argument `{name}` to be one number or one per channel, {channels} for inputs of"
+            f" shape {tuple(inputs.shape)} (channels are dimension 1), but got shape {tuple(constant.shape)}."
+        )
+    if not constant.isfinite().all() or (positive and not (constant > 0).all()):
+        raise ValueError(
+            f"Expected argument `{name}` to be finite{' and positive' if positive else ''}, but got"
+            f" {constant.tolist()}."
+        )
+    return constant.reshape(1, -1, *(1,) * (inputs.ndim - 2)) if inputs.ndim > 1 else constant.reshape(-1)
+
+
+def check_inputs(inputs: Tensor) -> None:
+    """Raise unless ``inputs`` are finite floating-point samples ``(N, ...)`` with N ≥ 1."""
+    if not isinstance(inputs, Tensor):
+        raise TypeError(f"Expected argument `inputs` to be a tensor (N, ...), but got {type(inputs).__name__}.")
+    if not inputs.is_floating_point():
+        raise TypeError(
+            f"Expected argument `inputs` to be floating point, but got {inputs.dtype}: integers, such as token ids or"
+            " raw bytes, have no derivative. Scale bytes to floats; for token ids make the model start at its"
+            " embeddings and pass those (in a callback, through `probe_fn`)."
+        )
+    if inputs.ndim < 1 or len(inputs) == 0:
+        raise ValueError(
+            f"Expected argument `inputs` to hold at least one sample, but got shape {tuple(inputs.shape)}."
+        )
+    check_finite(inputs, "inputs")
+
+
+def check_logits(logits: object, *, num_samples: int) -> None:
+    """Raise unless ``logits`` is a finite tensor ``(num_samples, C)`` with C ≥ 2."""
+    expected = f"Expected the model to return logits of shape ({num_samples}, C) with C ≥ 2 classes"
+    remedy = "Wrap the model so that it does (in a callback, through `probe_fn`)."
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"{expected}, but it returned {type(logits).__name__}. {remedy}")
+    if logits.ndim != 2 or len(logits) != num_samples:
+        raise ValueError(f"{expected}, but it returned shape {tuple(logits.shape)}. {remedy}")
+    if logits.shape[1] < 2:
+        raise ValueError(
+            f"{expected}, but it returned shape {tuple(logits.shape)}. A single output z of a binary classifier stands"
+            " for the logits (0, z): wrap the model so that it returns both (in a callback, through `probe_fn`)."
+        )
+    check_finite(logits, "logits")
+
+
+def check_targets(targets: Tensor, *, num_samples: int, num_classes: int | None = None) -> None:
+    """Raise unless ``targets`` are ``num_samples`` class indices, below ``num_classes`` where that is given."""
+    if not isinstance(targets, Tensor):
+        raise TypeError(f"Expected argument `targets` to be a tensor (N,), but got {type(targets).__name__}.")
+    if targets.is_floating_point() or targets.is_complex() or targets.shape != (num_samples,):
+        raise ValueError(
+            f"Expected argument `targets` to hold one class index per sample, an integer tensor of shape"
+            f" ({num_samples},), but got {targets.dtype} of shape {tuple(targets.shape)}."
+        )
+    if num_classes is not None and num_samples and not (targets.min() >= 0 and targets.max() < num_classes):
+        raise ValueError(
+            f"Expected argument `targets` to lie between 0 and {num_classes - 1}, one of the {num_classes} classes of"
+            f" the logits, but got values from {int(targets.min())} to {int(targets.max())}."
+        )
+
+
+def check_finite(values: Tensor, what: str) -> None:
+    """Raise, with the number of samples concerned, if any of ``values`` ``(N, ...)`` is NaN or infinite."""
+    finite = values.detach().isfinite()
+    if not finite.all():
+        bad = (~finite.flatten(1).all(dim=1) if finite.ndim > 1 else ~finite).nonzero()[:, 0]
+        raise ValueError(
+            f"Expected finite {what}, but got NaN or infinity in {len(bad)} of {len(values)} samples"
+            f" (first: sample {int(bad[0])})."
+        )

@@ -1,0 +1,139 @@
+"""Projected gradient descent: the attack that the estimators are compared with, and never depend on.
+
+Source: Madry et al. 2018, arXiv 1706.06083.
+Cost: one forward and one backward pass with respect to the input per step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lightning_robust.functional._checks import channelwise, check_inputs, check_logits, check_targets
+from lightning_robust.functional._grad_mode import differentiable, full_precision
+
+Norm = Literal["linf", "l2"]
+
+
+def pgd(
+    model: Callable[[Tensor], Tensor],
+    inputs: Tensor,
+    targets: Tensor,
+    *,
+    epsilon: float,
+    steps: int,
+    norm: Norm = "linf",
+    step_size: float | None = None,
+    valid_range: tuple[float, float] | None = None,
+    input_mean: float | Sequence[float] | Tensor | None = None,
+    input_std: float | Sequence[float] | Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Attack each input by projected gradient ascent on its cross-entropy.
+
+    The perturbation lives in the units of the un-normalised input ``x · std + mean``: ``epsilon``, ``step_size`` and
+    ``valid_range`` are in those. The model runs in eval mode and float32 (float64 if it is in float64).
+
+    Args:
+        model: Maps inputs ``(N, ...)`` to logits ``(N, C)``, sample by sample.
+        inputs: ``(N, ...)``, floating point.
+        targets: ``(N,)``, class indices.
+        epsilon: Radius of the ball around each input, ≥ 0.
+        steps: Number of gradient steps, ≥ 1. One step of size ``epsilon`` is the fast gradient sign method.
+        norm: ``"linf"`` or ``"l2"``, over all features of a sample.
+        step_size: Length of a step; 2.5 · epsilon / steps by default, as in the source.
+        valid_range: Smallest and largest value of an un-normalised input, to which the result is clamped; by default
+            there is no clamping. An input that lies outside it, by rounding say, may stay but not move further out.
+        input_mean: What was subtracted from the inputs, a number or one per channel (dimension 1); 0 by default.
+        input_std: By what they were divided, likewise; 1 by default.
+        generator: Draws a starting point uniformly from the ball. Without one the attack starts at the input itself
+            and is deterministic.
+
+    Returns:
+        ``(N, ...)``, the attacked inputs after the last step, normalised as ``inputs`` are.
+
+    Raises:
+        TypeError: If ``inputs`` are not floating point or the model does not return a tensor.
+        ValueError: If an argument has a wrong shape or value.
+
+    Source: arXiv 1706.06083.
+    """
+    _check_options(epsilon=epsilon, steps=steps, norm=norm, step_size=step_size, valid_range=valid_range)
+    check_inputs(inputs)
+    check_targets(targets, num_samples=len(inputs))
+    std = channelwise(input_std, inputs, name="input_std")
+    mean = channelwise(input_mean, inputs, name="input_mean", positive=False)
+    size = 2.5 * epsilon / steps if step_size is None else step_size
+
+    def into_ball_and_range(delta: Tensor) -> Tensor:
+        delta = _project(delta, epsilon, norm)
+        if valid_range is None:
+            return delta
+        raw = clean if std is None else clean * std
+        raw = raw if mean is None else raw + mean
+        lower, upper = (valid_range[0] - raw).clamp_max(0), (valid_range[1] - raw).clamp_min(0)
+        return delta.clamp(lower, upper)
+
+    with differentiable(model):
+        clean, labels = full_precision(inputs), full_precision(targets)
+        delta = torch.zeros_like(clean)
+        if generator is not None:
+            delta = into_ball_and_range(_uniform_in_ball(clean, epsilon, norm, generator))
+        for _ in range(steps):
+            leaf = delta.detach().clone().requires_grad_()
+            logits = model(clean + (leaf if std is None else leaf / std))
+            check_logits(logits, num_samples=len(clean))
+            check_targets(targets, num_samples=len(clean), num_classes=logits.shape[1])
+            loss = F.cross_entropy(logits, labels, reduction="sum")  # a sum keeps samples independent
+            (gradient,) = torch.autograd.grad(loss, leaf, materialize_grads=True)
+            delta = into_ball_and_range(delta + size * _steepest(gradient, norm))
+        attacked: Tensor = clean + (delta if std is None else delta / std)
+    return attacked.detach()
+
+
+def _steepest(gradient: Tensor, norm: Norm) -> Tensor:
+    """Unit step that increases the loss most."""
+    if norm == "linf":
+        return gradient.sign()
+    return gradient / _norms(gradient).clamp_min(torch.finfo(gradient.dtype).tiny)
+
+
+def _project(delta: Tensor, epsilon: float, norm: Norm) -> Tensor:
+    if norm == "linf":
+        return delta.clamp(-epsilon, epsilon)
+    return delta * (epsilon / _norms(delta).clamp_min(torch.finfo(delta.dtype).tiny)).clamp_max(1)
+
+
+def _uniform_in_ball(like: Tensor, epsilon: float, norm: Norm, generator: torch.Generator) -> Tensor:
+    start = like.new_empty(like.shape, device=generator.device)
+    if norm == "linf":
+        return start.uniform_(-epsilon, epsilon, generator=generator).to(like.device)
+    start.normal_(generator=generator)
+    radius = start.new_empty(len(like), *(1,) * (like.ndim - 1)).uniform_(generator=generator) ** (1 / like[0].numel())
+    return (start / _norms(start) * radius * epsilon).to(like.device)
+
+
+def _norms(values: Tensor) -> Tensor:
+    """L2 norm of each sample, shaped to broadcast."""
+    norms: Tensor = torch.linalg.vector_norm(values.flatten(1), dim=1)
+    return norms.reshape(-1, *(1,) * (values.ndim - 1))
+
+
+def _check_options(
+    *, epsilon: float, steps: int, norm: str, step_size: float | None, valid_range: tuple[float, float] | None
+) -> None:
+    if not 0 <= epsilon < math.inf:
+        raise ValueError(f"Expected argument `epsilon` to be a finite number ≥ 0, but got {epsilon}.")
+    if steps < 1:
+        raise ValueError(f"Expected argument `steps` to be a positive integer, but got {steps}.")
+    if norm not in get_args(Norm):
+        raise ValueError(f"Expected argument `norm` to be one of {get_args(Norm)}, but got {norm!r}.")
+    if step_size is not None and not 0 < step_size < math.inf:
+        raise ValueError(f"Expected argument `step_size` to be a positive number or None, but got {step_size}.")
+    if valid_range is not None and not valid_range[0] < valid_range[1]:
+        raise ValueError(f"Expected argument `valid_range` to be (low, high) with low < high, but got {valid_range}.")

@@ -1,0 +1,202 @@
+"""Fisher information of a classifier with respect to its input: spectral norm, trace, and both after calibration.
+
+For one input with logits ``z``, ``p = softmax(z)`` and Jacobian ``J`` the information matrix is
+
+    G(x) = Σ_c p_c g_c g_cᵀ = Jᵀ (diag(p) − p pᵀ) J,    g_c = ∇_x log p_c = Jᵀ(e_c − p)          (arXiv 2606.04767)
+
+Its non-zero eigenvalues are those of the C × C matrix ``F K Fᵀ`` with ``K = J Jᵀ`` and rows ``F_c = √p_c (e_c − p)ᵀ``,
+because ``Fᵀ F = diag(p) − p pᵀ``. So everything here is algebra on a linearisation: no pass through the network. At
+temperature ``T`` the logits are ``z/T`` and the Jacobian ``J/T``.
+
+Why calibrate: confident networks saturate the softmax, so that λ → 0 on most samples and explodes on the rest, and
+multiplying all logits by a constant, which changes no decision, moves every statistic by orders of magnitude. Dividing
+by a temperature fitted to the same samples (Guo et al. 2017, arXiv 1706.04599) removes exactly that freedom.
+
+Cost: N eigenvalue problems of size C; no forward or backward pass.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_robust.functional._checks import check_logits, check_targets
+from lightning_robust.functional.linearization import widen
+
+# A sample counts as saturated above this probability of its predicted class: there λ is at least 250 times smaller than
+# the same gradients give at even odds.
+_SATURATED_ABOVE = 0.999
+# Temperatures are searched between these multiples of the root mean square of the class-centred logits.
+_TEMPERATURE_RANGE = (1e-4, 1e4)
+
+
+@dataclass(frozen=True)
+class CalibratedSpectralNorm:
+    """Spectral norms at the fitted temperature, and the error bar of their mean.
+
+    Attributes:
+        value: ``(N,)``, spectral norm of each sample at ``temperature``.
+        mean: ``()``, their mean.
+        stderr: ``()``, standard error of the mean over samples, including that of the temperature; NaN for N = 1.
+        temperature: ``()``, from :func:`fit_temperature`.
+    """
+
+    value: Tensor
+    mean: Tensor
+    stderr: Tensor
+    temperature: Tensor
+
+
+def fim_spectral_norm(logits: Tensor, gram: Tensor, *, temperature: float | Tensor = 1.0) -> Tensor:
+    """Largest eigenvalue of each sample's input Fisher information matrix.
+
+    Args:
+        logits: ``(N, C)``.
+        gram: ``(N, C, C)``, ``J Jᵀ``, as given by :func:`~lightning_robust.functional.linearize`.
+        temperature: Divides the logits, and with them the Jacobian.
+
+    Returns:
+        ``(N,)``, in squared nats per squared input unit; never negative; 0 where the prediction is exactly one-hot.
+
+    Raises:
+        ValueError: If shapes do not match or ``temperature`` is not positive.
+
+    Source: arXiv 2606.04767; the reduction to C × C is ours.
+    """
+    information = _class_information(logits, gram, temperature)
+    eigenvalues: Tensor = torch.linalg.eigvalsh(information)
+    return eigenvalues[:, -1].clamp_min(0).to(gram)
+
+
+def fim_trace(logits: Tensor, gram: Tensor, *, temperature: float | Tensor = 1.0) -> Tensor:
+    """Trace of each sample's input Fisher information matrix: the expected squared norm of the score.
+
+    Arguments, units and errors as for :func:`fim_spectral_norm`. Lies between λ and ``(C − 1) λ``.
+
+    Returns:
+        ``(N,)``.
+
+    Source: arXiv 2606.04767, exact where the paper estimates.
+    """
+    information = _class_information(logits, gram, temperature)
+    return information.diagonal(dim1=1, dim2=2).sum(dim=1).clamp_min(0).to(gram)
+
+
+def saturated(logits: Tensor) -> Tensor:
+    """Whether each sample's prediction is so confident that its Fisher information says little: ``max_c p_c > 0.999``.
+
+    Returns:
+        ``(N,)``, bool.
+
+    Source: ours.
+    """
+    check_logits(logits, num_samples=len(logits))
+    return widen(logits).softmax(dim=1).amax(dim=1).gt(_SATURATED_ABOVE).to(logits.device)
+
+
+def fit_temperature(logits: Tensor, targets: Tensor) -> Tensor:
+    """Temperature at which ``logits / T`` have the smallest negative log-likelihood.
+
+    The likelihood is convex in ``1/T``, so the minimiser is found by bisection to rounding. Where every sample is
+    classified correctly it has none (``T → 0``); then the targets are smoothed by half a pseudo-sample spread evenly
+    over the classes, in the manner of Platt (1999), which keeps the result finite and proportional to the scale of the
+    logits. Logits that say less than nothing get the upper end of the range, 10⁴ times their root mean square: even
+    odds.
+
+    Args:
+        logits: ``(N, C)``.
+        targets: ``(N,)``, class indices.
+
+    Returns:
+        ``()``, positive.
+
+    Raises:
+        ValueError: If shapes do not match or a target is not a class.
+
+    Source: Guo et al. 2017, arXiv 1706.04599; the treatment of separable samples is ours.
+    """
+    check_logits(logits, num_samples=len(logits))
+    check_targets(targets, num_samples=len(logits), num_classes=logits.shape[1])
+    z = widen(logits)
+    return _fit_temperature(z, targets.to(z.device)).to(logits)
+
+
+def calibrated_fim_spectral_norm(logits: Tensor, gram: Tensor, targets: Tensor) -> CalibratedSpectralNorm:
+    """Spectral norms at the temperature that fits these samples, with the standard error of their mean.
+
+    The temperature is fitted to the same samples, so the mean depends on each of them twice. The standard error takes
+    both into account by its influence function: sample i moves the inverse temperature ``β = 1/T`` by ``−ℓ'_i(β)/Σℓ''``
+    (``ℓ`` the negative log-likelihood), and the mean by its derivative in β times that.
+
+    Args:
+        logits: ``(N, C)``.
+        gram: ``(N, C, C)``.
+        targets: ``(N,)``.
+
+    Raises:
+        ValueError: As :func:`fim_spectral_norm` and :func:`fit_temperature`.
+
+    Source: ours.
+    """
+    check_logits(logits, num_samples=len(logits))
+    check_targets(targets, num_samples=len(logits), num_classes=logits.shape[1])
+    z, wide_gram = widen(logits), widen(gram)
+    y = targets.to(z.device)
+    temperature = _fit_temperature(z, y)
+    value = fim_spectral_norm(z, wide_gram, temperature=temperature)
+
+    n, step = len(z), 1e-4
+    probs = (z / temperature).softmax(dim=1)
+    expected = (probs * z).sum(dim=1)
+    slope = expected - _target_logits(z, y, _smoothing(z, y))  # ℓ'_i(β)
+    curvature = (probs * (z - expected[:, None]).square()).sum(dim=1).mean()  # mean ℓ''
+    up, down = (fim_spectral_norm(z, wide_gram, temperature=temperature / (1 + s)) for s in (step, -step))
+    sensitivity = (up - down).mean() / (2 * step) * temperature  # derivative of the mean with respect to β
+    influence = value - value.mean()
+    if curvature > 0:
+        influence = influence - sensitivity * slope / curvature
+    stderr = influence.square().sum().div(n * (n - 1)).sqrt() if n > 1 else value.new_tensor(math.nan)
+    parts = (value, value.mean(), stderr, temperature)
+    return CalibratedSpectralNorm(*(part.to(gram) for part in parts))
+
+
+def _class_information(logits: Tensor, gram: Tensor, temperature: float | Tensor) -> Tensor:
+    """``F K Fᵀ / T²``, (N, C, C) in float64."""
+    check_logits(logits, num_samples=len(logits))
+    n, c = logits.shape
+    if gram.shape != (n, c, c):
+        raise ValueError(
+            f"Expected argument `gram` of shape ({n}, {c}, {c}) beside logits ({n}, {c}), got {tuple(gram.shape)}."
+        )
+    scale = float(temperature)
+    if not 0 < scale < math.inf:
+        raise ValueError(f"Expected argument `temperature` to be positive and finite, but got {scale}.")
+    probs = (widen(logits) / scale).softmax(dim=1)
+    factor = probs.sqrt()[:, :, None] * (torch.eye(c, dtype=probs.dtype, device=probs.device) - probs[:, None, :])
+    return factor @ widen(gram) @ factor.mT / scale**2
+
+
+def _fit_temperature(z: Tensor, y: Tensor) -> Tensor:
+    spread = (z - z.mean(dim=1, keepdim=True)).square().mean().sqrt()
+    if spread == 0:
+        return z.new_ones(())
+    favoured = _target_logits(z, y, _smoothing(z, y))
+    low, high = ((1 / (bound * spread)).log() for bound in reversed(_TEMPERATURE_RANGE))  # of log β
+    for _ in range(60):
+        middle = (low + high) / 2
+        rising = (((middle.exp() * z).softmax(dim=1) * z).sum(dim=1) - favoured).mean() > 0  # derivative in β
+        low, high = torch.where(rising, low, middle), torch.where(rising, middle, high)
+    return (-(low + high) / 2).exp()
+
+
+def _smoothing(z: Tensor, y: Tensor) -> float:
+    """Share of each target's weight spread over all classes: none, or half a sample's over all of them together."""
+    separable = bool((z.gather(1, y[:, None])[:, 0] >= z.amax(dim=1)).all())
+    return 0.5 / len(z) if separable else 0.0
+
+
+def _target_logits(z: Tensor, y: Tensor, smoothing: float) -> Tensor:
+    return (1 - smoothing) * z.gather(1, y[:, None])[:, 0] + smoothing * z.mean(dim=1)

@@ -1,0 +1,115 @@
+"""Linearised margins, and the robust accuracy they predict without running an attack.
+
+The distance from ``x`` to the nearest decision boundary of the linearised network,
+
+    r(x) = min_{k≠y} (z_y − z_k) / ‖∇_x(z_y − z_k)‖_q,    q dual to the norm of the perturbation (L2: 2, L∞: 1),
+
+is 0 where the sample is misclassified. The share of samples with ``r(x) > ε`` predicts the accuracy under attacks of
+size ε, for every ε at once.
+
+Source: DeepFool, arXiv 1511.04599 (the linearised distance); Hein & Andriushchenko, arXiv 1705.08475 (dual norms); the
+accuracy curve is ours.
+Cost: algebra on a linearisation; no forward or backward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_robust.functional._checks import check_logits, check_targets
+from lightning_robust.functional.linearization import widen
+
+
+def linearized_margin(logits: Tensor, gram: Tensor, targets: Tensor) -> Tensor:
+    """Linearised L2 margin of each sample.
+
+    Args:
+        logits: ``(N, C)``.
+        gram: ``(N, C, C)``, ``J Jᵀ``.
+        targets: ``(N,)``, class indices.
+
+    Returns:
+        ``(N,)``, in input units; 0 where misclassified or tied, infinity where no gradient leads to another class.
+
+    Raises:
+        ValueError: If shapes do not match or a target is not a class.
+
+    Source: arXiv 1511.04599.
+    """
+    _check(logits, targets)
+    if gram.shape != (*logits.shape, logits.shape[1]):
+        raise ValueError(
+            f"Expected argument `gram` of shape (N, C, C) beside logits {tuple(logits.shape)}, got {tuple(gram.shape)}."
+        )
+    wide = widen(gram)
+    y = targets.to(wide.device)[:, None]
+    squared = wide.diagonal(dim1=1, dim2=2)
+    distances = squared.gather(1, y) - 2 * wide.take_along_dim(y[..., None], dim=1)[:, 0] + squared
+    return _smallest_ratio(logits, distances.clamp_min(0).sqrt().to(gram), targets)
+
+
+def linearized_margin_linf(logits: Tensor, gap_l1: Tensor, targets: Tensor) -> Tensor:
+    """Linearised L∞ margin of each sample.
+
+    Args:
+        logits: ``(N, C)``.
+        gap_l1: ``(N, C)``, L1 norms of the gradient gaps to the predicted class. (Where the predicted class is not the
+            target the margin is 0, so no other reference is needed.)
+        targets: ``(N,)``, class indices.
+
+    Returns:
+        ``(N,)``, in input units; 0 where misclassified or tied, infinity where no gradient leads to another class.
+
+    Raises:
+        ValueError: If shapes do not match or a target is not a class.
+
+    Source: arXiv 1511.04599, arXiv 1705.08475.
+    """
+    _check(logits, targets)
+    if gap_l1.shape != logits.shape:
+        raise ValueError(
+            f"Expected argument `gap_l1` of shape {tuple(logits.shape)}, as the logits, got {tuple(gap_l1.shape)}."
+        )
+    return _smallest_ratio(logits, gap_l1, targets)
+
+
+def linearized_accuracy(margins: Tensor, epsilons: Sequence[float] | Tensor) -> Tensor:
+    """Share of samples whose margin exceeds each ε: the robust accuracy predicted at that ε.
+
+    Args:
+        margins: ``(N,)``, from :func:`linearized_margin` or :func:`linearized_margin_linf`.
+        epsilons: ``(E,)``, not negative, in input units. At 0 the result is the clean accuracy.
+
+    Returns:
+        ``(E,)``, between 0 and 1.
+
+    Raises:
+        ValueError: If ``margins`` is not a non-empty vector without NaN, or an ε is negative or NaN.
+
+    Source: ours.
+    """
+    if margins.ndim != 1 or len(margins) == 0 or margins.isnan().any():
+        raise ValueError(
+            f"Expected argument `margins` to be a non-empty vector without NaN, but got shape {tuple(margins.shape)}."
+        )
+    eps = torch.as_tensor(epsilons, dtype=margins.dtype, device=margins.device)
+    if eps.ndim != 1 or not (eps >= 0).all():
+        raise ValueError(f"Expected argument `epsilons` to be a vector of numbers ≥ 0, but got {eps.tolist()}.")
+    return (margins[None, :] > eps[:, None]).to(margins.dtype).mean(dim=1)
+
+
+def _check(logits: Tensor, targets: Tensor) -> None:
+    check_logits(logits, num_samples=len(logits))
+    check_targets(targets, num_samples=len(logits), num_classes=logits.shape[1])
+
+
+def _smallest_ratio(logits: Tensor, distances: Tensor, targets: Tensor) -> Tensor:
+    """Smallest (z_y − z_k)/distance_k over k ≠ y, 0 unless all gaps are positive."""
+    gaps = logits.gather(1, targets[:, None]) - logits
+    others = torch.ones_like(logits, dtype=torch.bool).scatter(1, targets[:, None], value=False)
+    correct = (gaps > 0).logical_or(~others).all(dim=1)
+    ratios = torch.where(others, gaps / distances, torch.inf)
+    return torch.where(correct, ratios.amin(dim=1), 0.0)
