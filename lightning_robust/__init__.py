@@ -1,0 +1,21 @@
+"""Robustness curves beside accuracy, for PyTorch Lightning, measured without running attacks.
+
+Add :class:`RobustnessMonitor` to a Trainer's callbacks. The metrics work without Lightning, on a :class:`Probe`; the
+estimators without either, in :mod:`lightning_robust.functional`.
+"""
+
+from lightning_robust import functional
+from lightning_robust.callbacks import RobustnessMonitor, RobustnessWarning
+from lightning_robust.metrics import AdversarialAccuracy, FisherSpectralNorm, LinearizedAccuracy, ProbeMetric
+from lightning_robust.probe import Probe
+
+__all__ = [
+    "AdversarialAccuracy",
+    "FisherSpectralNorm",
+    "LinearizedAccuracy",
+    "Probe",
+    "ProbeMetric",
+    "RobustnessMonitor",
+    "RobustnessWarning",
+    "functional",
+]

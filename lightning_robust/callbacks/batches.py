@@ -1,0 +1,44 @@
+"""How a batch of an ordinary LightningModule becomes a probe."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+
+from lightning_robust.probe import Probe
+
+_INPUT_KEYS = ("x", "input", "inputs", "image", "images", "img", "pixel_values", "data", "features")
+_TARGET_KEYS = ("y", "target", "targets", "label", "labels")
+
+
+def default_probe(pl_module: LightningModule, batch: object) -> Probe:
+    """Make a probe of a batch ``(x, y)`` or a dictionary with customary keys, with the module's ``forward`` as model.
+
+    Raises:
+        MisconfigurationException: If the batch is anything else.
+    """
+    inputs, targets = None, None
+    if isinstance(batch, Mapping):
+        inputs = next((batch[key] for key in _INPUT_KEYS if key in batch), None)
+        targets = next((batch[key] for key in _TARGET_KEYS if key in batch), None)
+    elif isinstance(batch, tuple | list) and len(batch) == 2:
+        inputs, targets = batch
+    if not isinstance(inputs, Tensor) or not isinstance(targets, Tensor):
+        raise MisconfigurationException(
+            "Expected batches `(inputs, targets)` of two tensors, or dictionaries with keys such as 'x' and 'y' or"
+            f" 'image' and 'label', but got {_describe(batch)}. Pass `probe_fn=lambda pl_module, batch:"
+            " Probe(pl_module, inputs, targets)` with inputs and targets taken from your batch, or define"
+            " `robustness_probe(self, batch)` on the LightningModule."
+        )
+    return Probe(pl_module, inputs, targets)
+
+
+def _describe(batch: object) -> str:
+    if isinstance(batch, Mapping):
+        return f"a {type(batch).__name__} with keys {[str(key) for key in batch]}"
+    if isinstance(batch, tuple | list):
+        return f"a {type(batch).__name__} of {len(batch)} ({', '.join(type(item).__name__ for item in batch)})"
+    return f"a {type(batch).__name__}"

@@ -1,0 +1,412 @@
+"""The callback that measures robustness inside the validation loop and logs it beside accuracy."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import CombinedLoader, rank_zero_warn
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor
+
+from lightning_robust.callbacks._arguments import as_metrics, check_constant, check_integer
+from lightning_robust.callbacks.batches import default_probe
+from lightning_robust.callbacks.outcome import Outcome, Verdict
+from lightning_robust.callbacks.sample_selection import LoaderShare, SampleCollector
+from lightning_robust.dashboard.tensorboard_layout import write_layout
+from lightning_robust.functional._grad_mode import differentiable
+from lightning_robust.metrics import ProbeMetric
+from lightning_robust.probe import Probe, find_flaws
+
+
+class RobustnessWarning(UserWarning):
+    """A measurement was skipped, or its numbers need care."""
+
+
+class RobustnessMonitor(Callback):
+    """Measures, on a fixed subset of the validation samples, how robust the network is becoming, without attacks.
+
+    The subset is spread evenly over the whole validation loader and is the same at every measurement, whatever the
+    batch size and the number of processes, so that curves are paired. The first measurement is made in the first
+    validation of ``fit``, later ones once ``every_n_epochs`` epochs have passed, in every validation run of such an
+    epoch; ``trainer.validate`` and ``trainer.test`` always measure. Sanity checking does not.
+
+    Nothing of the training changes: weights, gradients, buffers, modes and random states are as without the callback.
+
+    **Logged metrics**
+
+    - those of each metric under ``log_key_prefix``, by default ``robust/fim_spectral_norm…`` and
+      ``robust/linearized_accuracy…`` (see :class:`~lightning_robust.FisherSpectralNorm` and
+      :class:`~lightning_robust.LinearizedAccuracy`)
+    - ``robust/num_samples``: samples measured, over all processes
+    - ``robust/seconds``: wall time of the measurement, on the slowest process
+
+    Values that are not finite are not logged. With a TensorBoard logger a Custom Scalars layout is written once, which
+    puts whatever accuracy the module logs on one chart with the predicted robust accuracy.
+
+    Args:
+        metrics: Metrics to measure, by object or by name; by default ``fisher_spectral_norm`` and
+            ``linearized_accuracy``.
+        every_n_epochs: Epochs from one measurement to the next.
+        max_samples: Size of the subset, over all processes.
+        log_key_prefix: What the logged keys begin with; several monitors in one Trainer need several.
+        input_std: Standard deviation by which the data module divides the inputs, one number or one per channel. With
+            it, ε, margins and Fisher information are in units of the un-normalised input.
+        input_mean: What it subtracts, likewise; only attacks clamped to a valid range need it.
+        probe_fn: Makes a :class:`~lightning_robust.Probe` of ``(pl_module, batch)``, for batches other than ``(x, y)``
+            or dictionaries. A method ``robustness_probe(batch)`` of the module does the same.
+        chunk_size: Bound on memory, see :func:`~lightning_robust.functional.linearize`. At most as many samples as in
+            the largest validation batch pass through the network together in any case.
+        dataloader_idx: Which of several validation loaders to measure on.
+        prog_bar: Show the first value of each metric in the progress bar, and a line of text per measurement above it.
+        on_error: ``"warn"`` turns any failure of a measurement into one warning, and the run goes on, on every process;
+            ``"raise"`` lets it through.
+        seed: Chooses the subset.
+
+    Raises:
+        MisconfigurationException: If an argument has a wrong type or value.
+
+    Example::
+
+        trainer = Trainer(callbacks=[RobustnessMonitor()])
+    """
+
+    def __init__(
+        self,
+        metrics: Sequence[str | ProbeMetric] | None = None,
+        *,
+        every_n_epochs: int = 1,
+        max_samples: int = 256,
+        log_key_prefix: str = "robust/",
+        input_std: float | Sequence[float] | None = None,
+        input_mean: float | Sequence[float] | None = None,
+        probe_fn: Callable[[LightningModule, Any], Probe] | None = None,
+        chunk_size: int | None = None,
+        dataloader_idx: int = 0,
+        prog_bar: bool = False,
+        on_error: Literal["warn", "raise"] = "warn",
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.metrics = as_metrics(metrics)
+        self.every_n_epochs = check_integer("every_n_epochs", every_n_epochs, at_least=1)
+        self.max_samples = check_integer("max_samples", max_samples, at_least=1)
+        self.chunk_size = None if chunk_size is None else check_integer("chunk_size", chunk_size, at_least=1)
+        self.dataloader_idx = check_integer("dataloader_idx", dataloader_idx, at_least=0)
+        self.seed = check_integer("seed", seed, at_least=0)
+        if on_error not in ("warn", "raise"):
+            raise MisconfigurationException(
+                f"Expected argument `on_error` to be 'warn' or 'raise', but got {on_error!r}."
+            )
+        if probe_fn is not None and not callable(probe_fn):
+            raise MisconfigurationException(
+                f"Expected argument `probe_fn` to be callable, but got {type(probe_fn).__name__}."
+            )
+        if not isinstance(log_key_prefix, str) or not log_key_prefix:
+            raise MisconfigurationException(
+                f"Expected argument `log_key_prefix` to be a non-empty string, but got {log_key_prefix!r}."
+            )
+        self.log_key_prefix = log_key_prefix
+        self.input_std = check_constant("input_std", input_std)
+        self.input_mean = check_constant("input_mean", input_mean)
+        self.probe_fn = probe_fn
+        self.prog_bar = prog_bar
+        self.on_error = on_error
+        self._last_epoch: int | None = None  # of the last measurement in `fit`
+        self._said: set[str] = set()  # what is said once in a run
+        self._unexamined = True
+        self._logged: list[str] = []  # keys of the last measurement
+        self._laid_out: set[str] = set()  # directories that have a layout
+        self._clear()
+
+    def _clear(self) -> None:
+        """Forget the measurement in progress, if any."""
+        self._measuring = False
+        self._collector: SampleCollector | None = None
+        self._error: Exception | None = None
+        self._seconds = 0.0
+
+    # ---- state -------------------------------------------------------------------------------------------------------
+
+    @property
+    def state_key(self) -> str:
+        """Distinguishes several monitors in one checkpoint by the keys that they log."""
+        return self._generate_state_key(log_key_prefix=self.log_key_prefix)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Epoch of the last measurement, so that a resumed run keeps the cadence."""
+        return {"last_epoch": self._last_epoch}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what :meth:`state_dict` returned."""
+        self._last_epoch = state_dict["last_epoch"]
+
+    # ---- hooks -------------------------------------------------------------------------------------------------------
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Begin a new run."""
+        self._last_epoch = None
+        self._unexamined = True
+        self._said.clear()
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say it if nothing will ever be measured."""
+        if trainer.barebones:
+            self._say_once("`Trainer(barebones=True)` logs nothing, so RobustnessMonitor measures nothing.")
+        elif not trainer.enable_validation:
+            self._say_once(
+                "RobustnessMonitor measures inside the validation loop, but this run has none, so nothing will be"
+                " measured. Define `validation_step` and a validation dataloader, with `limit_val_batches` above 0."
+            )
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin a measurement, if one is due."""
+        self._begin(trainer)
+
+    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin a measurement."""
+        self._begin(trainer)
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Keep this batch's share of the measured samples (before the module has a chance to change the batch)."""
+        self._collect(pl_module, batch, dataloader_idx)
+
+    def on_test_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Keep this batch's share of the measured samples."""
+        self._collect(pl_module, batch, dataloader_idx)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure and log."""
+        self._finish(trainer, pl_module)
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure and log."""
+        self._finish(trainer, pl_module)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Lay out TensorBoard's Custom Scalars page, once."""
+        self._lay_out(trainer)
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Lay out TensorBoard's Custom Scalars page, once."""
+        self._lay_out(trainer)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Let go of the samples of a measurement that will not be finished."""
+        self._clear()
+
+    # ---- one measurement ---------------------------------------------------------------------------------------------
+
+    def _begin(self, trainer: Trainer) -> None:
+        self._clear()
+        if trainer.sanity_checking or trainer.barebones or not self._is_due(trainer):
+            return
+        loaders = CombinedLoader(trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders).flattened
+        if self.dataloader_idx >= len(loaders):
+            self._say_once(
+                f"RobustnessMonitor was told to measure on `dataloader_idx={self.dataloader_idx}`, but there are"
+                f" {len(loaders)} loaders, so nothing is measured."
+            )
+            return
+        self._measuring = True
+        with self._catching():
+            num_batches = trainer.num_test_batches if trainer.testing else trainer.num_val_batches
+            share = LoaderShare.of(
+                loaders[self.dataloader_idx],
+                num_batches=num_batches[self.dataloader_idx] if isinstance(num_batches, list) else num_batches,
+            )
+            self._collector = SampleCollector(
+                share, max_samples=self.max_samples, num_processes=trainer.world_size, seed=self.seed
+            )
+            if share.size is None:
+                self._say_once(
+                    "RobustnessMonitor cannot tell beforehand how many samples the validation loader holds, so it"
+                    f" measures a uniformly random subset of {self.max_samples} (reservoir sampling): the same one at"
+                    " every measurement only as long as the loader yields the same samples in the same order. A loader"
+                    " with a length is safer."
+                )
+            if share.shuffled:
+                self._say_once(
+                    "The validation loader shuffles, so RobustnessMonitor measures other samples at every measurement,"
+                    " and its curves carry the noise of that. Pass `shuffle=False` to the validation DataLoader."
+                )
+
+    def _is_due(self, trainer: Trainer) -> bool:
+        if trainer.state.fn != TrainerFn.FITTING:
+            return True
+        epoch, last = trainer.current_epoch, self._last_epoch
+        return last is None or epoch <= last or epoch - last >= self.every_n_epochs
+
+    def _collect(self, pl_module: LightningModule, batch: object, dataloader_idx: int) -> None:
+        if self._collector is None or self._error is not None or dataloader_idx != self.dataloader_idx:
+            return
+        start = time.perf_counter()
+        with self._catching(), isolate_rng():
+            self._collector.add(self._probe(pl_module, batch))
+        self._seconds += time.perf_counter() - start
+
+    def _probe(self, pl_module: LightningModule, batch: object) -> Probe:
+        make: Callable[[LightningModule, Any], Probe] = self.probe_fn or default_probe
+        if self.probe_fn is None and callable(method := getattr(pl_module, "robustness_probe", None)):
+            probe = method(batch)
+        else:
+            probe = make(pl_module, batch)
+        if not isinstance(probe, Probe):
+            raise MisconfigurationException(
+                f"Expected `probe_fn` to return a Probe(model, inputs, targets), but got {type(probe).__name__}."
+            )
+        return replace(
+            probe,
+            input_std=self.input_std if probe.input_std is None else probe.input_std,
+            input_mean=self.input_mean if probe.input_mean is None else probe.input_mean,
+            chunk_size=self.chunk_size if probe.chunk_size is None else probe.chunk_size,
+        )
+
+    def _finish(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure, agree with the other processes on how it went, and log: the same collectives on every process."""
+        if not self._measuring:
+            return
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._last_epoch = trainer.current_epoch
+        # Metal has no float64, in which the states are kept; nor does it run several processes
+        device = torch.device("cpu") if pl_module.device.type == "mps" else pl_module.device
+        start = time.perf_counter()
+        with self._catching():
+            if self._collector is not None and self._error is None:
+                self._measure(pl_module, self._collector, device)
+        self._seconds += time.perf_counter() - start
+
+        collected = 0 if self._collector is None else len(self._collector)
+        verdict = self._agree(device, num_samples=collected, seconds=self._seconds)
+        if verdict.sound:
+            values = self._compute()
+            computed = self._agree(device, num_samples=collected)
+            if computed.sound:
+                self._log(trainer, pl_module, values, verdict)
+            else:
+                verdict = computed
+        if not verdict.sound:
+            self._warn(
+                f"RobustnessMonitor skipped the measurement in epoch {trainer.current_epoch}: {verdict.cause} The run"
+                " goes on; pass `on_error='raise'` to stop with a traceback instead."
+            )
+        for metric in self.metrics:
+            metric.reset()
+        self._clear()
+
+    def _measure(self, pl_module: LightningModule, collector: SampleCollector, device: torch.device) -> None:
+        for metric in self.metrics:
+            metric.to(device)
+        with isolate_rng(), differentiable(pl_module):
+            for probe in collector.probes():
+                self._examine(probe)
+                for metric in self.metrics:
+                    metric.update(probe)
+            if not len(collector):  # torchmetrics complains about a metric that is computed without an update
+                for metric in self.metrics:
+                    metric.update(Probe(pl_module, torch.empty(0), torch.empty(0, dtype=torch.long)))
+
+    def _examine(self, probe: Probe) -> None:
+        """Once in a run, say what makes the numbers mean something else than they seem to."""
+        if not self._unexamined:
+            return
+        self._unexamined = False
+        for flaw in find_flaws(probe):
+            self._say_once(flaw)
+        low, high = float(probe.inputs.min()), float(probe.inputs.max())
+        if probe.input_std is None and (low < 0 or high > 1):
+            self._say_once(
+                f"Validation inputs range from {low:.3g} to {high:.3g} and no `input_std` was given, so ε, margins and"
+                " Fisher information are in units of the inputs as the network receives them. If they are normalised"
+                " images, pass the standard deviation of each channel as `input_std`: then ε is in units of pixels."
+            )
+
+    def _agree(self, device: torch.device, *, num_samples: int = 0, seconds: float = 0.0) -> Verdict:
+        outcome = Outcome().to(device)
+        outcome.update(error=self._error, num_samples=num_samples, seconds=seconds)
+        verdict: Verdict = outcome.compute()
+        return verdict
+
+    def _compute(self) -> list[dict[str, Tensor]]:
+        values: list[dict[str, Tensor]] = []
+        for metric in self.metrics:
+            with self._catching():
+                computed = metric.compute()
+                if twice := {key for earlier in values for key in earlier}.intersection(computed):
+                    raise ValueError(f"Expected each metric to log its own keys, but two log {sorted(twice)}.")
+                values.append(computed)
+        return values
+
+    def _log(
+        self, trainer: Trainer, pl_module: LightningModule, values: list[dict[str, Tensor]], verdict: Verdict
+    ) -> None:
+        headlines = [next(iter(computed)) for computed in values]
+        flat = {key: float(value) for computed in values for key, value in computed.items()}
+        flat |= {"num_samples": float(verdict.num_samples), "seconds": verdict.seconds}
+        self._logged = [self.log_key_prefix + key for key in flat]
+        for key, value in flat.items():
+            if math.isfinite(value):
+                pl_module.log(
+                    self.log_key_prefix + key,
+                    value,
+                    prog_bar=self.prog_bar and key in headlines,
+                    on_step=False,
+                    on_epoch=True,
+                    sync_dist=True,
+                    batch_size=1,
+                )
+            else:
+                self._say_once(f"`{self.log_key_prefix}{key}` is not finite and is not logged where it is so.")
+        if self.prog_bar and trainer.progress_bar_callback is not None:
+            summary = ", ".join(f"{key} {flat[key]:.4g}" for key in headlines)
+            trainer.progress_bar_callback.print(
+                f"robustness in epoch {trainer.current_epoch}, on {verdict.num_samples} samples: {summary}"
+                f" ({verdict.seconds:.1f} s)"
+            )
+
+    def _lay_out(self, trainer: Trainer) -> None:
+        """Write one layout for all monitors of the trainer, once per directory of logs; the first monitor does it."""
+        monitors = _monitors(trainer)
+        keys = {monitor.log_key_prefix: monitor._logged for monitor in monitors if monitor._logged}
+        if not keys or self is not monitors[0] or not trainer.is_global_zero:
+            return
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger) and logger.log_dir not in self._laid_out:
+                self._laid_out.add(logger.log_dir)
+                write_layout(logger, keys)
+
+    @contextmanager
+    def _catching(self) -> Iterator[None]:
+        """Keep an exception for the processes to agree on, unless the user wants to see it."""
+        try:
+            yield
+        except Exception as error:
+            if self.on_error == "raise":
+                raise
+            self._error = error
+
+    def _say_once(self, message: str) -> None:
+        if message not in self._said:
+            self._said.add(message)
+            self._warn(message)
+
+    def _warn(self, message: str) -> None:
+        rank_zero_warn(message, category=RobustnessWarning)
+
+
+def _monitors(trainer: Trainer) -> list[RobustnessMonitor]:
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return [callback for callback in callbacks if isinstance(callback, RobustnessMonitor)]

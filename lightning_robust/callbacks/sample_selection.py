@@ -1,0 +1,162 @@
+"""Which validation samples are measured: a fixed subset, spread over the whole loader.
+
+Loaders are often sorted by class, so the first samples will not do; and some repeat the classes in turn, so neither
+will every n-th. With the number of samples known, the loader is cut into as many stretches as samples are wanted, and
+one is drawn from each (stratified sampling). With it unknown, every sample draws a random number and the smallest ones
+stay, a uniformly random subset of a stream of any length (reservoir sampling). Both depend on the seed and the order of
+the samples alone: not on the batch size, the epoch, or the number of processes.
+"""
+
+from __future__ import annotations
+
+import random
+from bisect import insort
+from collections.abc import Iterable, Iterator, Sized
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Protocol
+
+from torch.utils.data import (
+    DataLoader,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
+
+from lightning_robust.probe import Probe, merge
+
+_SHUFFLING = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
+
+
+class Selection(Protocol):
+    """A choice among samples that are offered in order."""
+
+    def offer(self, position: int) -> bool:
+        """Whether the sample at this position is wanted, as far as is known."""
+
+    def revoked(self) -> int | None:
+        """Position of a sample that the last offer has pushed out, if any."""
+
+
+class StratifiedSelection:
+    """One sample from each of ``count`` equal stretches of ``size`` positions; all of them if there are not more."""
+
+    def __init__(self, size: int, count: int, *, seed: int) -> None:
+        draw = random.Random(seed)
+        count = min(size, count)
+        borders = [stretch * size // count for stretch in range(count + 1)] if count else [0]
+        self.positions = frozenset(draw.randrange(start, stop) for start, stop in pairwise(borders))
+
+    def offer(self, position: int) -> bool:
+        """Whether the position was drawn."""
+        return position in self.positions
+
+    def revoked(self) -> None:
+        """Return nothing: the choice was made beforehand."""
+
+
+class ReservoirSelection:
+    """``count`` samples, uniformly at random, from a stream whose length nobody knows."""
+
+    def __init__(self, count: int, *, seed: int) -> None:
+        self._draw = random.Random(seed)
+        self._count = count
+        self._kept: list[tuple[float, int]] = []  # ascending
+        self._revoked: int | None = None
+
+    def offer(self, position: int) -> bool:
+        """Whether the position is among the best so far. Positions must be offered once each, in order."""
+        entry = (self._draw.random(), position)
+        insort(self._kept, entry)
+        self._revoked = self._kept.pop()[1] if len(self._kept) > self._count else None
+        return self._revoked != position
+
+    def revoked(self) -> int | None:
+        """Position that the last offer pushed out, if any."""
+        return self._revoked
+
+
+@dataclass(frozen=True)
+class LoaderShare:
+    """What one of several processes sees of a validation loader.
+
+    Attributes:
+        size: Number of samples over all processes, or None if it is not known beforehand.
+        first: Position, among the samples of all processes, of this one's first.
+        stride: Distance between the positions of two successive samples of this process.
+        shuffled: Whether the order of the samples changes from one pass to the next.
+    """
+
+    size: int | None
+    first: int = 0
+    stride: int = 1
+    shuffled: bool = False
+
+    @classmethod
+    def of(cls, loader: Iterable[object], *, num_batches: float) -> LoaderShare:
+        """Read off a loader of which each process draws up to ``num_batches`` batches (``inf`` for all)."""
+        if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+            return cls(size=None)
+        sampler = getattr(loader.batch_sampler, "sampler", loader.sampler)
+        batch_size = getattr(loader.batch_sampler, "batch_size", loader.batch_size)
+        if isinstance(sampler, DistributedSampler):
+            samples: object = sampler.dataset
+            first, stride, shuffled = sampler.rank, sampler.num_replicas, sampler.shuffle
+        else:
+            samples, first, stride, shuffled = sampler, 0, 1, isinstance(sampler, _SHUFFLING)
+        if not isinstance(samples, Sized) or not isinstance(batch_size, int):
+            return cls(size=None, shuffled=shuffled)
+        size = len(samples)
+        if num_batches != float("inf"):
+            size = min(size, int(num_batches) * batch_size * stride)
+        return cls(size=size, first=first, stride=stride, shuffled=shuffled)
+
+    def position(self, index: int) -> int:
+        """Position, among the samples of all processes, of this process's sample number ``index``.
+
+        A distributed sampler repeats samples to fill up its last round; their positions lie beyond ``size``.
+        """
+        return self.first + self.stride * index
+
+
+class SampleCollector:
+    """Gathers the selected samples of one pass over a loader, batch by batch.
+
+    Args:
+        share: What this process sees of the loader.
+        max_samples: How many samples are wanted over all processes.
+        num_processes: Number of processes, among which an unknown length is shared out evenly.
+        seed: Chooses the samples.
+    """
+
+    def __init__(self, share: LoaderShare, *, max_samples: int, num_processes: int, seed: int) -> None:
+        self._share = share
+        self._selection: Selection
+        if share.size is None:
+            self._selection = ReservoirSelection(-(-max_samples // num_processes), seed=seed)
+        else:
+            self._selection = StratifiedSelection(share.size, max_samples, seed=seed)
+        self._seen = 0
+        self._largest_batch = 1
+        self._rows: dict[int, Probe] = {}  # single samples, by position
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def add(self, batch: Probe) -> None:
+        """Take what is wanted of the next batch."""
+        self._largest_batch = max(self._largest_batch, len(batch))
+        for row in range(len(batch)):
+            position = self._share.position(self._seen)
+            self._seen += 1
+            if self._selection.offer(position):
+                self._rows[position] = batch.select(slice(row, row + 1))
+            revoked = self._selection.revoked()
+            if revoked is not None:
+                self._rows.pop(revoked, None)
+
+    def probes(self) -> Iterator[Probe]:
+        """The samples in the order of their positions, never more together than the largest batch held."""
+        return merge((self._rows[position] for position in sorted(self._rows)), max_samples=self._largest_batch)

@@ -1,0 +1,87 @@
+"""Metric of accuracy under an attack: the reference curve that the other metrics predict without one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_robust.functional.attacks import Norm, pgd
+from lightning_robust.metrics._base import ProbeMetric, error_bar_from_sums
+from lightning_robust.metrics.linearized_margin import accuracy_key, check_epsilons, check_norm
+from lightning_robust.probe import Probe
+
+
+class AdversarialAccuracy(ProbeMetric):
+    """Share of samples that are classified correctly under projected gradient descent; higher is more robust.
+
+    The attack starts at the sample itself, so that the same samples give the same value at every measurement and on any
+    number of processes. It costs ``steps`` forward and backward passes per ε: meant as a check, not as a monitor.
+
+    **Logged metrics** (each under the monitor's prefix, with ``_stderr``, ``_lower``, ``_upper``)
+
+    - ``adversarial_accuracy_<norm>_<ε as %.4g>``: accuracy under the attack of that size
+
+    Args:
+        epsilons: Sizes of the perturbation, in units of the un-normalised input if the probe has ``input_std``.
+        norm: ``"linf"`` or ``"l2"``.
+        steps: Gradient steps of each attack, of size 2.5 · ε / steps.
+        valid_range: Smallest and largest value of an un-normalised input, e.g. ``(0, 1)``; no clamping by default.
+            Probes of normalised inputs need ``input_std`` and ``input_mean`` with it.
+
+    Raises:
+        ValueError: If ``epsilons`` is empty or holds a negative number, ``norm`` is unknown or ``steps`` is not
+            positive.
+
+    Source: arXiv 1706.06083.
+    """
+
+    higher_is_better = True
+    correct: Tensor
+    num_samples: Tensor
+
+    def __init__(
+        self,
+        epsilons: Sequence[float] = (8 / 255,),
+        norm: Norm = "linf",
+        steps: int = 20,
+        valid_range: tuple[float, float] | None = None,
+    ) -> None:
+        super().__init__()
+        if steps < 1:
+            raise ValueError(f"Expected argument `steps` to be a positive integer, but got {steps}.")
+        self.epsilons = check_epsilons(epsilons)
+        self.norm = check_norm(norm)
+        self.steps = steps
+        self.valid_range = valid_range
+        self.add_sum("correct", len(self.epsilons))
+        self.add_sum("num_samples")
+
+    def _add(self, probe: Probe) -> None:
+        correct = []
+        for epsilon in self.epsilons:
+            attacked = pgd(
+                probe.model,
+                probe.inputs,
+                probe.targets,
+                epsilon=epsilon,
+                steps=self.steps,
+                norm=self.norm,
+                valid_range=self.valid_range,
+                input_mean=probe.input_mean,
+                input_std=probe.input_std,
+            )
+            correct.append((probe.logits(attacked).argmax(dim=1) == probe.targets).sum())
+        self.correct = self.correct + torch.stack(correct).to(self.correct)
+        self.num_samples = self.num_samples + len(probe)
+
+    def compute(self) -> dict[str, Tensor]:
+        """Return the accuracy at each ε over all samples."""
+        n = self.num_samples
+        if n == 0:
+            return {}
+        values: dict[str, Tensor] = {}
+        for epsilon, correct in zip(self.epsilons, self.correct, strict=True):
+            values |= error_bar_from_sums(accuracy_key("adversarial", self.norm, epsilon), correct, correct, n)
+        return values

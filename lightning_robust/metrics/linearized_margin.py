@@ -1,0 +1,108 @@
+"""Metric of robust accuracy, predicted by linearised margins, without an attack."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import get_args
+
+from torch import Tensor
+
+from lightning_robust.functional.attacks import Norm
+from lightning_robust.functional.linearized_margin import (
+    linearized_accuracy,
+    linearized_margin,
+    linearized_margin_linf,
+)
+from lightning_robust.metrics._base import ProbeMetric, error_bar_from_sums
+from lightning_robust.probe import Probe
+
+DEFAULT_EPSILONS = (1 / 255, 2 / 255, 4 / 255, 8 / 255)
+
+
+class LinearizedAccuracy(ProbeMetric):
+    """Share of samples whose linearised margin exceeds ε, for several ε at once; higher is more robust.
+
+    **Logged metrics** (each under the monitor's prefix, each with ``_stderr``, ``_lower``, ``_upper``)
+
+    - ``linearized_accuracy_<norm>_<ε as %.4g>``: predicted robust accuracy at that ε
+    - ``linearized_margin_<norm>``: mean margin, 0 where misclassified. It is infinite, and so not logged, as soon as
+      one correctly classified sample has no gradient at all.
+    - ``linearized_margin_<norm>_clipped``: mean margin clipped at twice the largest ε, which no single sample can move
+      far: a smooth form of the predicted accuracy
+
+    Args:
+        epsilons: Sizes of the perturbation, in units of the un-normalised input if the probe has ``input_std``.
+        norm: ``"linf"`` or ``"l2"``.
+
+    Raises:
+        ValueError: If ``epsilons`` is empty, holds a negative number, or ``norm`` is unknown.
+
+    Source: ours, on the linearised distance of arXiv 1511.04599.
+    """
+
+    higher_is_better = True
+    robust: Tensor
+    margin: Tensor
+    margin_square: Tensor
+    clipped: Tensor
+    clipped_square: Tensor
+    num_samples: Tensor
+
+    def __init__(self, epsilons: Sequence[float] = DEFAULT_EPSILONS, norm: Norm = "linf") -> None:
+        super().__init__()
+        self.epsilons = check_epsilons(epsilons)
+        self.norm = check_norm(norm)
+        self.add_sum("robust", len(self.epsilons))
+        for name in ("margin", "margin_square", "clipped", "clipped_square", "num_samples"):
+            self.add_sum(name)
+
+    def _add(self, probe: Probe) -> None:
+        linearization = probe.linearization
+        if self.norm == "l2":
+            margins = linearized_margin(linearization.logits, linearization.gram, probe.targets)
+        elif linearization.gap_l1 is not None:
+            margins = linearized_margin_linf(linearization.logits, linearization.gap_l1, probe.targets)
+        else:
+            raise ValueError("Expected a linearisation with `gap_l1` for norm 'linf', but it has none. Use norm='l2'.")
+        margins = margins.to(self.margin)
+        clipped = margins.clamp_max(2 * max(self.epsilons))
+        self.robust = self.robust + linearized_accuracy(margins, self.epsilons) * len(margins)
+        self.margin = self.margin + margins.sum()
+        self.margin_square = self.margin_square + margins.square().sum()
+        self.clipped = self.clipped + clipped.sum()
+        self.clipped_square = self.clipped_square + clipped.square().sum()
+        self.num_samples = self.num_samples + len(margins)
+
+    def compute(self) -> dict[str, Tensor]:
+        """Return the statistics over all samples, as the class docstring lists them."""
+        n = self.num_samples
+        if n == 0:
+            return {}
+        values: dict[str, Tensor] = {}
+        for epsilon, robust in zip(self.epsilons, self.robust.round(), strict=True):
+            values |= error_bar_from_sums(accuracy_key("linearized", self.norm, epsilon), robust, robust, n)
+        key = f"linearized_margin_{self.norm}"
+        values |= error_bar_from_sums(key, self.margin, self.margin_square, n)
+        values |= error_bar_from_sums(f"{key}_clipped", self.clipped, self.clipped_square, n)
+        return values
+
+
+def accuracy_key(kind: str, norm: str, epsilon: float) -> str:
+    """Name of an accuracy at one perturbation size."""
+    return f"{kind}_accuracy_{norm}_{epsilon:.4g}"
+
+
+def check_epsilons(epsilons: Sequence[float]) -> tuple[float, ...]:
+    """Return ``epsilons`` as a tuple, or raise a ``ValueError``."""
+    values = tuple(float(epsilon) for epsilon in epsilons)
+    if not values or not all(0 <= epsilon < math.inf for epsilon in values):
+        raise ValueError(f"Expected argument `epsilons` to hold at least one number ≥ 0, but got {list(epsilons)}.")
+    return values
+
+
+def check_norm(norm: Norm) -> Norm:
+    """Return ``norm``, or raise a ``ValueError``."""
+    if norm not in get_args(Norm):
+        raise ValueError(f"Expected argument `norm` to be one of {get_args(Norm)}, but got {norm!r}.")
+    return norm
