@@ -1,0 +1,256 @@
+"""Whatever goes wrong inside a measurement: a clear sentence, and the run goes on."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+
+from lightning_robust import FisherSpectralNorm, LinearizedAccuracy, Probe, RobustnessMonitor
+from tests.helpers.training import Classifier, History, classifier, loader, robustness_warnings, samples, trainer
+
+Loader = Callable[[], Any]
+
+
+class Quiet(Classifier):
+    """Trains, and leaves its validation batches alone, whatever they are."""
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val_acc", 1.0, batch_size=1)
+
+
+def fit(model: Classifier, val_loader: Any, root: Path, **options: Any) -> tuple[list[str], list[dict[str, float]]]:
+    """Train two epochs; what was said, and what was logged after each."""
+    history = History()
+    with robustness_warnings() as messages:
+        run = trainer(RobustnessMonitor(**options), history, root=root)
+        run.fit(model, loader(), val_loader)
+    assert run.state.finished
+    assert run.current_epoch == 2
+    return messages, history.rows
+
+
+class Outputs(nn.Module):
+    def __init__(self, change: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.network, self.change = classifier().network, change
+
+    def forward(self, x: Tensor) -> Any:
+        logits = self.network(x)
+        return logits if self.training else self.change(logits)
+
+
+def integers() -> DataLoader:
+    return loader(TensorDataset(torch.randint(0, 9, (40, 1, 4, 4)), torch.zeros(40, dtype=torch.long)))
+
+
+def three_parts() -> DataLoader:
+    x, y = samples().tensors
+    return loader(TensorDataset(x, y, y))
+
+
+def nan_inputs() -> DataLoader:
+    x, y = samples().tensors
+    return loader(TensorDataset(x / 0 * 0, y))
+
+
+@pytest.mark.parametrize(
+    ("change", "val_loader", "sentence"),
+    [
+        (None, three_parts, r"batches `\(inputs, targets\)`.*got a list of 3 \(Tensor, Tensor, Tensor\).*probe_fn"),
+        (None, integers, r"inputs` to be floating point, but got torch.int64.*probe_fn"),
+        (None, nan_inputs, r"finite inputs, but got NaN or infinity in 32 of 32 samples"),
+        (lambda z: z[:, :, None], loader, r"logits of shape \(\d+, C\).*returned shape \(\d+, 4, 1\)"),
+        (lambda z: (z, z), loader, r"logits of shape \(\d+, C\).*returned tuple.*probe_fn"),
+        (lambda z: z[:, :1], loader, r"C ≥ 2 classes, but it returned shape \(\d+, 1\).*\(0, z\)"),
+        (lambda z: z[:, :2], loader, r"between 0 and 1, one of the 2 classes.*values from"),
+        (lambda z: z * torch.nan, loader, r"finite logits, but got NaN"),
+    ],
+)
+def test_a_measurement_that_cannot_be_is_skipped_with_the_cause(
+    tmp_path: Path, change: Callable[[Tensor], Any] | None, val_loader: Loader, sentence: str
+) -> None:
+    model = Quiet(None if change is None else Outputs(change))
+    messages, rows = fit(model, val_loader(), tmp_path)
+    assert rows == [{}, {}]
+    assert len(messages) == 2  # one for each measurement
+    for epoch, message in enumerate(messages):
+        assert message.startswith(f"RobustnessMonitor skipped the measurement in epoch {epoch}: ")
+        with pytest.raises(RuntimeError, match=sentence):
+            raise RuntimeError(message)
+
+
+def test_on_error_raise_lets_the_failure_through(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="finite inputs"):
+        fit(Quiet(), nan_inputs(), tmp_path, on_error="raise")
+
+
+def test_after_nan_weights_the_next_measurement_works(tmp_path: Path) -> None:
+    class Sick(Quiet):
+        def on_validation_start(self) -> None:
+            self.healthy = self.network[5].weight.detach().clone()
+            if self.current_epoch == 0:
+                self.network[5].weight.data.fill_(torch.nan)
+
+        def on_validation_end(self) -> None:
+            self.network[5].weight.data.copy_(self.healthy)
+
+    messages, rows = fit(Sick(classifier().network), loader(), tmp_path)
+    assert len(messages) == 1
+    assert "finite logits" in messages[0]
+    assert rows[0] == {}
+    assert rows[1]["robust/num_samples"] == 120
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda z: z.softmax(dim=1), "returns probabilities"),
+        (lambda z: z - z.mean(dim=0) / 2, "mixes the samples of a batch"),
+        (lambda z: nn.functional.dropout(z, 0.5, training=True), "other outputs when it is called twice"),
+    ],
+)
+def test_a_model_whose_numbers_mislead_is_measured_with_one_warning(
+    tmp_path: Path, change: Callable[[Tensor], Tensor], sentence: str
+) -> None:
+    messages, rows = fit(Quiet(Outputs(change)), loader(), tmp_path)
+    assert len(messages) == 1
+    assert sentence in messages[0]
+    assert all(row["robust/num_samples"] == 120 for row in rows)
+
+
+def test_a_run_without_validation_is_told_so_once(tmp_path: Path) -> None:
+    with robustness_warnings() as messages:
+        trainer(RobustnessMonitor(), root=tmp_path, limit_val_batches=0).fit(classifier(), loader(), loader())
+    assert len(messages) == 1
+    assert "validation loop, but this run has none" in messages[0]
+
+
+def test_a_shuffled_loader_is_named_once(tmp_path: Path) -> None:
+    # Lightning has a word on it too
+    with pytest.warns(UserWarning, match="shuffling enabled"):
+        messages, _ = fit(Quiet(), loader(shuffle=True), tmp_path)
+    assert len(messages) == 1
+    assert "shuffle=False" in messages[0]
+
+
+def test_a_stream_of_unknown_length_is_measured_by_a_stated_rule(tmp_path: Path) -> None:
+    class Stream(IterableDataset):
+        def __iter__(self):
+            return iter(samples())
+
+    messages, rows = fit(Quiet(classifier().network), DataLoader(Stream(), 16), tmp_path, max_samples=50)
+    assert len(messages) == 1
+    assert "uniformly random subset of 50 (reservoir sampling)" in messages[0]
+    assert [row["robust/num_samples"] for row in rows] == [50, 50]
+
+
+def test_the_unit_of_epsilon_is_named_once_when_inputs_leave_the_unit_interval(tmp_path: Path) -> None:
+    x, y = samples().tensors
+    normalised = loader(TensorDataset((x - 0.5) / 0.2, y))
+    messages, _ = fit(Quiet(classifier().network), normalised, tmp_path)
+    assert len(messages) == 1
+    assert "inputs range from -2.5 to 2.5 and no `input_std` was given" in messages[0]
+    messages, _ = fit(Quiet(classifier().network), normalised, tmp_path, input_std=0.2)
+    assert messages == []
+
+
+def test_infinite_values_are_not_logged_and_named_once(tmp_path: Path) -> None:
+    constant = Outputs(lambda z: (3 * torch.eye(4) - 1)[torch.zeros(len(z), dtype=torch.long)] + 0 * z)
+    messages, rows = fit(Quiet(constant), loader(), tmp_path)
+    assert messages == ["`robust/linearized_margin_linf` is not finite and is not logged where it is so."]
+    assert all("robust/linearized_margin_linf" not in row for row in rows)
+    assert all(row["robust/fim_spectral_norm"] == 0 for row in rows)
+
+
+def test_input_std_of_the_wrong_length_is_named(tmp_path: Path) -> None:
+    messages, rows = fit(Quiet(classifier().network), loader(), tmp_path, input_std=[0.2, 0.3, 0.4])
+    assert rows == [{}, {}]
+    assert "`input_std` to be one number or one per channel, 1 for inputs of shape (32, 1, 4, 4)" in messages[0]
+
+
+def test_metrics_that_log_the_same_key_are_refused(tmp_path: Path) -> None:
+    metrics = [LinearizedAccuracy([0.1]), LinearizedAccuracy([0.2])]
+    messages, rows = fit(classifier(), loader(), tmp_path, metrics=metrics)
+    assert rows == [{}, {}]
+    assert "two log ['linearized_margin_linf'" in messages[0]
+
+
+def test_a_metric_that_fails_in_compute_is_survived(tmp_path: Path) -> None:
+    class Broken(FisherSpectralNorm):
+        broken = True
+
+        def compute(self) -> dict[str, Tensor]:
+            if self.broken:
+                type(self).broken = False
+                raise ArithmeticError("a bug")
+            return super().compute()
+
+    messages, rows = fit(classifier(), loader(), tmp_path, metrics=[Broken()])
+    assert len(messages) == 1
+    assert "ArithmeticError: a bug" in messages[0]
+    assert rows[0] == {}
+    assert rows[1]["robust/num_samples"] == 120
+
+
+def test_an_interrupt_inside_a_measurement_passes_through(tmp_path: Path) -> None:
+    def interrupted(pl_module: Any, batch: Any) -> Probe:
+        raise KeyboardInterrupt
+
+    monitor = RobustnessMonitor(probe_fn=interrupted)
+    run = trainer(monitor, root=tmp_path)
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        run.fit(classifier(), loader(), loader())
+    assert run.interrupted
+
+
+def test_two_monitors_that_log_the_same_keys_are_refused(tmp_path: Path) -> None:
+    """Lightning does it, by the key under which their states are saved."""
+    with pytest.raises(RuntimeError, match="more than one stateful callback of type `RobustnessMonitor`"):
+        trainer(RobustnessMonitor(), RobustnessMonitor(seed=1), root=tmp_path)
+
+
+def test_a_barebones_trainer_is_told_that_nothing_is_measured(tmp_path: Path) -> None:
+    class Silent(Classifier):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            pass
+
+    with robustness_warnings() as messages:
+        run = Trainer(barebones=True, accelerator="cpu", max_epochs=1, callbacks=[RobustnessMonitor()])
+        run.fit(Silent(classifier().network), loader(), loader())
+    assert messages == ["`Trainer(barebones=True)` logs nothing, so RobustnessMonitor measures nothing."]
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"max_samples": 0}, "`max_samples` to be an integer of at least 1, but got 0"),
+        ({"max_samples": -3}, "`max_samples` .* but got -3"),
+        ({"max_samples": 2.5}, "`max_samples` .* but got 2.5"),
+        ({"every_n_epochs": 0}, "`every_n_epochs` .* but got 0"),
+        ({"chunk_size": 0}, "`chunk_size` .* but got 0"),
+        ({"dataloader_idx": -1}, "`dataloader_idx` .* but got -1"),
+        ({"seed": -1}, "`seed` .* but got -1"),
+        ({"input_std": 0.0}, "`input_std` to be positive, but got 0.0"),
+        ({"input_std": [0.1, -1]}, "`input_std` to be positive"),
+        ({"input_mean": float("nan")}, "`input_mean` to be finite"),
+        ({"log_key_prefix": ""}, "`log_key_prefix` to be a non-empty string"),
+        ({"on_error": "ignore"}, "`on_error` to be 'warn' or 'raise', but got 'ignore'"),
+        ({"probe_fn": 3}, "`probe_fn` to be callable, but got int"),
+        ({"metrics": []}, "`metrics` to be a non-empty list"),
+        ({"metrics": "fisher_spectral_norm"}, "`metrics` to be a non-empty list"),
+        (
+            {"metrics": ["fisher"]},
+            r"names among \['adversarial_accuracy', 'fisher_spectral_norm', 'linearized_accuracy'\]",
+        ),
+        ({"metrics": [3]}, "but got 3"),
+    ],
+)
+def test_bad_arguments_are_named(options: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(MisconfigurationException, match=sentence):
+        RobustnessMonitor(**options)

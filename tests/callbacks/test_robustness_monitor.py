@@ -1,0 +1,350 @@
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from torch import Tensor
+
+from lightning_robust import AdversarialAccuracy, FisherSpectralNorm, LinearizedAccuracy, Probe, RobustnessMonitor
+from lightning_robust.metrics import ProbeMetric
+from tests.helpers.training import NUM_CLASSES, History, classifier, loader, robustness_warnings, samples, trainer
+
+BARS = [
+    "fim_spectral_norm",
+    "fim_spectral_norm_calibrated",
+    *(f"linearized_accuracy_linf_{eps}" for eps in ("0.003922", "0.007843", "0.01569", "0.03137")),
+    "linearized_margin_linf",
+    "linearized_margin_linf_clipped",
+]
+DOCUMENTED = {
+    *(f"robust/{key}{suffix}" for key in BARS for suffix in ("", "_stderr", "_lower", "_upper")),
+    *(f"robust/fim_spectral_norm_{statistic}" for statistic in ("median", "p95", "max")),
+    *(f"robust/{key}" for key in ("fim_trace", "temperature", "saturated", "num_samples", "seconds")),
+}
+
+
+class Recording(ProbeMetric):
+    """Keeps what it was shown, over all measurements."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_sum("count")
+        self.seen: list[list[tuple[Tensor, Tensor]]] = []
+        self.fresh = True
+
+    def _add(self, probe: Probe) -> None:
+        if self.fresh:
+            self.seen.append([])
+            self.fresh = False
+        self.seen[-1].append((probe.inputs, probe.targets))
+        self.count = self.count + len(probe)
+
+    def reset(self) -> None:
+        super().reset()
+        self.fresh = True
+
+    def compute(self) -> dict[str, Tensor]:
+        return {"recorded": self.count}
+
+    def samples(self, measurement: int = -1) -> tuple[Tensor, Tensor]:
+        inputs, targets = zip(*self.seen[measurement], strict=True)
+        return torch.cat(inputs), torch.cat(targets)
+
+
+def without_time(row: dict[str, float]) -> dict[str, float]:
+    return {key: value for key, value in row.items() if key != "robust/seconds"}
+
+
+def test_one_line_logs_every_documented_key_beside_accuracy(tmp_path: Path) -> None:
+    run = trainer(RobustnessMonitor(), root=tmp_path)
+    run.fit(classifier(), loader(), loader())
+    assert {key for key in run.callback_metrics if key.startswith("robust/")} == DOCUMENTED
+    assert "val_acc" in run.callback_metrics
+    assert all(value.isfinite() for value in run.callback_metrics.values())
+    assert run.callback_metrics["robust/num_samples"] == 120
+
+
+def test_values_are_those_of_the_metrics_on_the_same_samples(tmp_path: Path) -> None:
+    run = trainer(RobustnessMonitor(max_samples=500), root=tmp_path)
+    model = classifier()
+    run.fit(model, loader(), loader())
+    metric = FisherSpectralNorm()
+    metric.update(Probe(model, *samples().tensors))
+    for key, value in metric.compute().items():
+        torch.testing.assert_close(run.callback_metrics[f"robust/{key}"].double(), value, rtol=1e-5, atol=1e-6)
+
+
+def test_csv_logger_holds_every_key_at_the_steps_of_accuracy(tmp_path: Path) -> None:
+    logger = CSVLogger(tmp_path, name="", version="")
+    trainer(RobustnessMonitor(), root=tmp_path, logger=logger, max_epochs=3).fit(classifier(), loader(), loader())
+    header, *rows = [line.split(",") for line in (tmp_path / "metrics.csv").read_text().splitlines()]
+    rows = [row for row in rows if row[header.index("val_acc")]]
+    assert len(rows) == 3
+    assert set(header) >= DOCUMENTED
+    assert all(row[header.index(key)] for row in rows for key in DOCUMENTED)
+
+
+class Fingerprint(Callback):
+    """Everything at the end of training that a guest must not have changed."""
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        optimizer = trainer.optimizers[0].state_dict()["state"]
+        self.tensors = [
+            *(tensor.clone() for tensor in pl_module.state_dict().values()),
+            *(value.clone() for state in optimizer.values() for value in state.values()),
+            *(p.grad.clone() for p in pl_module.parameters() if p.grad is not None),
+            torch.get_rng_state(),
+        ]
+        self.others = (
+            random.getstate(),
+            np.random.get_state()[1].tolist(),  # noqa: NPY002
+            [module.training for module in pl_module.modules()],
+            [parameter.requires_grad for parameter in pl_module.parameters()],
+        )
+
+
+@pytest.mark.parametrize("options", [{}, {"accumulate_grad_batches": 3}, {"val_check_interval": 0.5}])
+@pytest.mark.filterwarnings("ignore:Found 1 module")
+def test_training_is_bit_identical_with_and_without_the_monitor(tmp_path: Path, options: dict[str, Any]) -> None:
+    fingerprints = []
+    everything = [
+        FisherSpectralNorm(),
+        LinearizedAccuracy(),
+        LinearizedAccuracy(norm="l2"),
+        AdversarialAccuracy(steps=3),
+    ]
+    for callbacks in ([], [RobustnessMonitor(everything, on_error="raise")]):
+        torch.manual_seed(7)
+        random.seed(7)
+        np.random.seed(7)  # noqa: NPY002
+        fingerprint = Fingerprint()
+        model = classifier()
+        model.network[1].eval()  # a frozen BatchNorm must stay frozen
+        trainer(*callbacks, fingerprint, root=tmp_path, max_epochs=3, **options).fit(
+            model, loader(shuffle=True), loader()
+        )
+        fingerprints.append(fingerprint)
+    without, beside = fingerprints
+    assert len(without.tensors) == len(beside.tensors)
+    assert all(torch.equal(a, b) for a, b in zip(without.tensors, beside.tensors, strict=True))
+    assert without.others == beside.others
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+def test_validate_reproduces_the_last_logged_values_from_the_checkpoint(tmp_path: Path) -> None:
+    checkpoint = ModelCheckpoint(tmp_path, save_last=True)
+    run = trainer(RobustnessMonitor(max_samples=50), checkpoint, root=tmp_path, enable_checkpointing=True)
+    run.fit(classifier(), loader(), loader())
+    logged = {key: float(value) for key, value in run.callback_metrics.items() if key.startswith("robust/")}
+    later = trainer(RobustnessMonitor(max_samples=50), root=tmp_path)
+    (values,) = later.validate(classifier(seed=5), loader(), ckpt_path=checkpoint.last_model_path, verbose=False)
+    reproduced = {key: value for key, value in values.items() if key.startswith("robust/")}
+    assert without_time(reproduced) == pytest.approx(without_time(logged), rel=1e-6)
+
+
+def test_trainer_test_measures_too(tmp_path: Path) -> None:
+    (values,) = trainer(RobustnessMonitor(on_error="raise"), root=tmp_path).test(classifier(), loader(), verbose=False)
+    assert set(values) == DOCUMENTED | {"test_acc"}
+
+
+def test_the_same_subset_and_values_for_any_batch_size(tmp_path: Path) -> None:
+    results = []
+    for batch_size in (7, 32, 200):
+        recording = Recording()
+        metrics = [FisherSpectralNorm(), LinearizedAccuracy(), recording]
+        run = trainer(RobustnessMonitor(metrics, max_samples=50), root=tmp_path)
+        (values,) = run.validate(classifier(), loader(batch_size=batch_size), verbose=False)
+        results.append((values, *recording.samples()))
+    for values, inputs, targets in results[1:]:
+        assert torch.equal(inputs, results[0][1])
+        assert torch.equal(targets, results[0][2])
+        for key in DOCUMENTED - {"robust/seconds"}:
+            assert values[key] == pytest.approx(results[0][0][key], rel=1e-5, abs=1e-6)
+
+
+def test_a_sorted_loader_is_measured_on_every_class_and_on_the_same_samples_each_time(tmp_path: Path) -> None:
+    recording = Recording()
+    run = trainer(RobustnessMonitor([recording], max_samples=20), root=tmp_path, max_epochs=3)
+    run.fit(classifier(), loader(), loader())
+    inputs, targets = recording.samples()
+    assert torch.bincount(targets).tolist() == [5] * NUM_CLASSES
+    assert len(recording.seen) == 3
+    assert all(torch.equal(recording.samples(i)[0], inputs) for i in range(3))
+
+
+def test_sanity_checking_is_not_measured(tmp_path: Path) -> None:
+    recording = Recording()
+    run = trainer(RobustnessMonitor([recording]), root=tmp_path, num_sanity_val_steps=2, max_epochs=1)
+    run.fit(classifier(), loader(), loader())
+    assert len(recording.seen) == 1
+
+
+@pytest.mark.parametrize(
+    ("cadence", "options", "expected"),
+    [
+        (1, {}, [0, 1, 2, 3, 4, 5]),
+        (2, {}, [0, 2, 4]),
+        (4, {}, [0, 4]),
+        (2, {"check_val_every_n_epoch": 2}, [1, 3, 5]),  # epochs 0, 2, 4 have no validation
+        (3, {"check_val_every_n_epoch": 2}, [1, 5]),
+        (3, {"val_check_interval": 0.5}, [0, 0, 3, 3]),
+    ],
+)
+def test_measurements_keep_the_cadence(
+    tmp_path: Path, cadence: int, options: dict[str, Any], expected: list[int]
+) -> None:
+    epochs: list[int] = []
+
+    class Epochs(RobustnessMonitor):
+        def _log(self, trainer: Trainer, *args: Any) -> None:
+            epochs.append(trainer.current_epoch)
+            super()._log(trainer, *args)
+
+    run = trainer(Epochs(max_samples=8, every_n_epochs=cadence), root=tmp_path, max_epochs=6, **options)
+    run.fit(classifier(), loader(), loader())
+    assert epochs == expected
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory")
+def test_a_resumed_run_measures_when_the_uninterrupted_one_does(tmp_path: Path) -> None:
+    def run(max_epochs: int, ckpt_path: str | None = None) -> list[dict[str, float]]:
+        history = History()
+        checkpoint = ModelCheckpoint(tmp_path, save_last=True)
+        monitor = RobustnessMonitor(["linearized_accuracy"], every_n_epochs=2)
+        torch.manual_seed(0)
+        fitter = trainer(monitor, history, checkpoint, root=tmp_path, max_epochs=max_epochs, enable_checkpointing=True)
+        fitter.fit(classifier(), loader(), loader(), ckpt_path=ckpt_path, weights_only=True)
+        return history.rows
+
+    last = str(tmp_path / "last.ckpt")
+    first = run(4)
+    resumed = run(7, ckpt_path=last)
+    values = [row["robust/seconds"] for row in first + resumed]  # changes exactly when there is a new measurement
+    changed = [epoch for epoch, value in enumerate(values) if epoch == 0 or value != values[epoch - 1]]
+    assert changed == [0, 2, 4, 6]
+
+
+def test_progress_bar_shows_headlines_and_a_line_of_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = trainer(RobustnessMonitor(prog_bar=True), root=tmp_path, enable_progress_bar=True, max_epochs=1)
+    run.fit(classifier(), loader(), loader())
+    assert {"robust/fim_spectral_norm", "robust/linearized_accuracy_linf_0.003922"} <= set(run.progress_bar_metrics)
+    out = capsys.readouterr().out
+    assert "robustness in epoch 0, on 120 samples: fim_spectral_norm " in out
+
+
+def test_two_monitors_with_their_own_prefixes(tmp_path: Path) -> None:
+    run = trainer(
+        RobustnessMonitor(["linearized_accuracy"]),
+        RobustnessMonitor(["linearized_accuracy"], log_key_prefix="half/", max_samples=60),
+        root=tmp_path,
+    )
+    run.fit(classifier(), loader(), loader())
+    assert run.callback_metrics["robust/num_samples"] == 120
+    assert run.callback_metrics["half/num_samples"] == 60
+
+
+def test_several_validation_loaders(tmp_path: Path) -> None:
+    class TwoLoaders(type(classifier())):
+        def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+            super().validation_step(batch, batch_idx)
+
+    for index, size in ((0, 40), (1, 30)):
+        run = trainer(RobustnessMonitor(dataloader_idx=index, on_error="raise"), root=tmp_path, max_epochs=1)
+        run.fit(TwoLoaders(), loader(), [loader(samples(40)), loader(samples(30))])
+        assert run.callback_metrics["robust/num_samples"] == size
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"fast_dev_run": True},
+        {"limit_val_batches": 2},
+        {"limit_val_batches": 0.5},
+        {"overfit_batches": 2},
+    ],
+    ids=str,
+)
+def test_trainer_settings_that_others_stumble_over(tmp_path: Path, options: dict[str, Any]) -> None:
+    run = trainer(RobustnessMonitor(on_error="raise"), root=tmp_path, max_epochs=1, **options)
+    run.fit(classifier(), loader(), loader())
+    assert run.state.finished
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true", "bf16-mixed"])
+def test_any_precision_is_measured(tmp_path: Path, precision: Any) -> None:
+    reference = trainer(RobustnessMonitor(), root=tmp_path)
+    reference.validate(classifier(), loader(), verbose=False)
+    run = trainer(RobustnessMonitor(on_error="raise"), root=tmp_path, precision=precision)
+    run.validate(classifier(), loader(), verbose=False)
+    for key in ("robust/fim_spectral_norm", "robust/linearized_margin_linf"):
+        torch.testing.assert_close(
+            run.callback_metrics[key].float(), reference.callback_metrics[key], rtol=0.03, atol=0
+        )
+
+
+def test_dictionaries_probe_fn_and_robustness_probe_give_the_same(tmp_path: Path) -> None:
+    x, y = samples().tensors
+    rows = [{"image": image, "label": label} for image, label in zip(x, y, strict=True)]
+    triples = torch.utils.data.TensorDataset(x, torch.zeros(len(y)), y)
+
+    class Dictionaries(type(classifier())):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            batch.pop("image", None)  # a module may change its batch; the monitor has taken its share by then
+
+    class Triples(type(classifier())):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.log("unrelated", 0.0)
+
+    class WithMethod(Triples):
+        def robustness_probe(self, batch: Any) -> Probe:
+            return Probe(self, batch[0], batch[2])
+
+    def measure(cls: type, data: Any, **options: Any) -> float:
+        model = cls(classifier().network)
+        run = trainer(RobustnessMonitor(on_error="raise", **options), root=tmp_path)
+        run.validate(model, loader(data), verbose=False)
+        return float(run.callback_metrics["robust/fim_spectral_norm"])
+
+    expected = measure(type(classifier()), None)
+    assert measure(Dictionaries, rows) == expected
+    assert measure(WithMethod, triples) == expected
+    assert measure(Triples, triples, probe_fn=lambda module, batch: Probe(module, batch[0], batch[2])) == expected
+
+
+def test_input_std_gives_units_of_the_unnormalised_input(tmp_path: Path) -> None:
+    x, y = samples().tensors
+    normalised = torch.utils.data.TensorDataset((x - 0.5) / 0.25, y)
+
+    class Normalising(torch.nn.Module):
+        def __init__(self, network: torch.nn.Module) -> None:
+            super().__init__()
+            self.network = network
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.network((x - 0.5) / 0.25)
+
+    network = classifier().network
+    inside = trainer(RobustnessMonitor(), root=tmp_path)
+    inside.validate(type(classifier())(Normalising(network)), loader(), verbose=False)
+    outside = trainer(RobustnessMonitor(input_std=[0.25]), root=tmp_path)
+    outside.validate(type(classifier())(network), loader(normalised), verbose=False)
+    for key in DOCUMENTED - {"robust/seconds"}:
+        torch.testing.assert_close(outside.callback_metrics[key], inside.callback_metrics[key], rtol=1e-4, atol=1e-6)
+
+
+def test_early_stopping_and_checkpoints_can_follow_a_robustness_key(tmp_path: Path) -> None:
+    checkpoint = ModelCheckpoint(tmp_path, monitor="robust/linearized_accuracy_linf_0.03137", mode="max")
+    run = trainer(RobustnessMonitor(), checkpoint, root=tmp_path, enable_checkpointing=True)
+    run.fit(classifier(), loader(), loader())
+    assert checkpoint.best_model_score is not None
+
+
+def test_nothing_is_said_about_a_sound_run(tmp_path: Path) -> None:
+    with robustness_warnings() as messages:
+        trainer(RobustnessMonitor(), root=tmp_path).fit(classifier(), loader(), loader())
+    assert messages == []
