@@ -1,0 +1,1 @@
+"""Runnable scripts, and the models and data modules that they share."""

@@ -1,0 +1,53 @@
+"""A table in the terminal, one row per validation, and at the end the command that opens TensorBoard."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+
+
+class EpochTable(Callback):
+    """Prints chosen metrics.
+
+    Args:
+        columns: Heading of each column, and the logged key that it shows. A key that has a standard error beside it is
+            shown as ``value ± stderr``.
+    """
+
+    def __init__(self, columns: dict[str, str]) -> None:
+        self.columns = columns
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print the headings."""
+        if trainer.is_global_zero:
+            print("\n" + self._row("epoch", list(self.columns)), flush=True)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print a row."""
+        if trainer.sanity_checking or not trainer.is_global_zero:
+            return
+        logged = trainer.callback_metrics
+        cells = []
+        for key in self.columns.values():
+            value, stderr = logged.get(key), logged.get(f"{key}_stderr")
+            cell = "–" if value is None else f"{float(value):.3f}"
+            cells.append(cell if stderr is None else f"{cell} ± {float(stderr):.3f}")
+        print(self._row(str(trainer.current_epoch), cells), flush=True)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say how to look at the run."""
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
+                program = Path(os.path.relpath(Path(sys.executable).parent / "tensorboard"))
+                print(
+                    f"\nSee the curves, then open the tab CUSTOM SCALARS:\n\n    {program} --logdir {logger.log_dir}\n"
+                )
+
+    def _row(self, epoch: str, cells: list[str]) -> str:
+        return f"{epoch:>5}  " + "  ".join(
+            f"{cell:>{max(len(heading), 15)}}" for heading, cell in zip(self.columns, cells, strict=True)
+        )

@@ -1,0 +1,95 @@
+"""The networks of the recipes: small ones for digits, a CIFAR-sized ResNet for benchmarks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def digits_cnn(width: int = 16, dropout: float = 0.1) -> nn.Sequential:
+    """Two convolutions with BatchNorm and one linear layer, (N, 1, 8, 8) → (N, 10)."""
+    return nn.Sequential(
+        nn.Conv2d(1, width, 3, padding=1, bias=False),
+        nn.BatchNorm2d(width),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(width, 2 * width, 3, stride=2, padding=1, bias=False),
+        nn.BatchNorm2d(2 * width),
+        nn.ReLU(inplace=True),
+        nn.Flatten(),
+        nn.Dropout(dropout),
+        nn.Linear(2 * width * 16, 10),
+    )
+
+
+def digits_mlp(width: int = 128, dropout: float = 0.1) -> nn.Sequential:
+    """Two hidden layers, (N, 1, 8, 8) → (N, 10)."""
+    return nn.Sequential(
+        nn.Flatten(),
+        nn.Linear(64, width),
+        nn.ReLU(inplace=True),
+        nn.Dropout(dropout),
+        nn.Linear(width, width),
+        nn.ReLU(inplace=True),
+        nn.Linear(width, 10),
+    )
+
+
+class _Block(nn.Module):
+    """Two 3 × 3 convolutions; the shortcut subsamples and pads with zero channels (option A of the source)."""
+
+    def __init__(self, in_planes: int, planes: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_planes, planes, 3, stride=stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(planes)
+        self.conv2 = nn.Conv2d(planes, planes, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(planes)
+        self.stride, self.padding = stride, (planes - in_planes) // 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, in_planes, S, S) → (N, planes, S / stride, S / stride)."""
+        shortcut = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.padding, self.padding))
+        out = F.relu(self.bn1(self.conv1(x)))
+        return F.relu(self.bn2(self.conv2(out)) + shortcut)
+
+
+class CifarResNet(nn.Module):
+    """ResNet for 32 × 32 images, (N, 3, 32, 32) → (N, 10); depth 20 by default.
+
+    Source: He et al. 2016, arXiv 1512.03385, section 4.2.
+    """
+
+    def __init__(self, depth: int = 20) -> None:
+        super().__init__()
+        if depth < 8 or (depth - 2) % 6:
+            raise ValueError(f"Expected argument `depth` to be 6n + 2 with n ≥ 1, but got {depth}.")
+        blocks = (depth - 2) // 6
+        self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        self.layer1 = self._stage(16, 16, blocks, stride=1)
+        self.layer2 = self._stage(16, 32, blocks, stride=2)
+        self.layer3 = self._stage(32, 64, blocks, stride=2)
+        self.linear = nn.Linear(64, 10)
+
+    @staticmethod
+    def _stage(in_planes: int, planes: int, blocks: int, stride: int) -> nn.Sequential:
+        first = _Block(in_planes, planes, stride)
+        return nn.Sequential(first, *(_Block(planes, planes, 1) for _ in range(blocks - 1)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits."""
+        out = F.relu(self.bn1(self.conv1(x)))
+        out = self.layer3(self.layer2(self.layer1(out)))
+        logits: Tensor = self.linear(out.mean(dim=(2, 3)))
+        return logits
+
+
+def initialised(network: nn.Module, *, seed: int) -> nn.Module:
+    """Draw all weights again, from a generator of their own (He et al. 2015)."""
+    generator = torch.Generator().manual_seed(seed)
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="relu", generator=generator)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    return network

@@ -1,0 +1,92 @@
+"""Does the monitor tell a robust network from an accurate one, and does it predict what an attack finds?
+
+    python -m recipes.standard_vs_adversarial
+
+Trains the digits CNN twice with the same budget, once on the images as they are and once on attacked ones, and measures
+both on the same validation images: Fisher norms, and predicted accuracy beside the accuracy under PGD-20. About 30 s.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+from lightning.pytorch import Trainer
+
+from lightning_robust import AdversarialAccuracy, FisherSpectralNorm, LinearizedAccuracy, Probe
+from recipes.classifier import DigitsClassifier
+from recipes.digits import DigitsDataModule
+from recipes.networks import initialised
+
+EPSILONS = (0.02, 0.05, 0.1)
+
+
+def train(attack_epsilon: float, *, epochs: int, seed: int) -> DigitsClassifier:
+    """Train one classifier, quietly."""
+    model = DigitsClassifier(dropout=0.0, attack_epsilon=attack_epsilon)
+    initialised(model, seed=seed)
+    trainer = Trainer(
+        max_epochs=epochs,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        limit_val_batches=0,
+    )
+    trainer.fit(model, datamodule=DigitsDataModule(seed=seed))
+    return model
+
+
+def measure(model: DigitsClassifier, *, num_samples: int) -> dict[str, float]:
+    """Measure one classifier on validation images, predicted and attacked on the same ones."""
+    data = DigitsDataModule()
+    data.setup("validate")
+    images, labels = data.val_set.tensors
+    probe = Probe(model, images[:num_samples], labels[:num_samples])
+    values: dict[str, torch.Tensor] = {}
+    for metric in (
+        FisherSpectralNorm(),
+        LinearizedAccuracy((0.0, *EPSILONS)),
+        AdversarialAccuracy(EPSILONS, steps=20),
+    ):
+        metric.update(probe)
+        values |= metric.compute()
+    return {key: float(value) for key, value in values.items()}
+
+
+def table(standard: dict[str, float], adversarial: dict[str, float]) -> str:
+    """Both classifiers side by side."""
+    rows = [
+        ("clean accuracy", "linearized_accuracy_linf_0"),
+        ("Fisher norm λ, mean", "fim_spectral_norm"),
+        ("Fisher norm λ, calibrated mean", "fim_spectral_norm_calibrated"),
+    ]
+    for epsilon in EPSILONS:
+        rows.append((f"accuracy at L∞ {epsilon:g}: predicted", f"linearized_accuracy_linf_{epsilon:.4g}"))
+        rows.append((f"accuracy at L∞ {epsilon:g}: PGD-20", f"adversarial_accuracy_linf_{epsilon:.4g}"))
+    lines = [f"{'':36}{'standard':>18}{'adversarial':>18}"]
+    for heading, key in rows:
+        cells = (f"{values[key]:.3f} ± {values[key + '_stderr']:.3f}" for values in (standard, adversarial))
+        lines.append(f"{heading:36}" + "".join(f"{cell:>18}" for cell in cells))
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Train, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--attack-epsilon", type=float, default=0.1)
+    parser.add_argument("--num-samples", type=int, default=500)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    measured = [
+        measure(train(epsilon, epochs=options.epochs, seed=options.seed), num_samples=options.num_samples)
+        for epsilon in (0.0, options.attack_epsilon)
+    ]
+    print(f"\n{options.num_samples} validation images, mean ± standard error\n\n{table(*measured)}")
+
+
+if __name__ == "__main__":
+    main()
