@@ -6,8 +6,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
+
+from lightning_robust.metrics._base import Float64Metric
 
 
 class Verdict(NamedTuple):
@@ -29,10 +30,9 @@ class Verdict(NamedTuple):
         return not self.cause
 
 
-class Outcome(Metric):
+class Outcome(Float64Metric):
     """Gathers a :class:`Verdict`. A cause travels as the code points of its text, because only metric states travel."""
 
-    full_state_update = False
     failures: Tensor
     num_samples: Tensor
     seconds: Tensor
@@ -40,11 +40,10 @@ class Outcome(Metric):
 
     def __init__(self) -> None:
         super().__init__()
-        self.set_dtype(torch.float64)
-        self.add_state("failures", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("num_samples", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("seconds", torch.zeros((), dtype=torch.float64), dist_reduce_fx="max")
-        self.add_state("text", [], dist_reduce_fx="cat")
+        self.add_float64_state("failures")
+        self.add_float64_state("num_samples")
+        self.add_float64_state("seconds", reduce="max")
+        self.add_float64_rows("text")
 
     def update(self, *, error: Exception | None, num_samples: int = 0, seconds: float = 0.0) -> None:
         """Report this process's part."""

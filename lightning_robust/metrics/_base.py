@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -12,19 +13,37 @@ from torchmetrics import Metric
 from lightning_robust.probe import Probe
 
 
-class ProbeMetric(Metric, ABC):
+class Float64Metric(Metric, ABC):
+    """A metric whose states are float64, whatever becomes of the module that holds it.
+
+    Sums then do not depend, beyond rounding that nobody sees, on how samples were spread over updates or processes.
+    """
+
+    full_state_update = False
+
+    def add_float64_state(self, name: str, *shape: int, reduce: Literal["sum", "max"] = "sum") -> None:
+        """Add a tensor of zeros that is summed over processes, or of which the largest counts."""
+        self.add_state(name, torch.zeros(shape, dtype=torch.float64), dist_reduce_fx=reduce)
+
+    def add_float64_rows(self, name: str) -> None:
+        """Add a list of one-dimensional tensors that is joined over processes."""
+        self.add_state(name, [], dist_reduce_fx="cat")
+
+    def sync(self, *args: Any, **kwargs: Any) -> None:
+        """Gather the states of all processes; one that has no rows yet sends none, in the same type as the others."""
+        for name, default in self._defaults.items():
+            if isinstance(default, list) and not getattr(self, name):
+                setattr(self, name, [torch.zeros(0, dtype=torch.float64, device=self.device)])
+        super().sync(*args, **kwargs)
+
+
+class ProbeMetric(Float64Metric, ABC):
     """A torchmetrics ``Metric`` of a network, updated with a :class:`~lightning_robust.Probe`.
 
-    States are sums or concatenations in float64, so that values do not depend on how the samples were spread over
-    updates or processes. ``compute()`` returns a flat dictionary of 0-d tensors; it is empty if no sample was seen.
+    ``compute()`` returns a flat dictionary of 0-d tensors, the most telling first; it is empty if no sample was seen.
     """
 
     is_differentiable = False
-    full_state_update = False
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.set_dtype(torch.float64)  # a process without samples sends empty states, which must be of the same dtype
 
     def update(self, probe: Probe) -> None:
         """Add the samples of ``probe``. A probe without samples is valid and adds nothing.
@@ -45,10 +64,6 @@ class ProbeMetric(Metric, ABC):
 
     @abstractmethod
     def compute(self) -> dict[str, Tensor]: ...
-
-    def add_sum(self, name: str, *shape: int) -> None:
-        """Add a state that is summed over updates and processes."""
-        self.add_state(name, torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
 
 
 def error_bar(key: str, mean: Tensor, stderr: Tensor) -> dict[str, Tensor]:

@@ -55,8 +55,8 @@ class AdversarialAccuracy(ProbeMetric):
         self.norm = check_norm(norm)
         self.steps = steps
         self.valid_range = valid_range
-        self.add_sum("correct", len(self.epsilons))
-        self.add_sum("num_samples")
+        self.add_float64_state("correct", len(self.epsilons))
+        self.add_float64_state("num_samples")
 
     def _add(self, probe: Probe) -> None:
         correct = []

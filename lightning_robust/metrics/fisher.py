@@ -45,8 +45,8 @@ class FisherSpectralNorm(ProbeMetric):
 
     def __init__(self) -> None:
         super().__init__()
-        self.add_state("rows", [], dist_reduce_fx="cat")  # flat: a process without samples knows no number of classes
-        self.add_state("num_classes", torch.zeros((), dtype=torch.float64), dist_reduce_fx="max")
+        self.add_float64_rows("rows")  # flat: a process without samples knows no number of classes
+        self.add_float64_state("num_classes", reduce="max")
 
     def _add(self, probe: Probe) -> None:
         linearization = probe.linearization

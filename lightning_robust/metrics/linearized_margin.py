@@ -53,9 +53,9 @@ class LinearizedAccuracy(ProbeMetric):
         super().__init__()
         self.epsilons = check_epsilons(epsilons)
         self.norm = check_norm(norm)
-        self.add_sum("robust", len(self.epsilons))
+        self.add_float64_state("robust", len(self.epsilons))
         for name in ("margin", "margin_square", "clipped", "clipped_square", "num_samples"):
-            self.add_sum(name)
+            self.add_float64_state(name)
 
     def _add(self, probe: Probe) -> None:
         linearization = probe.linearization

@@ -33,7 +33,7 @@ class Recording(ProbeMetric):
 
     def __init__(self) -> None:
         super().__init__()
-        self.add_sum("count")
+        self.add_float64_state("count")
         self.seen: list[list[tuple[Tensor, Tensor]]] = []
         self.fresh = True
 

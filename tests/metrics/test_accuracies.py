@@ -1,0 +1,79 @@
+import pytest
+import torch
+from torch import nn
+
+from lightning_robust import AdversarialAccuracy, LinearizedAccuracy, Probe
+from lightning_robust.functional import linearized_margin, linearized_margin_linf
+from tests.helpers.networks import build
+
+
+def test_linearized_accuracy_counts_margins_above_epsilon() -> None:
+    model, inputs, targets = build("resnet", num_samples=25)
+    probe = Probe(model, inputs, targets)
+    linearization = probe.linearization
+    margins = {
+        "linf": linearized_margin_linf(linearization.logits, linearization.gap_l1, targets),
+        "l2": linearized_margin(linearization.logits, linearization.gram, targets),
+    }
+    for norm, values in margins.items():
+        epsilons = [0.0, float(values.quantile(0.6)), float(values.max()) * 1.01]
+        metric = LinearizedAccuracy(epsilons, norm)
+        metric.update(probe)
+        computed = metric.compute()
+        for epsilon in epsilons:
+            share = (values > epsilon).double().mean()
+            key = f"linearized_accuracy_{norm}_{epsilon:.4g}"
+            assert float(computed[key]) == pytest.approx(float(share))
+            variance = share * (1 - share) / 24
+            assert float(computed[f"{key}_stderr"]) == pytest.approx(float(variance.sqrt()))
+        clipped = values.clamp_max(2 * epsilons[-1])
+        assert float(computed[f"linearized_margin_{norm}"]) == pytest.approx(float(values.mean()))
+        assert float(computed[f"linearized_margin_{norm}_clipped"]) == pytest.approx(float(clipped.mean()))
+        assert float(computed[f"linearized_margin_{norm}_stderr"]) == pytest.approx(float(values.std() / 5))
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_prediction_and_attack_agree_exactly_on_a_linear_network(norm: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(2, 8, generator=generator)
+    inputs = torch.randn(300, 8, generator=generator)
+    model = nn.Linear(8, 2)
+    model.weight.data, model.bias.data = weight, torch.zeros(2)
+    probe = Probe(model, inputs, (inputs @ weight.T).argmax(dim=1))
+    epsilons = [0.05, 0.2, 0.5]
+    predicted, attacked = LinearizedAccuracy(epsilons, norm), AdversarialAccuracy(epsilons, norm, steps=20)
+    for metric in (predicted, attacked):
+        metric.update(probe)
+    for epsilon in epsilons:
+        value = float(predicted.compute()[f"linearized_accuracy_{norm}_{epsilon}"])
+        assert 0.05 < value < 0.99
+        assert value == pytest.approx(float(attacked.compute()[f"adversarial_accuracy_{norm}_{epsilon}"]), abs=1e-6)
+
+
+def test_the_attack_is_the_same_at_every_measurement() -> None:
+    values = []
+    for _ in range(2):
+        metric = AdversarialAccuracy([0.1], steps=4)
+        metric.update(Probe(*build("cnn_batchnorm", num_samples=30)))
+        values.append(metric.compute())
+    assert values[0] == values[1]
+
+
+@pytest.mark.parametrize("cls", [LinearizedAccuracy, AdversarialAccuracy])
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"epsilons": [-0.1]}, r"`epsilons` to hold at least one number ≥ 0, but got \[-0.1\]"),
+        ({"epsilons": []}, r"`epsilons` .* but got \[\]"),
+        ({"epsilons": [float("nan")]}, r"`epsilons` .* but got \[nan\]"),
+        ({"norm": "l1"}, r"`norm` to be one of \('linf', 'l2'\), but got 'l1'"),
+    ],
+)
+def test_bad_arguments_are_named(cls: type, options: dict, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        cls(**options)
+
+
+def test_an_attack_without_steps_is_refused() -> None:
+    with pytest.raises(ValueError, match="`steps` to be a positive integer, but got 0"):
+        AdversarialAccuracy(steps=0)

@@ -1,0 +1,155 @@
+"""What every metric must do, on one process and on several."""
+
+import copy
+import pickle
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_robust import AdversarialAccuracy, FisherSpectralNorm, LinearizedAccuracy, Probe
+from lightning_robust.metrics import METRICS, ProbeMetric
+from tests.helpers import processes
+from tests.helpers.networks import build
+
+FACTORIES: dict[str, Callable[[], ProbeMetric]] = {
+    "fisher": FisherSpectralNorm,
+    "linearized_linf": LinearizedAccuracy,
+    "linearized_l2": lambda: LinearizedAccuracy([0.05, 0.2], "l2"),
+    "adversarial": lambda: AdversarialAccuracy([0.02, 0.1], steps=3),
+}
+SHARDS = {"even": [10, 10, 10], "uneven": [17, 2, 11], "with an empty one": [12, 0, 18]}
+every_metric = pytest.mark.parametrize("name", FACTORIES)
+
+
+def probes(sizes: list[int]) -> list[Probe]:
+    model, inputs, targets = build("cnn_batchnorm", num_samples=sum(sizes))
+    return [Probe(model, x, y) for x, y in zip(inputs.split(sizes), targets.split(sizes), strict=True)]
+
+
+def measured(name: str, sizes: list[int]) -> dict[str, Tensor]:
+    metric = FACTORIES[name]()
+    for probe in probes(sizes):
+        metric.update(probe)
+    return metric.compute()
+
+
+def measured_by_process(rank: int, sizes: list[int]) -> dict[str, dict[str, Tensor]]:
+    processes.join_group()
+    values = {}
+    for name, factory in FACTORIES.items():
+        metric = factory().to("cpu")  # `to` makes torchmetrics forget the type of states
+        if sizes[rank]:  # a process without samples may not even know of the update
+            metric.update(probes(sizes)[rank])
+        values[name] = metric.compute()
+    return values
+
+
+@every_metric
+def test_values_are_finite_scalars_with_bands_around_the_mean(name: str) -> None:
+    values = measured(name, [30])
+    assert values
+    for key, value in values.items():
+        assert value.shape == ()
+        assert value.isfinite(), key
+        if f"{key}_stderr" in values:
+            torch.testing.assert_close(values[f"{key}_upper"] - value, 2 * values[f"{key}_stderr"])
+            torch.testing.assert_close(value - values[f"{key}_lower"], 2 * values[f"{key}_stderr"])
+
+
+@every_metric
+@pytest.mark.parametrize("sizes", [[30], [1] * 30, *SHARDS.values()], ids=str)
+def test_values_do_not_depend_on_how_samples_are_batched(name: str, sizes: list[int]) -> None:
+    expected = measured(name, [30])
+    for key, value in measured(name, sizes).items():
+        torch.testing.assert_close(value, expected[key], rtol=1e-5, atol=1e-7, msg=lambda m, key=key: f"{key}: {m}")
+
+
+@pytest.mark.ddp
+@pytest.mark.filterwarnings("ignore:The ``compute`` method of metric")
+@pytest.mark.parametrize("shards", SHARDS)
+def test_processes_give_the_value_of_one(shards: str) -> None:
+    results = processes.run(measured_by_process, 3, SHARDS[shards])
+    for name in FACTORIES:
+        expected = measured(name, SHARDS[shards])
+        for result in results:
+            assert result[name].keys() == expected.keys()
+            for key, value in result[name].items():
+                torch.testing.assert_close(value, expected[key], rtol=1e-6, atol=1e-9)
+                assert torch.equal(value, results[0][name][key])
+
+
+@every_metric
+def test_a_metric_without_samples_has_no_values(name: str) -> None:
+    metric = FACTORIES[name]()
+    metric.update(Probe(torch.nn.Identity(), torch.empty(0), torch.empty(0, dtype=torch.long)))
+    assert metric.compute() == {}
+
+
+@every_metric
+def test_one_sample_has_values_without_error_bars(name: str) -> None:
+    values = measured(name, [1])
+    assert values
+    assert not any(key.endswith("_stderr") for key in values)
+
+
+@every_metric
+def test_reset_forgets(name: str) -> None:
+    metric = FACTORIES[name]()
+    first, second = probes([20, 10])
+    metric.update(first)
+    metric.reset()
+    metric.update(second)
+    fresh = FACTORIES[name]()
+    fresh.update(second)
+    assert metric.compute() == fresh.compute()
+
+
+@every_metric
+def test_a_metric_begun_under_inference_mode_goes_on_outside(name: str) -> None:
+    metric = FACTORIES[name]()
+    first, second = probes([20, 10])
+    with torch.inference_mode():
+        metric.reset()
+        metric.update(first)
+    with torch.no_grad():
+        metric.update(second)
+    values, expected = metric.compute(), measured(name, [20, 10])
+    assert all(torch.equal(values[key], expected[key]) for key in expected)
+
+
+@every_metric
+def test_clones_and_pickles_go_on_by_themselves(name: str) -> None:
+    metric = FACTORIES[name]()
+    first, second = probes([20, 10])
+    metric.update(first)
+    for twin in (metric.clone(), copy.deepcopy(metric), pickle.loads(pickle.dumps(metric))):
+        twin.update(second)
+        values, expected = twin.compute(), measured(name, [20, 10])
+        assert all(torch.equal(values[key], expected[key]) for key in expected)
+    assert metric.compute().keys() == expected.keys()
+    alone = FACTORIES[name]()
+    alone.update(first)
+    assert metric.compute() == alone.compute()
+
+
+@every_metric
+def test_conversions_of_a_module_leave_states_in_float64(name: str) -> None:
+    metric = FACTORIES[name]().half().float()
+    assert all(value.dtype == torch.float64 for value in metric.metric_state.values() if isinstance(value, Tensor))
+
+
+@every_metric
+def test_what_is_not_a_probe_is_refused(name: str) -> None:
+    with pytest.raises(TypeError, match=r"update to be given a Probe\(model, inputs, targets\), but got Tensor"):
+        FACTORIES[name]().update(torch.ones(3))  # type: ignore[arg-type]
+
+
+@every_metric
+def test_direction_is_stated(name: str) -> None:
+    assert FACTORIES[name]().higher_is_better is (name != "fisher")
+
+
+def test_every_metric_has_a_name() -> None:
+    assert {type(FACTORIES[name]()) for name in FACTORIES} == set(METRICS.values())
