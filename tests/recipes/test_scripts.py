@@ -1,0 +1,52 @@
+"""The scripts run, and show what they say they show."""
+
+import sys
+
+import pytest
+import torch
+
+from recipes import benchmark_linearize, standard_vs_adversarial
+from recipes.digits import DigitsDataModule
+
+
+@pytest.mark.slow
+def test_the_monitor_tells_robust_from_accurate_and_predicts_the_attack() -> None:
+    standard, adversarial = (
+        standard_vs_adversarial.measure(standard_vs_adversarial.train(epsilon, epochs=8, seed=1), num_samples=500)
+        for epsilon in (0.0, 0.1)
+    )
+    assert abs(standard["linearized_accuracy_linf_0"] - adversarial["linearized_accuracy_linf_0"]) < 0.02
+    for key in ("fim_spectral_norm", "fim_spectral_norm_calibrated"):
+        assert adversarial[f"{key}_upper"] < standard[f"{key}_lower"], key
+    for epsilon in standard_vs_adversarial.EPSILONS:
+        predicted = f"linearized_accuracy_linf_{epsilon:.4g}"
+        assert adversarial[predicted] > standard[predicted]
+        for values in (standard, adversarial):
+            assert abs(values[predicted] - values[f"adversarial_accuracy_linf_{epsilon:.4g}"]) <= 0.06
+    assert standard_vs_adversarial.table(standard, adversarial).count("±") == 18
+
+
+def test_the_benchmark_prints_a_ratio(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(sys, "argv", ["benchmark", "--depth", "8", "--batch-size", "3", "--rounds", "2"])
+    benchmark_linearize.main()
+    torch.set_num_threads(threads)
+    assert "ratio: median " in capsys.readouterr().out
+
+
+def test_digits_are_split_the_same_way_for_any_number_of_training_images() -> None:
+    few, all_of_them = DigitsDataModule(num_train=50), DigitsDataModule()
+    for data in (few, all_of_them):
+        data.setup("fit")
+    assert (len(few.train_set), len(all_of_them.train_set), len(few.val_set)) == (50, 1297, 500)
+    assert torch.equal(few.val_set.tensors[0], all_of_them.val_set.tensors[0])
+    assert torch.equal(few.train_set.tensors[0], all_of_them.train_set.tensors[0][:50])
+    images, labels = all_of_them.val_set.tensors
+    assert images.shape == (500, 1, 8, 8)
+    assert (float(images.min()), float(images.max())) == (0, 1)
+    assert torch.bincount(labels).min() > 35
+
+
+def test_a_wrong_number_of_training_images_is_named() -> None:
+    with pytest.raises(ValueError, match="`num_train` to lie between 1 and 1297, but got 0"):
+        DigitsDataModule(num_train=0)

@@ -1,0 +1,105 @@
+"""The configuration files are documents that run."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_robust import AdversarialAccuracy, LinearizedAccuracy, RobustnessMonitor
+from recipes.train import main
+
+ROOT = Path(__file__).parents[2]
+DIGITS = ROOT / "configs" / "digits.yaml"
+LAUNCHES = {
+    "digits.yaml": [DIGITS],
+    "digits_adversarial.yaml": [DIGITS, ROOT / "configs" / "digits_adversarial.yaml"],
+}
+
+
+@pytest.fixture(autouse=True)
+def _no_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """LightningCLI would see the arguments of pytest beside those of the test."""
+    monkeypatch.setattr(sys, "argv", ["train"])
+    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # of what LightningCLI 2.6 calls
+
+
+def launch(tmp_path: Path, *args: str, configs: list[Path]) -> Any:
+    options = ["--trainer.logger.init_args.save_dir", str(tmp_path), "--trainer.max_epochs", "1", *args]
+    return main(["fit", *(part for config in configs for part in ("--config", str(config))), *options])
+
+
+def monitor_of(cli: Any) -> RobustnessMonitor:
+    (monitor,) = (callback for callback in cli.trainer.callbacks if isinstance(callback, RobustnessMonitor))
+    return monitor
+
+
+def test_every_configuration_file_is_launched_here() -> None:
+    assert {path.name for path in (ROOT / "configs").iterdir()} == LAUNCHES.keys()
+
+
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_configuration_files_run_and_name_their_launch_command(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cli = launch(tmp_path, configs=LAUNCHES[name])
+    assert cli.trainer.callback_metrics["robust/num_samples"] == 256
+    (command,) = (line for line in (ROOT / "configs" / name).read_text().splitlines() if line.startswith("# Launch:"))
+    configs = " ".join(f"--config configs/{config.name}" for config in LAUNCHES[name])
+    assert command.removeprefix("# Launch:").strip() == f"python -m recipes.train fit {configs}"
+    heading, row = (line for line in capsys.readouterr().out.splitlines() if line.startswith(("epoch", "    0")))
+    assert "clean accuracy" in heading
+    assert row.count("±") == 4
+    assert "–" not in row
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+def test_the_saved_configuration_validates_the_checkpoint_to_the_logged_values(tmp_path: Path) -> None:
+    cli = launch(tmp_path, configs=[DIGITS])
+    folder = Path(cli.trainer.log_dir)
+    logged = {key: float(value) for key, value in cli.trainer.callback_metrics.items() if key != "train_loss"}
+    again = main(
+        ["validate", "--config", str(folder / "config.yaml"), "--ckpt_path", str(folder / "checkpoints" / "last.ckpt")]
+    )
+    values = {key: float(value) for key, value in again.trainer.callback_metrics.items()}
+    assert values.keys() == logged.keys()
+    del values["robust/seconds"], logged["robust/seconds"]
+    assert values == pytest.approx(logged, rel=1e-6)
+
+
+def overlay(tmp_path: Path, *lines: str) -> Path:
+    path = tmp_path / "overlay.yaml"
+    head = ["trainer:", "  callbacks:", "  - class_path: lightning_robust.RobustnessMonitor", "    init_args:"]
+    path.write_text("\n".join([*head, *(f"      {line}" for line in lines)]))
+    return path
+
+
+def test_metrics_by_name_and_by_class(tmp_path: Path) -> None:
+    lines = [
+        "metrics:",
+        "- linearized_accuracy",
+        "- class_path: lightning_robust.AdversarialAccuracy",
+        "  init_args: {epsilons: [0.1], steps: 2, valid_range: [0, 1]}",
+        "input_std: [1.0]",
+        "max_samples: 20",
+    ]
+    cli = launch(tmp_path, configs=[DIGITS, overlay(tmp_path, *lines)])
+    linearized, adversarial = monitor_of(cli).metrics
+    assert isinstance(linearized, LinearizedAccuracy)
+    assert isinstance(adversarial, AdversarialAccuracy)
+    assert (adversarial.epsilons, adversarial.steps, adversarial.valid_range) == ((0.1,), 2, (0, 1))
+    assert cli.trainer.callback_metrics["robust/num_samples"] == 20
+
+
+def test_an_unknown_metric_name_is_answered_with_the_known_ones(tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"names among \['adversarial_accuracy'.*'linearized_accuracy'\], but got 'wci'"
+    ):
+        launch(tmp_path, configs=[DIGITS, overlay(tmp_path, "metrics: [wci]")])
+
+
+def test_the_same_configuration_gives_the_same_run(tmp_path: Path) -> None:
+    first, second = (launch(tmp_path, configs=LAUNCHES["digits_adversarial.yaml"]) for _ in range(2))
+    for a, b in zip(first.model.state_dict().values(), second.model.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
