@@ -1,29 +1,34 @@
 """The scripts run, and show what they say they show."""
 
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from recipes import benchmark_linearize, standard_vs_adversarial
+from recipes import benchmark_linearize
+from recipes import standard_vs_adversarial as recipe
 from recipes.digits import DigitsDataModule
 
 
 @pytest.mark.slow
-def test_the_monitor_tells_robust_from_accurate_and_predicts_the_attack() -> None:
-    standard, adversarial = (
-        standard_vs_adversarial.measure(standard_vs_adversarial.train(epsilon, epochs=8, seed=1), num_samples=500)
-        for epsilon in (0.0, 0.1)
-    )
+def test_the_monitor_tells_robust_from_accurate_and_predicts_the_attack(tmp_path: Path) -> None:
+    probes = {
+        name: recipe.validation_probe(recipe.train(epsilon, epochs=8, seed=1), num_samples=500)
+        for name, epsilon in (("standard", 0.0), ("adversarial", 0.1))
+    }
+    standard, adversarial = map(recipe.measure, probes.values())
     assert abs(standard["linearized_accuracy_linf_0"] - adversarial["linearized_accuracy_linf_0"]) < 0.02
     for key in ("fim_spectral_norm", "fim_spectral_norm_calibrated"):
         assert adversarial[f"{key}_upper"] < standard[f"{key}_lower"], key
-    for epsilon in standard_vs_adversarial.EPSILONS:
+    for epsilon in recipe.EPSILONS:
         predicted = f"linearized_accuracy_linf_{epsilon:.4g}"
         assert adversarial[predicted] > standard[predicted]
         for values in (standard, adversarial):
             assert abs(values[predicted] - values[f"adversarial_accuracy_linf_{epsilon:.4g}"]) <= 0.06
-    assert standard_vs_adversarial.table(standard, adversarial).count("±") == 18
+    assert recipe.table(standard, adversarial).count("±") == 18
+    recipe.draw(probes, str(tmp_path / "curves.png"))
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_benchmark_prints_a_ratio(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
