@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -15,15 +13,13 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import CombinedLoader, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.seed import isolate_rng
-from torch import Tensor
 
 from lightning_robust.callbacks._arguments import as_metrics, check_constant, check_integer
 from lightning_robust.callbacks.batches import default_probe
-from lightning_robust.callbacks.outcome import Outcome, Verdict
+from lightning_robust.callbacks.measurement import Measurement, Values
+from lightning_robust.callbacks.outcome import Verdict
 from lightning_robust.callbacks.sample_selection import LoaderShare, SampleCollector
 from lightning_robust.dashboard.tensorboard_layout import write_layout
-from lightning_robust.functional._grad_mode import differentiable
 from lightning_robust.metrics import ProbeMetric
 from lightning_robust.probe import Probe, find_flaws
 
@@ -126,14 +122,7 @@ class RobustnessMonitor(Callback):
         self._unexamined = True
         self._logged: list[str] = []  # keys of the last measurement
         self._laid_out: set[str] = set()  # directories that have a layout
-        self._clear()
-
-    def _clear(self) -> None:
-        """Forget the measurement in progress, if any."""
-        self._measuring = False
-        self._collector: SampleCollector | None = None
-        self._error: Exception | None = None
-        self._seconds = 0.0
+        self._measurement: Measurement | None = None  # in progress
 
     # ---- state -------------------------------------------------------------------------------------------------------
 
@@ -204,14 +193,10 @@ class RobustnessMonitor(Callback):
         """Lay out TensorBoard's Custom Scalars page, once."""
         self._lay_out(trainer)
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Let go of the samples of a measurement that will not be finished."""
-        self._clear()
-
     # ---- one measurement ---------------------------------------------------------------------------------------------
 
     def _begin(self, trainer: Trainer) -> None:
-        self._clear()
+        self._measurement = None
         if trainer.sanity_checking or trainer.barebones or not self._is_due(trainer):
             return
         loaders = CombinedLoader(trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders).flattened
@@ -221,28 +206,30 @@ class RobustnessMonitor(Callback):
                 f" {len(loaders)} loaders, so nothing is measured."
             )
             return
-        self._measuring = True
-        with self._catching():
-            num_batches = trainer.num_test_batches if trainer.testing else trainer.num_val_batches
-            share = LoaderShare.of(
-                loaders[self.dataloader_idx],
-                num_batches=num_batches[self.dataloader_idx] if isinstance(num_batches, list) else num_batches,
+        measurement = Measurement(self.metrics, on_error=self.on_error)
+        measurement.attempt(lambda: self._choose(trainer, loaders[self.dataloader_idx], measurement))
+        self._measurement = measurement
+
+    def _choose(self, trainer: Trainer, loader: Iterable[object], measurement: Measurement) -> None:
+        """Choose the samples of this loader that will be measured."""
+        num_batches = trainer.num_test_batches if trainer.testing else trainer.num_val_batches
+        limit = num_batches[self.dataloader_idx] if isinstance(num_batches, list) else num_batches
+        share = LoaderShare.of(loader, num_batches=limit)
+        measurement.collector = SampleCollector(
+            share, max_samples=self.max_samples, num_processes=trainer.world_size, seed=self.seed
+        )
+        if share.size is None:
+            self._say_once(
+                "RobustnessMonitor cannot tell beforehand how many samples the validation loader holds, so it measures"
+                f" a uniformly random subset of {self.max_samples} (reservoir sampling): the same one at every"
+                " measurement only as long as the loader yields the same samples in the same order. A loader with a"
+                " length is safer."
             )
-            self._collector = SampleCollector(
-                share, max_samples=self.max_samples, num_processes=trainer.world_size, seed=self.seed
+        if share.shuffled:
+            self._say_once(
+                "The validation loader shuffles, so RobustnessMonitor measures other samples at every measurement, and"
+                " its curves carry the noise of that. Pass `shuffle=False` to the validation DataLoader."
             )
-            if share.size is None:
-                self._say_once(
-                    "RobustnessMonitor cannot tell beforehand how many samples the validation loader holds, so it"
-                    f" measures a uniformly random subset of {self.max_samples} (reservoir sampling): the same one at"
-                    " every measurement only as long as the loader yields the same samples in the same order. A loader"
-                    " with a length is safer."
-                )
-            if share.shuffled:
-                self._say_once(
-                    "The validation loader shuffles, so RobustnessMonitor measures other samples at every measurement,"
-                    " and its curves carry the noise of that. Pass `shuffle=False` to the validation DataLoader."
-                )
 
     def _is_due(self, trainer: Trainer) -> bool:
         if trainer.state.fn != TrainerFn.FITTING:
@@ -251,12 +238,14 @@ class RobustnessMonitor(Callback):
         return last is None or epoch <= last or epoch - last >= self.every_n_epochs
 
     def _collect(self, pl_module: LightningModule, batch: object, dataloader_idx: int) -> None:
-        if self._collector is None or self._error is not None or dataloader_idx != self.dataloader_idx:
-            return
-        start = time.perf_counter()
-        with self._catching(), isolate_rng():
-            self._collector.add(self._probe(pl_module, batch))
-        self._seconds += time.perf_counter() - start
+        measurement = self._measurement
+        if measurement is not None and dataloader_idx == self.dataloader_idx:
+
+            def add() -> None:
+                assert measurement.collector is not None
+                measurement.collector.add(self._probe(pl_module, batch))
+
+            measurement.attempt(add)
 
     def _probe(self, pl_module: LightningModule, batch: object) -> Probe:
         make: Callable[[LightningModule, Any], Probe] = self.probe_fn or default_probe
@@ -276,54 +265,28 @@ class RobustnessMonitor(Callback):
         )
 
     def _finish(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure, agree with the other processes on how it went, and log: the same collectives on every process."""
-        if not self._measuring:
+        """Measure and log: the same collectives on every process."""
+        measurement, self._measurement = self._measurement, None
+        if measurement is None:
             return
         if trainer.state.fn == TrainerFn.FITTING:
             self._last_epoch = trainer.current_epoch
         # Metal has no float64, in which the states are kept; nor does it run several processes
         device = torch.device("cpu") if pl_module.device.type == "mps" else pl_module.device
-        start = time.perf_counter()
-        with self._catching():
-            if self._collector is not None and self._error is None:
-                self._measure(pl_module, self._collector, device)
-        self._seconds += time.perf_counter() - start
-
-        collected = 0 if self._collector is None else len(self._collector)
-        verdict = self._agree(device, num_samples=collected, seconds=self._seconds)
+        measurement.attempt(lambda: measurement.update(pl_module, device, examine=self._examine))
+        verdict, values = measurement.conclude(device)
         if verdict.sound:
-            values = self._compute()
-            computed = self._agree(device, num_samples=collected)
-            if computed.sound:
-                self._log(trainer, pl_module, values, verdict)
-            else:
-                verdict = computed
-        if not verdict.sound:
+            self._log(trainer, pl_module, values, verdict)
+        else:
             self._warn(
                 f"RobustnessMonitor skipped the measurement in epoch {trainer.current_epoch}: {verdict.cause} The run"
                 " goes on; pass `on_error='raise'` to stop with a traceback instead."
             )
-        for metric in self.metrics:
-            metric.reset()
-        self._clear()
-
-    def _measure(self, pl_module: LightningModule, collector: SampleCollector, device: torch.device) -> None:
-        for metric in self.metrics:
-            metric.to(device)
-        with isolate_rng(), differentiable(pl_module):
-            for probe in collector.probes():
-                self._examine(probe)
-                for metric in self.metrics:
-                    metric.update(probe)
-            if not len(collector):  # torchmetrics complains about a metric that is computed without an update
-                for metric in self.metrics:
-                    metric.update(Probe(pl_module, torch.empty(0), torch.empty(0, dtype=torch.long)))
 
     def _examine(self, probe: Probe) -> None:
         """Once in a run, say what makes the numbers mean something else than they seem to."""
         if not self._unexamined:
             return
-        self._unexamined = False
         for flaw in find_flaws(probe):
             self._say_once(flaw)
         low, high = float(probe.inputs.min()), float(probe.inputs.max())
@@ -333,26 +296,9 @@ class RobustnessMonitor(Callback):
                 " Fisher information are in units of the inputs as the network receives them. If they are normalised"
                 " images, pass the standard deviation of each channel as `input_std`: then ε is in units of pixels."
             )
+        self._unexamined = False
 
-    def _agree(self, device: torch.device, *, num_samples: int = 0, seconds: float = 0.0) -> Verdict:
-        outcome = Outcome().to(device)
-        outcome.update(error=self._error, num_samples=num_samples, seconds=seconds)
-        verdict: Verdict = outcome.compute()
-        return verdict
-
-    def _compute(self) -> list[dict[str, Tensor]]:
-        values: list[dict[str, Tensor]] = []
-        for metric in self.metrics:
-            with self._catching():
-                computed = metric.compute()
-                if twice := {key for earlier in values for key in earlier}.intersection(computed):
-                    raise ValueError(f"Expected each metric to log its own keys, but two log {sorted(twice)}.")
-                values.append(computed)
-        return values
-
-    def _log(
-        self, trainer: Trainer, pl_module: LightningModule, values: list[dict[str, Tensor]], verdict: Verdict
-    ) -> None:
+    def _log(self, trainer: Trainer, pl_module: LightningModule, values: Values, verdict: Verdict) -> None:
         headlines = [next(iter(computed)) for computed in values]
         flat = {key: float(value) for computed in values for key, value in computed.items()}
         flat |= {"num_samples": float(verdict.num_samples), "seconds": verdict.seconds}
@@ -387,16 +333,6 @@ class RobustnessMonitor(Callback):
             if isinstance(logger, TensorBoardLogger) and logger.log_dir not in self._laid_out:
                 self._laid_out.add(logger.log_dir)
                 write_layout(logger, keys)
-
-    @contextmanager
-    def _catching(self) -> Iterator[None]:
-        """Keep an exception for the processes to agree on, unless the user wants to see it."""
-        try:
-            yield
-        except Exception as error:
-            if self.on_error == "raise":
-                raise
-            self._error = error
 
     def _say_once(self, message: str) -> None:
         if message not in self._said:

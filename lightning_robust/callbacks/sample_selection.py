@@ -83,16 +83,18 @@ class LoaderShare:
     """What one of several processes sees of a validation loader.
 
     Attributes:
-        size: Number of samples over all processes, or None if it is not known beforehand.
+        size: Number of samples, or None if it is not known beforehand.
         first: Position, among the samples of all processes, of this one's first.
         stride: Distance between the positions of two successive samples of this process.
         shuffled: Whether the order of the samples changes from one pass to the next.
+        distributed: Whether positions and size are those of all processes together. If not, they are this one's.
     """
 
     size: int | None
     first: int = 0
     stride: int = 1
     shuffled: bool = False
+    distributed: bool = False
 
     @classmethod
     def of(cls, loader: Iterable[object], *, num_batches: float) -> LoaderShare:
@@ -101,17 +103,17 @@ class LoaderShare:
             return cls(size=None)
         sampler = getattr(loader.batch_sampler, "sampler", loader.sampler)
         batch_size = getattr(loader.batch_sampler, "batch_size", loader.batch_size)
+        samples: object = sampler
+        first, stride, shuffled, distributed = 0, 1, isinstance(sampler, _SHUFFLING), False
         if isinstance(sampler, DistributedSampler):
-            samples: object = sampler.dataset
-            first, stride, shuffled = sampler.rank, sampler.num_replicas, sampler.shuffle
-        else:
-            samples, first, stride, shuffled = sampler, 0, 1, isinstance(sampler, _SHUFFLING)
+            samples = sampler.dataset
+            first, stride, shuffled, distributed = sampler.rank, sampler.num_replicas, sampler.shuffle, True
         if not isinstance(samples, Sized) or not isinstance(batch_size, int):
             return cls(size=None, shuffled=shuffled)
         size = len(samples)
         if num_batches != float("inf"):
             size = min(size, int(num_batches) * batch_size * stride)
-        return cls(size=size, first=first, stride=stride, shuffled=shuffled)
+        return cls(size, first, stride, shuffled, distributed)
 
     def position(self, index: int) -> int:
         """Position, among the samples of all processes, of this process's sample number ``index``.
@@ -127,17 +129,19 @@ class SampleCollector:
     Args:
         share: What this process sees of the loader.
         max_samples: How many samples are wanted over all processes.
-        num_processes: Number of processes, among which an unknown length is shared out evenly.
+        num_processes: Number of processes, among which the samples are shared out evenly where no distributed sampler
+            does it.
         seed: Chooses the samples.
     """
 
     def __init__(self, share: LoaderShare, *, max_samples: int, num_processes: int, seed: int) -> None:
         self._share = share
+        count = max_samples if share.distributed else -(-max_samples // num_processes)
         self._selection: Selection
         if share.size is None:
-            self._selection = ReservoirSelection(-(-max_samples // num_processes), seed=seed)
+            self._selection = ReservoirSelection(count, seed=seed)
         else:
-            self._selection = StratifiedSelection(share.size, max_samples, seed=seed)
+            self._selection = StratifiedSelection(share.size, count, seed=seed)
         self._seen = 0
         self._largest_batch = 1
         self._rows: dict[int, Probe] = {}  # single samples, by position
