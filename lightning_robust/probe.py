@@ -48,6 +48,8 @@ class Probe:
             raise TypeError(
                 f"Expected argument `inputs` to be a tensor (N, ...), but got {type(self.inputs).__name__}."
             )
+        if self.inputs.ndim == 0:
+            raise ValueError("Expected argument `inputs` to be a tensor (N, ...), but got a single number.")
         check_targets(self.targets, num_samples=len(self.inputs))
 
     def __len__(self) -> int:
@@ -83,11 +85,13 @@ def merge(probes: Iterable[Probe], *, max_samples: int) -> Iterator[Probe]:
 
 
 def find_flaws(probe: Probe) -> list[str]:
-    """Check, by three forward passes on a few samples, what a model must keep to for its numbers to mean anything.
+    """Check, on a few samples, what a model must keep to for its numbers to mean anything.
+
+    Costs three forward passes and a linearisation of two samples.
 
     Returns:
         One sentence for each flaw: outputs that are probabilities, outputs that are random, samples that influence each
-        other's outputs.
+        other's outputs, outputs from which no gradient leads back to the inputs.
     """
     check_inputs(probe.inputs)
     x = full_precision(probe.inputs[:8])
@@ -104,15 +108,21 @@ def find_flaws(probe: Probe) -> list[str]:
             "The model returns other outputs when it is called twice on the same inputs, even in eval mode, so its"
             " numbers are noise in part. Is a dropout applied with `training=True`?"
         )
-    elif len(x) > 1:
-        disturbed = x.clone()
-        disturbed[0] = 2 * x[0] + 1
-        if (probe.logits(disturbed) - logits)[1:].abs().max() > tolerance:
-            flaws.append(
-                "The model mixes the samples of a batch (changing one sample changed the outputs of others), so there"
-                " is no robustness of a single sample, and the numbers depend on the batch. Is a normalisation"
-                " computed over the batch?"
-            )
+        return flaws
+    disturbed = x.clone()
+    disturbed[0] += 1 + x[0].abs()
+    moves = (probe.logits(disturbed) - logits).abs().amax(dim=1) > tolerance
+    if moves[1:].any():
+        flaws.append(
+            "The model mixes the samples of a batch (changing one sample changed the outputs of others), so there"
+            " is no robustness of a single sample, and the numbers depend on the batch. Is a normalisation"
+            " computed over the batch?"
+        )
+    elif moves[0] and not linearize(probe.model, x[:2]).gram.any():
+        flaws.append(
+            "The model's outputs change with its inputs, but no gradient leads back to them, so every number would"
+            " claim perfect robustness. Does its forward pass use `torch.no_grad()`, `detach()` or rounding?"
+        )
     return flaws
 
 

@@ -57,6 +57,8 @@ def check_logits(logits: object, *, num_samples: int) -> None:
     """Raise unless ``logits`` is a finite tensor ``(num_samples, C)`` with C ≥ 2."""
     expected = f"Expected the model to return logits of shape ({num_samples}, C) with C ≥ 2 classes"
     remedy = "Wrap the model so that it does (in a callback, through `probe_fn`)."
+    if num_samples == 0:
+        raise ValueError("Expected at least one sample, but got none.")
     if not isinstance(logits, Tensor):
         raise TypeError(f"{expected}, but it returned {type(logits).__name__}. {remedy}")
     if logits.ndim != 2 or len(logits) != num_samples:
@@ -69,11 +71,12 @@ def check_logits(logits: object, *, num_samples: int) -> None:
     check_finite(logits, "logits")
 
 
-def check_targets(targets: Tensor, *, num_samples: int, num_classes: int | None = None) -> None:
-    """Raise unless ``targets`` are ``num_samples`` class indices, below ``num_classes`` where that is given."""
+def check_targets(targets: Tensor, *, num_samples: int, num_classes: int | None = None) -> Tensor:
+    """Return ``targets`` in int64; raise unless they are ``num_samples`` classes, below ``num_classes`` if given."""
     if not isinstance(targets, Tensor):
         raise TypeError(f"Expected argument `targets` to be a tensor (N,), but got {type(targets).__name__}.")
-    if targets.is_floating_point() or targets.is_complex() or targets.shape != (num_samples,):
+    integer = not (targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool)
+    if not integer or targets.shape != (num_samples,):
         raise ValueError(
             f"Expected argument `targets` to hold one class index per sample, an integer tensor of shape"
             f" ({num_samples},), but got {targets.dtype} of shape {tuple(targets.shape)}."
@@ -83,6 +86,13 @@ def check_targets(targets: Tensor, *, num_samples: int, num_classes: int | None 
             f"Expected argument `targets` to lie between 0 and {num_classes - 1}, one of the {num_classes} classes of"
             f" the logits, but got values from {int(targets.min())} to {int(targets.max())}."
         )
+    return full_precision(targets).long()
+
+
+def check_positive_integer(name: str, value: int) -> None:
+    """Raise unless ``value`` is an integer of at least 1."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"Expected argument `{name}` to be a positive integer, but got {value!r}.")
 
 
 def check_finite(values: Tensor, what: str) -> None:

@@ -19,6 +19,7 @@ Cost: a few microseconds per parameter tensor, plus one copy of the buffers.
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -43,8 +44,8 @@ def differentiable(*callables: Callable[..., object]) -> Iterator[None]:
     """Switch derivatives on and shield every module among ``callables`` from them (see the module's docstring).
 
     Args:
-        callables: Modules, bound methods of modules, or plain functions. Functions are not looked into: networks they
-            close over should be named beside them.
+        callables: Modules, bound methods of modules, partial applications of either, or plain functions. Functions are
+            not looked into: networks that they close over must be named beside them, or keep their modes.
     """
     modules = _modules(callables)
     with ExitStack() as stack:
@@ -63,9 +64,14 @@ def differentiable(*callables: Callable[..., object]) -> Iterator[None]:
 
 
 def _modules(callables: tuple[Callable[..., object], ...]) -> list[nn.Module]:
-    owners = (getattr(candidate, "__self__", candidate) for candidate in callables)
-    found = {id(module): module for owner in owners if isinstance(owner, nn.Module) for module in owner.modules()}
-    return list(found.values())
+    owners = [owner for owner in map(_owner, callables) if isinstance(owner, nn.Module)]
+    return list({id(module): module for owner in owners for module in owner.modules()}.values())
+
+
+def _owner(function: object) -> object:
+    while isinstance(function, functools.partial):
+        function = function.func
+    return getattr(function, "__self__", function)
 
 
 def _own_tensors(module: nn.Module) -> Iterator[Tensor]:
@@ -98,27 +104,34 @@ def _in_eval_mode(modules: list[nn.Module]) -> Iterator[None]:
 @contextmanager
 def _shielded_tensors(modules: list[nn.Module]) -> Iterator[None]:
     stand_ins: dict[int, Tensor] = {}  # by identity, so that tied weights stay tied
-    originals: list[tuple[dict[str, Any], str, Tensor]] = []
+
+    def shielded(tensors: dict[str, Any], shield: Callable[[Tensor], Tensor]) -> dict[str, Tensor | None]:
+        for tensor in tensors.values():
+            if tensor is not None and id(tensor) not in stand_ins:
+                stand_ins[id(tensor)] = shield(tensor)
+        return {name: None if tensor is None else stand_ins[id(tensor)] for name, tensor in tensors.items()}
+
+    originals: list[tuple[dict[str, Any], dict[str, Any]]] = []
+    recurrent = [(module, vars(module)["_flat_weights"]) for module in modules if isinstance(module, nn.RNNBase)]
     try:
         for module in modules:
-            if isinstance(module, torch.jit.ScriptModule):  # its tensors live in C++ and cannot be replaced
-                continue
             shields: tuple[tuple[dict[str, Any], Callable[[Tensor], Tensor]], ...] = (
                 (module._parameters, full_precision),
                 (module._buffers, _copy),
             )
             for tensors, shield in shields:
-                for name, tensor in tensors.items():
-                    if tensor is None:
-                        continue
-                    if id(tensor) not in stand_ins:
-                        stand_ins[id(tensor)] = shield(tensor)
-                    originals.append((tensors, name, tensor))
-                    tensors[name] = stand_ins[id(tensor)]
+                originals.append((tensors, dict(tensors)))
+                for name, tensor in shielded(tensors, shield).items():
+                    tensors[name] = tensor
         yield
     finally:
-        for tensors, name, tensor in originals:
-            tensors[name] = tensor
+        for tensors, before in originals:
+            for name in set(tensors.keys()) - before.keys():  # registered by a forward pass
+                del tensors[name]
+            for name, tensor in before.items():
+                tensors[name] = tensor
+        for module, flat_weights in recurrent:  # recurrent layers keep a second list of their weights
+            module._flat_weights = flat_weights
 
 
 def _copy(tensor: Tensor) -> Tensor:

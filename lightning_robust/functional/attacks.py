@@ -14,7 +14,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_robust.functional._checks import channelwise, check_inputs, check_logits, check_targets
+from lightning_robust.functional._checks import (
+    channelwise,
+    check_inputs,
+    check_logits,
+    check_positive_integer,
+    check_targets,
+)
 from lightning_robust.functional._grad_mode import differentiable, full_precision
 
 Norm = Literal["linf", "l2"]
@@ -37,7 +43,7 @@ def pgd(
     """Attack each input by projected gradient ascent on its cross-entropy.
 
     The perturbation lives in the units of the un-normalised input ``x · std + mean``: ``epsilon``, ``step_size`` and
-    ``valid_range`` are in those. The model runs in eval mode and float32 (float64 if it is in float64).
+    ``valid_range`` are in those. The model runs as in :func:`~lightning_robust.functional.linearize`.
 
     Args:
         model: Maps inputs ``(N, ...)`` to logits ``(N, C)``, sample by sample.
@@ -65,7 +71,7 @@ def pgd(
     """
     _check_options(epsilon=epsilon, steps=steps, norm=norm, step_size=step_size, valid_range=valid_range)
     check_inputs(inputs)
-    check_targets(targets, num_samples=len(inputs))
+    labels = check_targets(targets, num_samples=len(inputs))
     std = channelwise(input_std, inputs, name="input_std")
     mean = channelwise(input_mean, inputs, name="input_mean", positive=False)
     size = 2.5 * epsilon / steps if step_size is None else step_size
@@ -80,7 +86,7 @@ def pgd(
         return delta.clamp(lower, upper)
 
     with differentiable(model):
-        clean, labels = full_precision(inputs), full_precision(targets)
+        clean, labels = full_precision(inputs), full_precision(labels)
         delta = torch.zeros_like(clean)
         if generator is not None:
             delta = into_ball_and_range(_uniform_in_ball(clean, epsilon, norm, generator))
@@ -88,7 +94,9 @@ def pgd(
             leaf = delta.detach().clone().requires_grad_()
             logits = model(clean + (leaf if std is None else leaf / std))
             check_logits(logits, num_samples=len(clean))
-            check_targets(targets, num_samples=len(clean), num_classes=logits.shape[1])
+            check_targets(labels, num_samples=len(clean), num_classes=logits.shape[1])
+            if not logits.requires_grad:  # they do not depend on the input: there is nowhere to go
+                break
             loss = F.cross_entropy(logits, labels, reduction="sum")  # a sum keeps samples independent
             (gradient,) = torch.autograd.grad(loss, leaf, materialize_grads=True)
             delta = into_ball_and_range(delta + size * _steepest(gradient, norm))
@@ -120,7 +128,7 @@ def _uniform_in_ball(like: Tensor, epsilon: float, norm: Norm, generator: torch.
 
 def _norms(values: Tensor) -> Tensor:
     """L2 norm of each sample, shaped to broadcast."""
-    norms: Tensor = torch.linalg.vector_norm(values.flatten(1), dim=1)
+    norms: Tensor = torch.linalg.vector_norm(values.reshape(len(values), -1), dim=1)
     return norms.reshape(-1, *(1,) * (values.ndim - 1))
 
 
@@ -129,8 +137,7 @@ def _check_options(
 ) -> None:
     if not 0 <= epsilon < math.inf:
         raise ValueError(f"Expected argument `epsilon` to be a finite number ≥ 0, but got {epsilon}.")
-    if steps < 1:
-        raise ValueError(f"Expected argument `steps` to be a positive integer, but got {steps}.")
+    check_positive_integer("steps", steps)
     if norm not in get_args(Norm):
         raise ValueError(f"Expected argument `norm` to be one of {get_args(Norm)}, but got {norm!r}.")
     if step_size is not None and not 0 < step_size < math.inf:

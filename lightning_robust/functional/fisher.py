@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_robust.functional._checks import check_logits, check_targets
+from lightning_robust.functional._checks import check_finite, check_logits, check_targets
 from lightning_robust.functional.linearization import widen
 
 # A sample counts as saturated above this probability of its predicted class: there λ is at least 250 times smaller than
@@ -68,7 +68,7 @@ def fim_spectral_norm(logits: Tensor, gram: Tensor, *, temperature: float | Tens
     """
     information = _class_information(logits, gram, temperature)
     eigenvalues: Tensor = torch.linalg.eigvalsh(information)
-    return eigenvalues[:, -1].clamp_min(0).to(gram)
+    return eigenvalues[:, -1].clamp_min(0).to(logits)
 
 
 def fim_trace(logits: Tensor, gram: Tensor, *, temperature: float | Tensor = 1.0) -> Tensor:
@@ -82,7 +82,7 @@ def fim_trace(logits: Tensor, gram: Tensor, *, temperature: float | Tensor = 1.0
     Source: arXiv 2606.04767, exact where the paper estimates.
     """
     information = _class_information(logits, gram, temperature)
-    return information.diagonal(dim1=1, dim2=2).sum(dim=1).clamp_min(0).to(gram)
+    return information.diagonal(dim1=1, dim2=2).sum(dim=1).clamp_min(0).to(logits)
 
 
 def saturated(logits: Tensor) -> Tensor:
@@ -119,9 +119,9 @@ def fit_temperature(logits: Tensor, targets: Tensor) -> Tensor:
     Source: Guo et al. 2017, arXiv 1706.04599; the treatment of separable samples is ours.
     """
     check_logits(logits, num_samples=len(logits))
-    check_targets(targets, num_samples=len(logits), num_classes=logits.shape[1])
+    y = check_targets(targets, num_samples=len(logits), num_classes=logits.shape[1])
     z = widen(logits)
-    return _fit_temperature(z, targets.to(z.device)).to(logits)
+    return _fit_temperature(z, y.to(z.device)).to(logits)
 
 
 def calibrated_fim_spectral_norm(logits: Tensor, gram: Tensor, targets: Tensor) -> CalibratedSpectralNorm:
@@ -142,9 +142,8 @@ def calibrated_fim_spectral_norm(logits: Tensor, gram: Tensor, targets: Tensor) 
     Source: ours.
     """
     check_logits(logits, num_samples=len(logits))
-    check_targets(targets, num_samples=len(logits), num_classes=logits.shape[1])
     z, wide_gram = widen(logits), widen(gram)
-    y = targets.to(z.device)
+    y = check_targets(targets, num_samples=len(logits), num_classes=logits.shape[1]).to(z.device)
     temperature = _fit_temperature(z, y)
     value = fim_spectral_norm(z, wide_gram, temperature=temperature)
 
@@ -156,11 +155,12 @@ def calibrated_fim_spectral_norm(logits: Tensor, gram: Tensor, targets: Tensor) 
     up, down = (fim_spectral_norm(z, wide_gram, temperature=temperature / (1 + s)) for s in (step, -step))
     sensitivity = (up - down).mean() / (2 * step) * temperature  # derivative of the mean with respect to β
     influence = value - value.mean()
-    if curvature > 0:
+    fitted = slope.mean().abs() <= 1e-6 * slope.abs().mean()  # not at an end of the range, where it does not move
+    if fitted and curvature > 0:
         influence = influence - sensitivity * slope / curvature
     stderr = influence.square().sum().div(n * (n - 1)).sqrt() if n > 1 else value.new_tensor(math.nan)
     parts = (value, value.mean(), stderr, temperature)
-    return CalibratedSpectralNorm(*(part.to(gram) for part in parts))
+    return CalibratedSpectralNorm(*(part.to(logits) for part in parts))
 
 
 def _class_information(logits: Tensor, gram: Tensor, temperature: float | Tensor) -> Tensor:
@@ -171,6 +171,7 @@ def _class_information(logits: Tensor, gram: Tensor, temperature: float | Tensor
         raise ValueError(
             f"Expected argument `gram` of shape ({n}, {c}, {c}) beside logits ({n}, {c}), got {tuple(gram.shape)}."
         )
+    check_finite(gram, "entries of `gram`")
     scale = float(temperature)
     if not 0 < scale < math.inf:
         raise ValueError(f"Expected argument `temperature` to be positive and finite, but got {scale}.")

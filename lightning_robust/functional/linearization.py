@@ -17,7 +17,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_robust.functional._checks import channelwise, check_finite, check_inputs, check_logits
+from lightning_robust.functional._checks import (
+    channelwise,
+    check_finite,
+    check_inputs,
+    check_logits,
+    check_positive_integer,
+)
 from lightning_robust.functional._grad_mode import differentiable, full_precision
 
 # Jacobian elements held at once when the user sets no bound: 256 MiB in float32.
@@ -36,7 +42,9 @@ class Linearization:
 
     Attributes:
         logits: ``(N, C)``, the network's outputs.
-        gram: ``(N, C, C)``, ``J Jᵀ`` with ``J`` in logits per unit of un-normalised input.
+        gram: ``(N, C, C)``, ``J Jᵀ`` with ``J`` in logits per unit of un-normalised input, in float64: margins and
+            Fisher information are differences of its entries, which a component common to all rows of ``J`` would
+            drown.
         gap_l1: ``(N, C)``, ``‖∇(z_ŷ − z_k)‖₁`` for every class ``k`` against the predicted class ``ŷ = argmax z``,
             or ``None`` where the method that made the linearisation cannot know it.
     """
@@ -55,7 +63,8 @@ def linearize(
 ) -> Linearization:
     """Linearise ``model`` around each of ``inputs``, exactly.
 
-    The model runs in eval mode and float32 (float64 if it is in float64); nothing of it is changed.
+    A module (or its method) runs in eval mode and float32, or float64 if it is in float64; nothing of it is changed. A
+    plain function is called as it is.
 
     Args:
         model: Maps inputs ``(N, ...)`` to logits ``(N, C)``, sample by sample.
@@ -78,26 +87,31 @@ def linearize(
 
     Source: ours; see the module's docstring.
     """
-    if chunk_size is not None and chunk_size < 1:
-        raise ValueError(f"Expected argument `chunk_size` to be a positive integer or None, but got {chunk_size}.")
+    if chunk_size is not None:
+        check_positive_integer("chunk_size", chunk_size)
     check_inputs(inputs)
     std = channelwise(input_std, inputs, name="input_std")
     with differentiable(model):
         x = full_precision(inputs)
         num_classes = _count_classes(model, x)
-        rows = chunk_size or _default_rows(x, num_classes)
-        chunks = [_linearize_chunk(model, chunk, std, rows) for chunk in torch.split(x, max(1, rows // num_classes))]
+        chunks = [
+            _linearize_chunk(model, chunk, std, num_classes if chunk_size is None else chunk_size)
+            for chunk in torch.split(x, _samples_at_once(x, num_classes, chunk_size))
+        ]
     logits, gram, gap_l1 = (torch.cat(parts) for parts in zip(*chunks, strict=True))
     check_finite(gram, "gradients of the logits with respect to the inputs")
     return Linearization(logits=logits, gram=gram, gap_l1=gap_l1)
 
 
-def _default_rows(x: Tensor, num_classes: int) -> int:
+def _samples_at_once(x: Tensor, num_classes: int, chunk_size: int | None) -> int:
+    if chunk_size is not None:
+        return max(1, chunk_size // num_classes)
     size = max(1, x[0].numel())
     samples = max(1, _DEFAULT_ELEMENTS // (size * num_classes))
     if x.device.type == "cpu":
         samples = min(samples, max(8, _DEFAULT_CPU_INPUT_ELEMENTS // size))
-    return samples * num_classes
+    num_chunks = -(-len(x) // samples)
+    return -(-len(x) // num_chunks)  # chunks of about equal size
 
 
 def _linearize_chunk(
@@ -116,9 +130,9 @@ def _linearize_chunk(
             rows[:, row] = _input_gradient(logits[:, c], leaf, std)
         return rows
 
-    gram = x.new_empty(num_samples, num_classes, num_classes)
+    gram = x.new_empty(num_samples, num_classes, num_classes, dtype=_wide(x))
     gap_l1 = x.new_empty(num_samples, num_classes)
-    if num_samples * num_classes <= max_rows:
+    if num_classes <= max_rows:
         rows = jacobian(range(num_classes))
         top = rows.take_along_dim(predicted[..., None], dim=1)[:, 0]
         gram[:] = _products(rows, rows)
@@ -143,21 +157,22 @@ def _linearize_chunk(
 def _input_gradient(outputs: Tensor, leaf: Tensor, std: Tensor | None) -> Tensor:
     """Gradient of each sample's output with respect to its own un-normalised input, (n, D)."""
     if not outputs.requires_grad:  # the outputs do not depend on the input at all
-        return torch.zeros_like(leaf).flatten(1)
+        return torch.zeros_like(leaf).reshape(len(leaf), -1)
     (gradient,) = torch.autograd.grad(outputs.sum(), leaf, retain_graph=True, materialize_grads=True)
-    return (gradient if std is None else gradient / std).flatten(1)
+    return (gradient if std is None else gradient / std).reshape(len(leaf), -1)
 
 
 def _products(a: Tensor, b: Tensor) -> Tensor:
-    """Inner products of rows, (n, A, D) × (n, B, D) → (n, A, B), accumulated in float64.
+    """Inner products of rows, (n, A, D) × (n, B, D) → (n, A, B), in float64, which no global TF32 setting reaches."""
+    step = max(1, _GRAM_ELEMENTS // max(a[..., 0].numel(), b[..., 0].numel()))
+    products = a.new_zeros(len(a), a.shape[1], b.shape[1], dtype=_wide(a))
+    for p, q in zip(torch.split(a, step, dim=2), torch.split(b, step, dim=2), strict=True):
+        products += p.to(products.dtype) @ q.to(products.dtype).mT
+    return products
 
-    Margins and Fisher information depend on differences of rows, which a common component of all rows would drown; nor
-    may a global TF32 setting reach them.
-    """
-    step = max(1, _GRAM_ELEMENTS // max(1, a[0].numel()))
-    wide = torch.float32 if a.device.type == "mps" else torch.float64
-    parts = [p.to(wide) @ q.to(wide).mT for p, q in zip(torch.split(a, step), torch.split(b, step), strict=True)]
-    return torch.cat(parts).to(a.dtype)
+
+def _wide(like: Tensor) -> torch.dtype:
+    return torch.float32 if like.device.type == "mps" else torch.float64
 
 
 def _count_classes(model: Callable[[Tensor], Tensor], x: Tensor) -> int:

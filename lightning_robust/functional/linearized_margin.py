@@ -19,7 +19,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_robust.functional._checks import check_logits, check_targets
+from lightning_robust.functional._checks import check_finite, check_logits, check_targets
 from lightning_robust.functional.linearization import widen
 
 
@@ -39,16 +39,17 @@ def linearized_margin(logits: Tensor, gram: Tensor, targets: Tensor) -> Tensor:
 
     Source: arXiv 1511.04599.
     """
-    _check(logits, targets)
+    y = _check(logits, targets)
     if gram.shape != (*logits.shape, logits.shape[1]):
         raise ValueError(
             f"Expected argument `gram` of shape (N, C, C) beside logits {tuple(logits.shape)}, got {tuple(gram.shape)}."
         )
+    check_finite(gram, "entries of `gram`")
     wide = widen(gram)
-    y = targets.to(wide.device)[:, None]
+    y = y.to(wide.device)
     squared = wide.diagonal(dim1=1, dim2=2)
-    distances = squared.gather(1, y) - 2 * wide.take_along_dim(y[..., None], dim=1)[:, 0] + squared
-    return _smallest_ratio(logits, distances.clamp_min(0).sqrt().to(gram), targets)
+    distances = squared.gather(1, y[:, None]) - 2 * wide.take_along_dim(y[:, None, None], dim=1)[:, 0] + squared
+    return _smallest_ratio(logits, distances.clamp_min(0).sqrt().to(logits), y.to(logits.device))
 
 
 def linearized_margin_linf(logits: Tensor, gap_l1: Tensor, targets: Tensor) -> Tensor:
@@ -68,12 +69,13 @@ def linearized_margin_linf(logits: Tensor, gap_l1: Tensor, targets: Tensor) -> T
 
     Source: arXiv 1511.04599, arXiv 1705.08475.
     """
-    _check(logits, targets)
+    y = _check(logits, targets)
     if gap_l1.shape != logits.shape:
         raise ValueError(
             f"Expected argument `gap_l1` of shape {tuple(logits.shape)}, as the logits, got {tuple(gap_l1.shape)}."
         )
-    return _smallest_ratio(logits, gap_l1, targets)
+    check_finite(gap_l1, "entries of `gap_l1`")
+    return _smallest_ratio(logits, gap_l1, y)
 
 
 def linearized_accuracy(margins: Tensor, epsilons: Sequence[float] | Tensor) -> Tensor:
@@ -101,9 +103,9 @@ def linearized_accuracy(margins: Tensor, epsilons: Sequence[float] | Tensor) -> 
     return (margins[None, :] > eps[:, None]).to(margins.dtype).mean(dim=1)
 
 
-def _check(logits: Tensor, targets: Tensor) -> None:
+def _check(logits: Tensor, targets: Tensor) -> Tensor:
     check_logits(logits, num_samples=len(logits))
-    check_targets(targets, num_samples=len(logits), num_classes=logits.shape[1])
+    return check_targets(targets, num_samples=len(logits), num_classes=logits.shape[1])
 
 
 def _smallest_ratio(logits: Tensor, distances: Tensor, targets: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lightning_robust.functional._checks import check_positive_integer
 from lightning_robust.functional.attacks import Norm, pgd
 from lightning_robust.metrics._base import ProbeMetric, error_bar_from_sums
 from lightning_robust.metrics.linearized_margin import accuracy_key, check_epsilons, check_norm
@@ -49,8 +50,7 @@ class AdversarialAccuracy(ProbeMetric):
         valid_range: tuple[float, float] | None = None,
     ) -> None:
         super().__init__()
-        if steps < 1:
-            raise ValueError(f"Expected argument `steps` to be a positive integer, but got {steps}.")
+        check_positive_integer("steps", steps)
         self.epsilons = check_epsilons(epsilons)
         self.norm = check_norm(norm)
         self.steps = steps

@@ -1,0 +1,80 @@
+"""Watching what is done to a network: passes through it, the state it is left in, and the memory they take."""
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+
+class Recorder(nn.Module):
+    """A network that notes every pass through it."""
+
+    def __init__(self, model: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.model = model
+        self.batch_sizes: list[int] = []
+        self.num_input_backwards = 0
+        self.any_training: list[bool] = []
+        self.any_parameter_requires_grad: list[bool] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.batch_sizes.append(len(x))
+        self.any_training.append(any(module.training for module in self.modules()))
+        self.any_parameter_requires_grad.append(any(p.requires_grad for p in self.parameters()))
+        if x.requires_grad:
+            x.register_hook(self._count)
+        return self.model(x)
+
+    def _count(self, _: Tensor) -> None:
+        self.num_input_backwards += 1
+
+
+def state_of(model: nn.Module) -> dict[str, object]:
+    """Everything a measurement must leave as it was, in a form that ``==`` compares bit by bit."""
+    state: dict[str, object] = {name: module.training for name, module in model.named_modules()}
+    for name, module in model.named_modules(remove_duplicate=False):
+        for key, tensor in (*module._parameters.items(), *module._buffers.items()):
+            state[f"{name}:{key}"] = tensor if tensor is None else (id(tensor), tensor.requires_grad, _bytes(tensor))
+            if tensor is not None and tensor.is_leaf and tensor.grad is not None:
+                state[f"{name}:{key}:grad"] = (id(tensor.grad), _bytes(tensor.grad))
+    return state
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.detach().clone().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+class PeakMemory(TorchDispatchMode):
+    """Counts the bytes of the tensors created inside it, exactly and on any device: ``peak`` of those alive at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        tree_map_only(Tensor, lambda given: self._watch(given, created=False), (args, kwargs))
+        result = func(*args, **kwargs)
+        tree_map_only(Tensor, lambda new: self._watch(new, created=True), result)
+        return result
+
+    def _watch(self, tensor: Tensor, *, created: bool) -> None:
+        storage = tensor.untyped_storage()
+        if storage._cdata in self._known:
+            return
+        size = storage.nbytes() if created else 0  # what existed before does not count
+        self._known.add(storage._cdata)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._forget, storage._cdata, size)
+
+    def _forget(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.live -= size
