@@ -48,7 +48,9 @@ class _Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in_planes, S, S) → (N, planes, S / stride, S / stride)."""
-        shortcut = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.padding, self.padding))
+        shortcut = x
+        if self.stride > 1 or self.padding > 0:
+            shortcut = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.padding, self.padding))
         out = F.relu(self.bn1(self.conv1(x)))
         return F.relu(self.bn2(self.conv2(out)) + shortcut)
 

@@ -28,6 +28,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_robust.functional._batch_norm import AffineBatchNorm
+
 _HALF = (torch.float16, torch.bfloat16)
 
 
@@ -60,6 +62,7 @@ def differentiable(*callables: Callable[..., object]) -> Iterator[None]:
             stack.enter_context(_without_cudnn())
         stack.enter_context(_in_eval_mode(modules))
         stack.enter_context(_shielded_tensors(modules))
+        stack.enter_context(AffineBatchNorm())
         yield
 
 

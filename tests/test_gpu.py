@@ -1,0 +1,71 @@
+"""The same numbers on a CUDA device, also where its own kernels get in the way."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_robust import Probe, RobustnessMonitor
+from lightning_robust.functional import fim_spectral_norm, linearize, linearized_margin, linearized_margin_linf, pgd
+from lightning_robust.metrics import METRICS
+from tests.helpers.networks import NETWORKS, build
+from tests.helpers.training import classifier, loader, trainer
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+
+
+@pytest.fixture(params=[False, True], ids=["float32", "tf32 allowed"])
+def _tf32(request: pytest.FixtureRequest) -> Any:
+    """A global setting that must not reach the Gram matrices; convolutions and layers of the network may use it."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if request.param else "highest")
+    yield request.param
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize(
+    "name", NETWORKS
+)  # among them a recurrent one, whose cuDNN kernel has no backward in eval mode
+def test_estimates_equal_those_of_the_cpu(name: str, _tf32: bool) -> None:
+    model, inputs, targets = build(name)
+    double = linearize(model.double(), inputs.double())
+    there = linearize(model.float().cuda(), inputs.cuda())
+    assert there.gram.is_cuda
+    y = targets.cuda()
+    pairs = [
+        (fim_spectral_norm(there.logits, there.gram), fim_spectral_norm(double.logits, double.gram)),
+        (linearized_margin(there.logits, there.gram, y), linearized_margin(double.logits, double.gram, targets)),
+        (
+            linearized_margin_linf(there.logits, there.gap_l1, y),
+            linearized_margin_linf(double.logits, double.gap_l1, targets),
+        ),
+    ]
+    for value, expected in pairs:
+        tolerance = 3e-2 if _tf32 else 1e-4
+        torch.testing.assert_close(
+            value.cpu().double(), expected, rtol=tolerance, atol=tolerance * float(expected.max())
+        )
+
+
+def test_every_metric_and_the_attack_run_there() -> None:
+    model, inputs, targets = build("cnn_batchnorm", num_samples=20)
+    probe = Probe(model.cuda(), inputs.cuda(), targets.cuda())
+    for factory in METRICS.values():
+        metric = factory().cuda()
+        metric.update(probe)
+        assert all(value.isfinite() for value in metric.compute().values())
+    attacked = pgd(model, inputs.cuda(), targets.cuda(), epsilon=0.1, steps=2, generator=torch.Generator())
+    assert attacked.is_cuda
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true", "16-mixed"])
+def test_the_monitor_runs_there_and_leaves_its_random_state_alone(tmp_path: Path, precision: Any) -> None:
+    states = []
+    for callbacks in ([], [RobustnessMonitor(on_error="raise")]):
+        torch.manual_seed(0)
+        run = trainer(*callbacks, root=tmp_path, accelerator="gpu", precision=precision)
+        run.fit(classifier(), loader(), loader())
+        states.append(torch.cuda.get_rng_state())
+    assert run.callback_metrics["robust/num_samples"] == 120
+    assert torch.equal(*states)
