@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 
 @pytest.fixture(params=[False, True], ids=["float32", "tf32 allowed"])
-def _tf32(request: pytest.FixtureRequest) -> Any:
+def tf32(request: pytest.FixtureRequest) -> Any:
     """A global setting that must not reach the Gram matrices; convolutions and layers of the network may use it."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if request.param else "highest")
@@ -24,10 +24,8 @@ def _tf32(request: pytest.FixtureRequest) -> Any:
     torch.set_float32_matmul_precision(before)
 
 
-@pytest.mark.parametrize(
-    "name", NETWORKS
-)  # among them a recurrent one, whose cuDNN kernel has no backward in eval mode
-def test_estimates_equal_those_of_the_cpu(name: str, _tf32: bool) -> None:
+@pytest.mark.parametrize("name", NETWORKS)  # among them a recurrent one: cuDNN has no backward pass in eval mode
+def test_estimates_equal_those_of_the_cpu(name: str, tf32: bool) -> None:
     model, inputs, targets = build(name)
     double = linearize(model.double(), inputs.double())
     there = linearize(model.float().cuda(), inputs.cuda())
@@ -42,7 +40,7 @@ def test_estimates_equal_those_of_the_cpu(name: str, _tf32: bool) -> None:
         ),
     ]
     for value, expected in pairs:
-        tolerance = 3e-2 if _tf32 else 1e-4
+        tolerance = 3e-2 if tf32 else 1e-4
         torch.testing.assert_close(
             value.cpu().double(), expected, rtol=tolerance, atol=tolerance * float(expected.max())
         )
