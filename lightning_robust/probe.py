@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from lightning_robust.functional._checks import check_inputs, check_logits, check_targets
+from lightning_robust.functional._checks import check_inputs, check_logits, check_targets, check_valid_range
 from lightning_robust.functional._grad_mode import differentiable, full_precision
 from lightning_robust.functional.linearization import Linearization, linearize
 
@@ -26,13 +26,15 @@ class Probe:
         targets: ``(N,)``, class indices.
         input_std: Standard deviation by which the inputs were divided, one number or one per channel (dimension 1).
             With it every input-space number is in units of the un-normalised input.
-        input_mean: What was subtracted from the inputs before that, likewise; only attacks that are clamped to a valid
-            range need it.
+        input_mean: What was subtracted from the inputs before that, likewise; ``valid_range`` needs it.
+        valid_range: Smallest and largest value of an un-normalised input, e.g. ``(0, 1)``, which perturbations cannot
+            leave. L∞ margins and attacks respect it; L2 margins do not know it.
         chunk_size: Bound on memory, see :func:`~lightning_robust.functional.linearize`.
 
     Raises:
         TypeError: If ``inputs`` or ``targets`` are not tensors.
-        ValueError: If there is not one class index per input.
+        ValueError: If there is not one class index per input, or a valid range of normalised inputs comes without
+            their mean.
     """
 
     model: Callable[[Tensor], Tensor]
@@ -41,6 +43,7 @@ class Probe:
     _: KW_ONLY
     input_std: float | Sequence[float] | Tensor | None = None
     input_mean: float | Sequence[float] | Tensor | None = None
+    valid_range: tuple[float, float] | None = None
     chunk_size: int | None = None
 
     def __post_init__(self) -> None:
@@ -51,6 +54,12 @@ class Probe:
         if self.inputs.ndim == 0:
             raise ValueError("Expected argument `inputs` to be a tensor (N, ...), but got a single number.")
         check_targets(self.targets, num_samples=len(self.inputs))
+        check_valid_range(self.valid_range)
+        if self.valid_range is not None and self.input_std is not None and self.input_mean is None:
+            raise ValueError(
+                "Expected argument `input_mean` beside `input_std` and `valid_range`, because the range is one of"
+                " un-normalised inputs, but got None. Pass 0.0 if nothing was subtracted."
+            )
 
     def __len__(self) -> int:
         return len(self.inputs)
@@ -58,7 +67,14 @@ class Probe:
     @cached_property
     def linearization(self) -> Linearization:
         """Logits, Gram matrices and L1 gaps of all samples (see :func:`~lightning_robust.functional.linearize`)."""
-        return linearize(self.model, self.inputs, input_std=self.input_std, chunk_size=self.chunk_size)
+        return linearize(
+            self.model,
+            self.inputs,
+            input_std=self.input_std,
+            input_mean=self.input_mean,
+            valid_range=self.valid_range,
+            chunk_size=self.chunk_size,
+        )
 
     def logits(self, inputs: Tensor) -> Tensor:
         """Outputs of the network at other inputs, ``(N, C)``, in eval mode and without a graph."""
@@ -133,6 +149,7 @@ def _alike(first: Probe, second: Probe) -> bool:
         and first.inputs.dtype == second.inputs.dtype
         and _equal(first.input_std, second.input_std)
         and _equal(first.input_mean, second.input_mean)
+        and first.valid_range == second.valid_range
         and first.chunk_size == second.chunk_size
     )
 

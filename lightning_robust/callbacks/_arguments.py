@@ -43,3 +43,12 @@ def check_constant(name: str, value: float | Sequence[float] | None) -> float | 
         kind = "positive" if name == "input_std" else "finite"
         raise MisconfigurationException(f"Expected argument `{name}` to be {kind}, but got {value!r}.")
     return value
+
+
+def check_range(name: str, value: tuple[float, float] | None) -> tuple[float, float] | None:
+    """Return ``value``, or raise unless it is None or two numbers in ascending order."""
+    if value is not None and not (len(value) == 2 and value[0] < value[1]):
+        raise MisconfigurationException(
+            f"Expected argument `{name}` to be (low, high) with low < high, but got {value}."
+        )
+    return value

@@ -14,7 +14,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import CombinedLoader, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_robust.callbacks._arguments import as_metrics, check_constant, check_integer
+from lightning_robust.callbacks._arguments import as_metrics, check_constant, check_integer, check_range
 from lightning_robust.callbacks.batches import default_probe
 from lightning_robust.callbacks.measurement import Measurement, Values
 from lightning_robust.callbacks.outcome import Verdict
@@ -57,7 +57,10 @@ class RobustnessMonitor(Callback):
         log_key_prefix: What the logged keys begin with; several monitors in one Trainer need several.
         input_std: Standard deviation by which the data module divides the inputs, one number or one per channel. With
             it, ε, margins and Fisher information are in units of the un-normalised input.
-        input_mean: What it subtracts, likewise; only attacks clamped to a valid range need it.
+        input_mean: What it subtracts, likewise; ``valid_range`` needs it.
+        valid_range: Smallest and largest value of an un-normalised input, e.g. ``(0, 1)`` for images, which
+            perturbations cannot leave. L∞ margins and attacks respect it. Where many inputs lie at an end of their
+            range, as black pixels do, robustness is underestimated without it.
         probe_fn: Makes a :class:`~lightning_robust.Probe` of ``(pl_module, batch)``, for batches other than ``(x, y)``
             or dictionaries. A method ``robustness_probe(batch)`` of the module does the same.
         chunk_size: Bound on memory, see :func:`~lightning_robust.functional.linearize`. At most as many samples as in
@@ -85,6 +88,7 @@ class RobustnessMonitor(Callback):
         log_key_prefix: str = "robust/",
         input_std: float | Sequence[float] | None = None,
         input_mean: float | Sequence[float] | None = None,
+        valid_range: tuple[float, float] | None = None,
         probe_fn: Callable[[LightningModule, Any], Probe] | None = None,
         chunk_size: int | None = None,
         dataloader_idx: int = 0,
@@ -114,6 +118,12 @@ class RobustnessMonitor(Callback):
         self.log_key_prefix = log_key_prefix
         self.input_std = check_constant("input_std", input_std)
         self.input_mean = check_constant("input_mean", input_mean)
+        self.valid_range = check_range("valid_range", valid_range)
+        if self.valid_range is not None and self.input_std is not None and self.input_mean is None:
+            raise MisconfigurationException(
+                "Expected argument `input_mean` beside `input_std` and `valid_range`, but got None. Pass 0.0 if nothing"
+                " was subtracted."
+            )
         self.probe_fn = probe_fn
         self.prog_bar = prog_bar
         self.on_error = on_error
@@ -261,6 +271,7 @@ class RobustnessMonitor(Callback):
             probe,
             input_std=self.input_std if probe.input_std is None else probe.input_std,
             input_mean=self.input_mean if probe.input_mean is None else probe.input_mean,
+            valid_range=self.valid_range if probe.valid_range is None else probe.valid_range,
             chunk_size=self.chunk_size if probe.chunk_size is None else probe.chunk_size,
         )
 

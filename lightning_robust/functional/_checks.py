@@ -36,6 +36,18 @@ def channelwise(
     return constant.reshape(1, -1, *(1,) * (inputs.ndim - 2)) if inputs.ndim > 1 else constant.reshape(-1)
 
 
+def unnormalised(inputs: Tensor, std: Tensor | None, mean: Tensor | None) -> Tensor:
+    """``inputs · std + mean``, with the constants as :func:`channelwise` shapes them."""
+    raw = inputs if std is None else inputs * std
+    return raw if mean is None else raw + mean
+
+
+def check_valid_range(valid_range: tuple[float, float] | None) -> None:
+    """Raise unless ``valid_range`` is None or two numbers in ascending order."""
+    if valid_range is not None and not (len(valid_range) == 2 and valid_range[0] < valid_range[1]):
+        raise ValueError(f"Expected argument `valid_range` to be (low, high) with low < high, but got {valid_range}.")
+
+
 def check_inputs(inputs: Tensor) -> None:
     """Raise unless ``inputs`` are finite floating-point samples ``(N, ...)`` with N ≥ 1."""
     if not isinstance(inputs, Tensor):

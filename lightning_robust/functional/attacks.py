@@ -20,6 +20,8 @@ from lightning_robust.functional._checks import (
     check_logits,
     check_positive_integer,
     check_targets,
+    check_valid_range,
+    unnormalised,
 )
 from lightning_robust.functional._grad_mode import differentiable, full_precision
 
@@ -80,8 +82,7 @@ def pgd(
         delta = _project(delta, epsilon, norm)
         if valid_range is None:
             return delta
-        raw = clean if std is None else clean * std
-        raw = raw if mean is None else raw + mean
+        raw = unnormalised(clean, std, mean)
         lower, upper = (valid_range[0] - raw).clamp_max(0), (valid_range[1] - raw).clamp_min(0)
         return delta.clamp(lower, upper)
 
@@ -142,5 +143,4 @@ def _check_options(
         raise ValueError(f"Expected argument `norm` to be one of {get_args(Norm)}, but got {norm!r}.")
     if step_size is not None and not 0 < step_size < math.inf:
         raise ValueError(f"Expected argument `step_size` to be a positive number or None, but got {step_size}.")
-    if valid_range is not None and not valid_range[0] < valid_range[1]:
-        raise ValueError(f"Expected argument `valid_range` to be (low, high) with low < high, but got {valid_range}.")
+    check_valid_range(valid_range)

@@ -5,6 +5,12 @@ logits are a sufficient statistic for the spectral norm and the trace of the inp
 temperature, and for all L2 linearised margins. L∞ margins need one (N, C) tensor more: the L1 norms of the gradient
 gaps ``∇(z_ŷ − z_k)`` with ``ŷ`` the predicted class, taken in the same pass.
 
+Inputs often have a range that perturbations cannot leave: no pixel is blacker than black. A feature i that can move by
+``room_i`` in the direction that closes a gap then contributes ``|d_i| min(ε, room_i)`` to what a perturbation of size ε
+achieves, ``d`` the gradient gap, and the boundary is where these add up to ``z_ŷ − z_k``. That ε takes the place of gap
+over L1 norm (ours). On digits, half of whose pixels are black or white, this is the difference between a prediction of
+32 % and one of 55 % where an attack finds 56 %.
+
 Source: ours (an exact reformulation of arXiv 2606.04767 and arXiv 1511.04599).
 Cost: one forward pass and C first-order backward passes with respect to the input, on the whole chunk at once.
 """
@@ -23,6 +29,8 @@ from lightning_robust.functional._checks import (
     check_inputs,
     check_logits,
     check_positive_integer,
+    check_valid_range,
+    unnormalised,
 )
 from lightning_robust.functional._grad_mode import differentiable, full_precision
 
@@ -45,8 +53,10 @@ class Linearization:
         gram: ``(N, C, C)``, ``J Jᵀ`` with ``J`` in logits per unit of un-normalised input, in float64: margins and
             Fisher information are differences of its entries, which a component common to all rows of ``J`` would
             drown.
-        gap_l1: ``(N, C)``, ``‖∇(z_ŷ − z_k)‖₁`` for every class ``k`` against the predicted class ``ŷ = argmax z``,
-            or ``None`` where the method that made the linearisation cannot know it.
+        gap_l1: ``(N, C)``, ``‖∇(z_ŷ − z_k)‖₁`` for every class ``k`` against the predicted class ``ŷ = argmax z``, or
+            ``None`` where the method that made the linearisation cannot know it. With a valid range, what a
+            perturbation within it achieves on average per unit of its size on the way to the boundary:
+            ``(z_ŷ − z_k) / ε``, and 0 where it cannot get there.
     """
 
     logits: Tensor
@@ -59,6 +69,8 @@ def linearize(
     inputs: Tensor,
     *,
     input_std: float | Sequence[float] | Tensor | None = None,
+    input_mean: float | Sequence[float] | Tensor | None = None,
+    valid_range: tuple[float, float] | None = None,
     chunk_size: int | None = None,
 ) -> Linearization:
     """Linearise ``model`` around each of ``inputs``, exactly.
@@ -71,6 +83,9 @@ def linearize(
         inputs: ``(N, ...)``, floating point, any shape.
         input_std: Standard deviation by which the inputs were divided, one number or one per channel (dimension 1).
             With it all results are in units of the un-normalised input.
+        input_mean: What was subtracted from them before that, likewise; 0 by default. Only ``valid_range`` needs it.
+        valid_range: Smallest and largest value of an un-normalised input, e.g. ``(0, 1)``, which perturbations cannot
+            leave. It changes ``gap_l1`` and with it L∞ margins, nothing else. By default there is none.
         chunk_size: Largest number of Jacobian rows (one per sample and class, each of the size of an input) held in
             memory at once; ``chunk_size // C`` samples pass through the network together. Below ``C`` the samples pass
             one by one and the classes in blocks, which costs more backward passes; three rows are the least. By default
@@ -90,12 +105,14 @@ def linearize(
     if chunk_size is not None:
         check_positive_integer("chunk_size", chunk_size)
     check_inputs(inputs)
+    check_valid_range(valid_range)
     std = channelwise(input_std, inputs, name="input_std")
+    mean = channelwise(input_mean, inputs, name="input_mean", positive=False)
     with differentiable(model):
         x = full_precision(inputs)
         num_classes = _count_classes(model, x)
         chunks = [
-            _linearize_chunk(model, chunk, std, num_classes if chunk_size is None else chunk_size)
+            _linearize_chunk(model, chunk, std, mean, valid_range, num_classes if chunk_size is None else chunk_size)
             for chunk in torch.split(x, _samples_at_once(x, num_classes, chunk_size))
         ]
     logits, gram, gap_l1 = (torch.cat(parts) for parts in zip(*chunks, strict=True))
@@ -115,7 +132,12 @@ def _samples_at_once(x: Tensor, num_classes: int, chunk_size: int | None) -> int
 
 
 def _linearize_chunk(
-    model: Callable[[Tensor], Tensor], x: Tensor, std: Tensor | None, max_rows: int
+    model: Callable[[Tensor], Tensor],
+    x: Tensor,
+    std: Tensor | None,
+    mean: Tensor | None,
+    valid_range: tuple[float, float] | None,
+    max_rows: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     leaf = x.clone().requires_grad_()
     logits = model(leaf.clone())  # not the leaf itself: a network may begin with an in-place layer
@@ -130,6 +152,13 @@ def _linearize_chunk(
             rows[:, row] = _input_gradient(logits[:, c], leaf, std)
         return rows
 
+    gaps = (logits.gather(1, predicted) - logits).detach()
+    room = None if valid_range is None else _Room(unnormalised(x, std, mean), valid_range)
+
+    def slopes(differences: Tensor, c: int) -> Tensor:
+        """Column c of ``gap_l1``, from the gradient gaps (n, D) to that class."""
+        return differences.abs().sum(dim=1) if room is None else room.slopes(differences, gaps[:, c])
+
     gram = x.new_empty(num_samples, num_classes, num_classes, dtype=_wide(x))
     gap_l1 = x.new_empty(num_samples, num_classes)
     if num_classes <= max_rows:
@@ -137,7 +166,7 @@ def _linearize_chunk(
         top = rows.take_along_dim(predicted[..., None], dim=1)[:, 0]
         gram[:] = _products(rows, rows)
         for c in range(num_classes):
-            gap_l1[:, c] = (rows[:, c] - top).abs().sum(dim=1)
+            gap_l1[:, c] = slopes(top - rows[:, c], c)
     else:  # one sample with more classes than rows may be held: two blocks of classes at a time
         size = max(1, (max_rows - 1) // 2)
         blocks = [range(start, min(start + size, num_classes)) for start in range(0, num_classes, size)]
@@ -146,12 +175,40 @@ def _linearize_chunk(
             rows = jacobian(block)
             here = slice(block.start, block.stop)
             gram[:, here, here] = _products(rows, rows)
-            gap_l1[:, here] = (rows - top[:, None]).abs().sum(dim=2)
+            for row, c in enumerate(block):
+                gap_l1[:, c] = slopes(top - rows[:, row], c)
             for other in blocks[:i]:
                 there = slice(other.start, other.stop)
                 gram[:, here, there] = _products(rows, jacobian(other))
                 gram[:, there, here] = gram[:, here, there].mT
     return logits.detach(), gram, gap_l1
+
+
+class _Room:
+    """How far each feature can move, in either direction, before it leaves the valid range."""
+
+    def __init__(self, raw: Tensor, valid_range: tuple[float, float]) -> None:
+        flat = raw.reshape(len(raw), -1).to(_wide(raw))
+        self._down, self._up = (flat - valid_range[0]).clamp_min(0), (valid_range[1] - flat).clamp_min(0)
+
+    def slopes(self, differences: Tensor, gaps: Tensor) -> Tensor:
+        """``gaps`` (n,), with gradients (n, D), over the size ε of the smallest perturbation that closes them.
+
+        What a perturbation achieves, ``Σ_i |d_i| min(ε, room_i)``, is concave and piecewise linear in ε: Newton's
+        method from below never oversteps and ends after as many steps as pieces at the most, in practice after three.
+        """
+        room = torch.where(differences > 0, self._down, self._up)
+        weights, target = differences.abs().to(room), gaps.to(room)
+        norms = weights.sum(dim=1)
+        epsilon = target / norms
+        for _ in range(room.shape[1]):
+            missing = target - (weights * torch.minimum(room, epsilon[:, None])).sum(dim=1)
+            step = missing / (weights * (room > epsilon[:, None])).sum(dim=1)
+            step = torch.where((missing > 1e-12 * target) & epsilon.isfinite(), step, 0)
+            if not (step > 0).any():
+                break
+            epsilon = epsilon + step
+        return torch.where(target > 0, target / epsilon, norms).to(differences)
 
 
 def _input_gradient(outputs: Tensor, leaf: Tensor, std: Tensor | None) -> Tensor:

@@ -5,7 +5,7 @@ The distance from ``x`` to the nearest decision boundary of the linearised netwo
     r(x) = min_{k≠y} (z_y − z_k) / ‖∇_x(z_y − z_k)‖_q,    q dual to the norm of the perturbation (L2: 2, L∞: 1),
 
 is 0 where the sample is misclassified. The share of samples with ``r(x) > ε`` predicts the accuracy under attacks of
-size ε, for every ε at once.
+size ε, for every ε at once. A linearisation with a valid range gives L∞ margins within that range.
 
 Source: DeepFool, arXiv 1511.04599 (the linearised distance); Hein & Andriushchenko, arXiv 1705.08475 (dual norms); the
 accuracy curve is ours.

@@ -27,9 +27,7 @@ class AdversarialAccuracy(ProbeMetric):
     Args:
         epsilons: Sizes of the perturbation, in units of the un-normalised input if the probe has ``input_std``.
         norm: ``"linf"`` or ``"l2"``.
-        steps: Gradient steps of each attack, of size 2.5 · ε / steps.
-        valid_range: Smallest and largest value of an un-normalised input, e.g. ``(0, 1)``; no clamping by default.
-            Probes of normalised inputs need ``input_std`` and ``input_mean`` with it.
+        steps: Gradient steps of each attack, of size 2.5 · ε / steps, within the probe's valid range if it has one.
 
     Raises:
         ValueError: If ``epsilons`` is empty or holds a negative number, ``norm`` is unknown or ``steps`` is not
@@ -47,14 +45,12 @@ class AdversarialAccuracy(ProbeMetric):
         epsilons: Sequence[float] = (8 / 255,),
         norm: Norm = "linf",
         steps: int = 20,
-        valid_range: tuple[float, float] | None = None,
     ) -> None:
         super().__init__()
         check_positive_integer("steps", steps)
         self.epsilons = check_epsilons(epsilons)
         self.norm = check_norm(norm)
         self.steps = steps
-        self.valid_range = valid_range
         self.add_float64_state("correct", len(self.epsilons))
         self.add_float64_state("num_samples")
 
@@ -68,7 +64,7 @@ class AdversarialAccuracy(ProbeMetric):
                 epsilon=epsilon,
                 steps=self.steps,
                 norm=self.norm,
-                valid_range=self.valid_range,
+                valid_range=probe.valid_range,
                 input_mean=probe.input_mean,
                 input_std=probe.input_std,
             )

@@ -44,7 +44,7 @@ def load(network: nn.Module, name: str, mean: tuple[float, ...], std: tuple[floa
     images = torch.tensor(data["x"][::every]).permute(0, 3, 1, 2) / 255
     shift, scale = (torch.tensor(constant).view(3, 1, 1) for constant in (mean, std))
     targets = torch.tensor(data["y"][::every])
-    return Probe(network, (images - shift) / scale, targets, input_std=std, input_mean=mean)
+    return Probe(network, (images - shift) / scale, targets, input_std=std, input_mean=mean, valid_range=(0, 1))
 
 
 def measure(probe: Probe, *metrics: FisherSpectralNorm | LinearizedAccuracy | AdversarialAccuracy) -> dict[str, Tensor]:
@@ -59,8 +59,7 @@ def test_predicted_accuracy_is_the_attacked_one_on_small_networks_and_both_norms
     rows = []
     for name, (mean, std) in SMALL.items():
         probe = load(small_cnn(), name, mean, std, every=5)
-        attack = AdversarialAccuracy(EPSILONS, steps=20, valid_range=(0, 1))
-        rows.append(measure(probe, FisherSpectralNorm(), LinearizedAccuracy(EPSILONS), attack))
+        rows.append(measure(probe, FisherSpectralNorm(), LinearizedAccuracy(EPSILONS), AdversarialAccuracy(EPSILONS)))
     for row in rows:
         for epsilon in EPSILONS:
             gap = row[f"linearized_accuracy_linf_{epsilon:.4g}"] - row[f"adversarial_accuracy_linf_{epsilon:.4g}"]

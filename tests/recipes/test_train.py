@@ -80,15 +80,18 @@ def test_metrics_by_name_and_by_class(tmp_path: Path) -> None:
         "metrics:",
         "- linearized_accuracy",
         "- class_path: lightning_robust.AdversarialAccuracy",
-        "  init_args: {epsilons: [0.1], steps: 2, valid_range: [0, 1]}",
+        "  init_args: {epsilons: [0.1], steps: 2}",
+        "valid_range: [0, 1]",
         "input_std: [1.0]",
+        "input_mean: 0.0",
         "max_samples: 20",
     ]
     cli = launch(tmp_path, configs=[DIGITS, overlay(tmp_path, *lines)])
     linearized, adversarial = monitor_of(cli).metrics
     assert isinstance(linearized, LinearizedAccuracy)
     assert isinstance(adversarial, AdversarialAccuracy)
-    assert (adversarial.epsilons, adversarial.steps, adversarial.valid_range) == ((0.1,), 2, (0, 1))
+    assert (adversarial.epsilons, adversarial.steps) == ((0.1,), 2)
+    assert monitor_of(cli).valid_range == (0, 1)
     assert cli.trainer.callback_metrics["robust/num_samples"] == 20
 
 
