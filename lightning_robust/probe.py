@@ -9,7 +9,14 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from lightning_robust.functional._checks import check_inputs, check_logits, check_targets, check_valid_range
+from lightning_robust.functional._checks import (
+    channelwise,
+    check_inputs,
+    check_logits,
+    check_targets,
+    check_valid_range,
+    unnormalised,
+)
 from lightning_robust.functional._grad_mode import differentiable, full_precision
 from lightning_robust.functional.linearization import Linearization, linearize
 
@@ -75,6 +82,13 @@ class Probe:
             valid_range=self.valid_range,
             chunk_size=self.chunk_size,
         )
+
+    @property
+    def unnormalised_inputs(self) -> Tensor:
+        """``inputs · input_std + input_mean``."""
+        x = full_precision(self.inputs)
+        std = channelwise(self.input_std, x, name="input_std")
+        return unnormalised(x, std, channelwise(self.input_mean, x, name="input_mean", positive=False))
 
     def logits(self, inputs: Tensor) -> Tensor:
         """Outputs of the network at other inputs, ``(N, C)``, in eval mode and without a graph."""

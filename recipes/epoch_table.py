@@ -16,10 +16,12 @@ class EpochTable(Callback):
     Args:
         columns: Heading of each column, and the logged key that it shows. A key that has a standard error beside it is
             shown as ``value ± stderr``.
+        note: Printed under the table.
     """
 
-    def __init__(self, columns: dict[str, str]) -> None:
+    def __init__(self, columns: dict[str, str], note: str = "") -> None:
         self.columns = columns
+        self.note = note
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the headings."""
@@ -39,7 +41,9 @@ class EpochTable(Callback):
         print(self._row(str(trainer.current_epoch), cells), flush=True)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say how to look at the run."""
+        """Print the note, and say how to look at the run."""
+        if trainer.is_global_zero and self.note:
+            print(f"\n{self.note}")
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
                 program = Path(os.path.relpath(Path(sys.executable).parent / "tensorboard"))

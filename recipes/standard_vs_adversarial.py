@@ -89,7 +89,8 @@ def draw(probes: dict[str, Probe], path: str) -> None:
         attacked = AdversarialAccuracy(points.tolist(), steps=20)
         for metric in (predicted, attacked):
             metric.update(probe)
-        values, n = predicted.robust / predicted.num_samples, predicted.num_samples
+        n = predicted.num_samples
+        values = predicted.robust[:-1] / n
         (line,) = axes.plot(curve, values, label=f"{name} training, predicted")
         error = (values * (1 - values) / n).sqrt()
         axes.fill_between(curve, values - 2 * error, values + 2 * error, color=line.get_color(), alpha=0.2, linewidth=0)
@@ -119,6 +120,7 @@ def main() -> None:
     print(f"\n{options.num_samples} validation images, mean ± standard error\n\n{table(standard, adversarial)}")
     if options.figure:
         draw(probes, options.figure)
+        print(f"\nPredicted and attacked accuracy over ε: {options.figure}")
 
 
 if __name__ == "__main__":

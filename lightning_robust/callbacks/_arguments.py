@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
 
 from lightning_robust.metrics import METRICS, FisherSpectralNorm, LinearizedAccuracy, ProbeMetric
 
@@ -13,7 +15,7 @@ from lightning_robust.metrics import METRICS, FisherSpectralNorm, LinearizedAccu
 def as_metrics(metrics: Sequence[str | ProbeMetric] | None) -> list[ProbeMetric]:
     if metrics is None:
         return [FisherSpectralNorm(), LinearizedAccuracy()]
-    if isinstance(metrics, str) or not metrics:
+    if isinstance(metrics, str) or not isinstance(metrics, Sequence) or not metrics:
         raise MisconfigurationException(
             f"Expected argument `metrics` to be a non-empty list of metrics or their names, but got {metrics!r}."
         )
@@ -34,15 +36,21 @@ def check_integer(name: str, value: int, *, at_least: int) -> int:
     return value
 
 
-def check_constant(name: str, value: float | Sequence[float] | None) -> float | list[float] | None:
-    if value is None or isinstance(value, int | float):
-        values = [] if value is None else [value]
-    else:
-        values = value = [float(entry) for entry in value]
-    if not all(math.isfinite(entry) and (entry > 0 or name != "input_std") for entry in values):
-        kind = "positive" if name == "input_std" else "finite"
-        raise MisconfigurationException(f"Expected argument `{name}` to be {kind}, but got {value!r}.")
-    return value
+def check_constant(
+    name: str, value: float | Sequence[float] | Tensor | None, *, positive: bool = False
+) -> float | list[float] | None:
+    """Return ``value`` as plain numbers, or raise unless it is a finite (positive) number or a list of them."""
+    if value is None:
+        return None
+    plain = value.tolist() if isinstance(value, Tensor) else value
+    numbers: list[Any] = list(plain) if isinstance(plain, tuple | list) else [plain]
+    for number in numbers:
+        if not (isinstance(number, int | float) and math.isfinite(number) and (number > 0 or not positive)):
+            raise MisconfigurationException(
+                f"Expected argument `{name}` to be a {'positive' if positive else 'finite'} number, or a list of one"
+                f" per channel, but got {value!r}."
+            )
+    return numbers if isinstance(plain, tuple | list) else float(numbers[0])
 
 
 def check_range(name: str, value: tuple[float, float] | None) -> tuple[float, float] | None:

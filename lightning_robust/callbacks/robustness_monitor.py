@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import CombinedLoader, rank_zero_warn
@@ -116,7 +117,7 @@ class RobustnessMonitor(Callback):
                 f"Expected argument `log_key_prefix` to be a non-empty string, but got {log_key_prefix!r}."
             )
         self.log_key_prefix = log_key_prefix
-        self.input_std = check_constant("input_std", input_std)
+        self.input_std = check_constant("input_std", input_std, positive=True)
         self.input_mean = check_constant("input_mean", input_mean)
         self.valid_range = check_range("valid_range", valid_range)
         if self.valid_range is not None and self.input_std is not None and self.input_mean is None:
@@ -166,6 +167,14 @@ class RobustnessMonitor(Callback):
                 "RobustnessMonitor measures inside the validation loop, but this run has none, so nothing will be"
                 " measured. Define `validation_step` and a validation dataloader, with `limit_val_batches` above 0."
             )
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            watched = str(getattr(callback, "monitor", ""))
+            if self.every_n_epochs > 1 and type(callback) is EarlyStopping and watched.startswith(self.log_key_prefix):
+                self._say_once(
+                    f"EarlyStopping follows `{watched}`, which is measured every {self.every_n_epochs} epochs, and"
+                    " takes the old value for no improvement in between. Its `patience` counts validations: set it to"
+                    f" at least {self.every_n_epochs} times the number of measurements that it should wait."
+                )
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin a measurement, if one is due."""
@@ -289,9 +298,10 @@ class RobustnessMonitor(Callback):
         if verdict.sound:
             self._log(trainer, pl_module, values, verdict)
         else:
+            cause = verdict.cause.rstrip(".")
             self._warn(
-                f"RobustnessMonitor skipped the measurement in epoch {trainer.current_epoch}: {verdict.cause} The run"
-                " goes on; pass `on_error='raise'` to stop with a traceback instead."
+                f"RobustnessMonitor skipped the measurement in epoch {trainer.current_epoch}: {cause}. The run goes on;"
+                " pass `on_error='raise'` to stop with a traceback instead."
             )
 
     def _examine(self, probe: Probe) -> None:
@@ -302,11 +312,26 @@ class RobustnessMonitor(Callback):
             self._say_once(flaw)
         low, high = float(probe.inputs.min()), float(probe.inputs.max())
         if probe.input_std is None and (low < 0 or high > 1):
+            remedy = (
+                "For bytes from 0 to 255 pass `input_std=1/255`"
+                if low >= 0
+                else "If they are normalised images, pass the standard deviation of each channel as `input_std`"
+            )
             self._say_once(
                 f"Validation inputs range from {low:.3g} to {high:.3g} and no `input_std` was given, so ε, margins and"
-                " Fisher information are in units of the inputs as the network receives them. If they are normalised"
-                " images, pass the standard deviation of each channel as `input_std`: then ε is in units of pixels."
+                f" Fisher information are in units of the inputs as the network receives them. {remedy}: then ε is in"
+                " units of pixels between 0 and 1."
             )
+        if probe.valid_range is not None:
+            raw = probe.unnormalised_inputs
+            low, high = float(raw.min()), float(raw.max())
+            slack = 0.01 * (probe.valid_range[1] - probe.valid_range[0])
+            if low < probe.valid_range[0] - slack or high > probe.valid_range[1] + slack:
+                self._say_once(
+                    f"Validation inputs range from {low:.3g} to {high:.3g} before normalisation, beyond the"
+                    f" `valid_range` {tuple(probe.valid_range)}, so L∞ margins and attacks are wrong. If the inputs are"
+                    " normalised, pass the `input_mean` and `input_std` with which it was done."
+                )
         self._unexamined = False
 
     def _log(self, trainer: Trainer, pl_module: LightningModule, values: Values, verdict: Verdict) -> None:

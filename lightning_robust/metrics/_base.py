@@ -88,3 +88,14 @@ def error_bar_from_sums(key: str, total: Tensor, total_of_squares: Tensor, num_s
         return error_bar(key, mean, mean.new_tensor(math.nan))
     variance = (total_of_squares - num_samples * mean.square()).clamp_min(0) / (num_samples - 1)
     return error_bar(key, mean, (variance / num_samples).sqrt())
+
+
+def error_bar_of_share(key: str, count: Tensor, num_samples: Tensor) -> dict[str, Tensor]:
+    """The same for a share of samples, with the standard error of Agresti & Coull (1998), within 0 and 1.
+
+    Two successes and two failures are added for the error, not for the share: the plain formula says that a share of 0
+    or 1 is known exactly.
+    """
+    smoothed = (count + 2) / (num_samples + 4)
+    values = error_bar(key, count / num_samples, (smoothed * (1 - smoothed) / (num_samples + 4)).sqrt())
+    return {name: value.clamp(0, 1) for name, value in values.items()}

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_robust.functional._checks import check_positive_integer
 from lightning_robust.functional.attacks import Norm, pgd
-from lightning_robust.metrics._base import ProbeMetric, error_bar_from_sums
+from lightning_robust.metrics._base import ProbeMetric, error_bar_of_share
 from lightning_robust.metrics.linearized_margin import accuracy_key, check_epsilons, check_norm
 from lightning_robust.probe import Probe
 
@@ -79,5 +79,5 @@ class AdversarialAccuracy(ProbeMetric):
             return {}
         values: dict[str, Tensor] = {}
         for epsilon, correct in zip(self.epsilons, self.correct, strict=True):
-            values |= error_bar_from_sums(accuracy_key("adversarial", self.norm, epsilon), correct, correct, n)
+            values |= error_bar_of_share(accuracy_key("adversarial", self.norm, epsilon), correct, n)
         return values

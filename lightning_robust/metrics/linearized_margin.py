@@ -14,7 +14,7 @@ from lightning_robust.functional.linearized_margin import (
     linearized_margin,
     linearized_margin_linf,
 )
-from lightning_robust.metrics._base import ProbeMetric, error_bar_from_sums
+from lightning_robust.metrics._base import ProbeMetric, error_bar_from_sums, error_bar_of_share
 from lightning_robust.probe import Probe
 
 DEFAULT_EPSILONS = (1 / 255, 2 / 255, 4 / 255, 8 / 255)
@@ -26,6 +26,7 @@ class LinearizedAccuracy(ProbeMetric):
     **Logged metrics** (each under the monitor's prefix, each with ``_stderr``, ``_lower``, ``_upper``)
 
     - ``linearized_accuracy_<norm>_<ε as %.4g>``: predicted robust accuracy at that ε
+    - ``linearized_accuracy_<norm>_0``: clean accuracy, on the same samples
     - ``linearized_margin_<norm>``: mean margin, 0 where misclassified. It is infinite, and so not logged, as soon as
       one correctly classified sample has no gradient at all.
     - ``linearized_margin_<norm>_clipped``: mean margin clipped at twice the largest ε, which no single sample can move
@@ -53,7 +54,7 @@ class LinearizedAccuracy(ProbeMetric):
         super().__init__()
         self.epsilons = check_epsilons(epsilons)
         self.norm = check_norm(norm)
-        self.add_float64_state("robust", len(self.epsilons))
+        self.add_float64_state("robust", len(self.epsilons) + 1)  # the last one at 0
         for name in ("margin", "margin_square", "clipped", "clipped_square", "num_samples"):
             self.add_float64_state(name)
 
@@ -67,7 +68,7 @@ class LinearizedAccuracy(ProbeMetric):
             raise ValueError("Expected a linearisation with `gap_l1` for norm 'linf', but it has none. Use norm='l2'.")
         margins = margins.to(self.margin)
         clipped = margins.clamp_max(2 * max(self.epsilons))
-        self.robust = self.robust + linearized_accuracy(margins, self.epsilons) * len(margins)
+        self.robust = self.robust + linearized_accuracy(margins, (*self.epsilons, 0.0)) * len(margins)
         self.margin = self.margin + margins.sum()
         self.margin_square = self.margin_square + margins.square().sum()
         self.clipped = self.clipped + clipped.sum()
@@ -80,8 +81,8 @@ class LinearizedAccuracy(ProbeMetric):
         if n == 0:
             return {}
         values: dict[str, Tensor] = {}
-        for epsilon, robust in zip(self.epsilons, self.robust.round(), strict=True):
-            values |= error_bar_from_sums(accuracy_key("linearized", self.norm, epsilon), robust, robust, n)
+        for epsilon, robust in zip((*self.epsilons, 0.0), self.robust.round(), strict=True):
+            values |= error_bar_of_share(accuracy_key("linearized", self.norm, epsilon), robust, n)
         key = f"linearized_margin_{self.norm}"
         values |= error_bar_from_sums(key, self.margin, self.margin_square, n)
         values |= error_bar_from_sums(f"{key}_clipped", self.clipped, self.clipped_square, n)
@@ -95,10 +96,9 @@ def accuracy_key(kind: str, norm: str, epsilon: float) -> str:
 
 def check_epsilons(epsilons: Sequence[float]) -> tuple[float, ...]:
     """Return ``epsilons`` as a tuple, or raise a ``ValueError``."""
-    values = tuple(float(epsilon) for epsilon in epsilons)
-    if not values or not all(0 <= epsilon < math.inf for epsilon in values):
-        raise ValueError(f"Expected argument `epsilons` to hold at least one number ≥ 0, but got {list(epsilons)}.")
-    return values
+    if not isinstance(epsilons, Sequence) or not epsilons or not all(0 <= epsilon < math.inf for epsilon in epsilons):
+        raise ValueError(f"Expected argument `epsilons` to be a list of at least one number ≥ 0, but got {epsilons}.")
+    return tuple(float(epsilon) for epsilon in epsilons)
 
 
 def check_norm(norm: Norm) -> Norm:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
@@ -160,6 +161,36 @@ def test_the_unit_of_epsilon_is_named_once_when_inputs_leave_the_unit_interval(t
     assert messages == []
 
 
+def test_bytes_are_told_their_own_remedy(tmp_path: Path) -> None:
+    x, y = samples().tensors
+    messages, _ = fit(Quiet(classifier().network), loader(TensorDataset((x * 255).round(), y)), tmp_path)
+    assert len(messages) == 1
+    assert "For bytes from 0 to 255 pass `input_std=1/255`" in messages[0]
+
+
+def test_inputs_beyond_their_valid_range_are_named_once(tmp_path: Path) -> None:
+    x, y = samples().tensors
+    normalised = loader(TensorDataset((x - 0.5) / 0.2, y))
+    messages, _ = fit(
+        Quiet(classifier().network), normalised, tmp_path, input_std=0.2, input_mean=0.0, valid_range=(0, 1)
+    )
+    assert len(messages) == 1
+    assert "range from -0.5 to 0.5 before normalisation, beyond the `valid_range` (0, 1)" in messages[0]
+    options = {"input_std": 0.2, "input_mean": 0.5, "valid_range": (0, 1)}
+    assert fit(Quiet(classifier().network), normalised, tmp_path, **options)[0] == []
+
+
+def test_a_stopper_that_would_count_old_values_is_named(tmp_path: Path) -> None:
+    key = "robust/linearized_accuracy_linf_0.03137"
+    for cadence, count in ((1, 0), (3, 1)):
+        with robustness_warnings() as messages:
+            stopper = EarlyStopping(key, mode="max")
+            run = trainer(RobustnessMonitor(every_n_epochs=cadence), stopper, root=tmp_path, max_epochs=1)
+            run.fit(classifier(), loader(), loader())
+        assert len(messages) == count
+    assert f"EarlyStopping follows `{key}`, which is measured every 3 epochs" in messages[0]
+
+
 def test_infinite_values_are_not_logged_and_named_once(tmp_path: Path) -> None:
     constant = Outputs(lambda z: (3 * torch.eye(4) - 1)[torch.zeros(len(z), dtype=torch.long)] + 0 * z)
     messages, rows = fit(Quiet(constant), loader(), tmp_path)
@@ -178,7 +209,7 @@ def test_metrics_that_log_the_same_key_are_refused(tmp_path: Path) -> None:
     metrics = [LinearizedAccuracy([0.1]), LinearizedAccuracy([0.2])]
     messages, rows = fit(classifier(), loader(), tmp_path, metrics=metrics)
     assert rows == [{}, {}]
-    assert "two log ['linearized_margin_linf'" in messages[0]
+    assert "two log ['linearized_accuracy_linf_0'" in messages[0]
 
 
 def test_a_metric_that_fails_in_compute_is_survived(tmp_path: Path) -> None:
@@ -236,9 +267,10 @@ def test_a_barebones_trainer_is_told_that_nothing_is_measured(tmp_path: Path) ->
         ({"chunk_size": 0}, "`chunk_size` .* but got 0"),
         ({"dataloader_idx": -1}, "`dataloader_idx` .* but got -1"),
         ({"seed": -1}, "`seed` .* but got -1"),
-        ({"input_std": 0.0}, "`input_std` to be positive, but got 0.0"),
-        ({"input_std": [0.1, -1]}, "`input_std` to be positive"),
-        ({"input_mean": float("nan")}, "`input_mean` to be finite"),
+        ({"input_std": 0.0}, "`input_std` to be a positive number, or a list of one per channel, but got 0.0"),
+        ({"input_std": [0.1, -1]}, "`input_std` to be a positive number"),
+        ({"input_std": "0.2"}, "`input_std` .* but got '0.2'"),
+        ({"input_mean": float("nan")}, "`input_mean` to be a finite number"),
         ({"log_key_prefix": ""}, "`log_key_prefix` to be a non-empty string"),
         ({"on_error": "ignore"}, "`on_error` to be 'warn' or 'raise', but got 'ignore'"),
         ({"valid_range": [1, 0]}, r"`valid_range` to be \(low, high\) with low < high, but got \[1, 0\]"),
@@ -251,6 +283,8 @@ def test_a_barebones_trainer_is_told_that_nothing_is_measured(tmp_path: Path) ->
             r"names among \['adversarial_accuracy', 'fisher_spectral_norm', 'linearized_accuracy'\]",
         ),
         ({"metrics": [3]}, "but got 3"),
+        ({"metrics": FisherSpectralNorm()}, "`metrics` to be a non-empty list of metrics"),
+        ({"metrics": [FisherSpectralNorm]}, "metrics of lightning_robust.metrics"),
     ],
 )
 def test_bad_arguments_are_named(options: dict[str, Any], sentence: str) -> None:

@@ -16,16 +16,19 @@ def test_linearized_accuracy_counts_margins_above_epsilon() -> None:
         "l2": linearized_margin(linearization.logits, linearization.gram, targets),
     }
     for norm, values in margins.items():
-        epsilons = [0.0, float(values.quantile(0.6)), float(values.max()) * 1.01]
+        epsilons = [float(values.quantile(0.6)), float(values.max()) * 1.01]
         metric = LinearizedAccuracy(epsilons, norm)
         metric.update(probe)
         computed = metric.compute()
-        for epsilon in epsilons:
-            share = (values > epsilon).double().mean()
+        for epsilon in (0.0, *epsilons):
+            count = float((values > epsilon).sum())
             key = f"linearized_accuracy_{norm}_{epsilon:.4g}"
-            assert float(computed[key]) == pytest.approx(float(share))
-            variance = share * (1 - share) / 24
-            assert float(computed[f"{key}_stderr"]) == pytest.approx(float(variance.sqrt()))
+            assert float(computed[key]) == pytest.approx(count / 25)
+            variance = (count + 2) * (25 - count + 2) / 29**3
+            assert float(computed[f"{key}_stderr"]) == pytest.approx(variance**0.5)
+        assert float(computed[f"linearized_accuracy_{norm}_{epsilons[-1]:.4g}_upper"]) > 0  # of a share of 0
+        clean = (linearization.logits.argmax(dim=1) == targets).double().mean()
+        assert float(computed[f"linearized_accuracy_{norm}_0"]) == float(clean)
         clipped = values.clamp_max(2 * epsilons[-1])
         assert float(computed[f"linearized_margin_{norm}"]) == pytest.approx(float(values.mean()))
         assert float(computed[f"linearized_margin_{norm}_clipped"]) == pytest.approx(float(clipped.mean()))
@@ -63,9 +66,10 @@ def test_the_attack_is_the_same_at_every_measurement() -> None:
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"epsilons": [-0.1]}, r"`epsilons` to hold at least one number ≥ 0, but got \[-0.1\]"),
+        ({"epsilons": [-0.1]}, r"`epsilons` to be a list of at least one number ≥ 0, but got \[-0.1\]"),
         ({"epsilons": []}, r"`epsilons` .* but got \[\]"),
         ({"epsilons": [float("nan")]}, r"`epsilons` .* but got \[nan\]"),
+        ({"epsilons": 0.1}, r"`epsilons` to be a list of at least one number ≥ 0, but got 0.1"),
         ({"norm": "l1"}, r"`norm` to be one of \('linf', 'l2'\), but got 'l1'"),
     ],
 )
