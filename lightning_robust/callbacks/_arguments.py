@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -44,8 +45,8 @@ def check_constant(
         return None
     plain = value.tolist() if isinstance(value, Tensor) else value
     numbers: list[Any] = list(plain) if isinstance(plain, tuple | list) else [plain]
-    for number in numbers:
-        if not (isinstance(number, int | float) and math.isfinite(number) and (number > 0 or not positive)):
+    for number in numbers or [None]:
+        if not (isinstance(number, Real) and math.isfinite(number) and (float(number) > 0 or not positive)):
             raise MisconfigurationException(
                 f"Expected argument `{name}` to be a {'positive' if positive else 'finite'} number, or a list of one"
                 f" per channel, but got {value!r}."

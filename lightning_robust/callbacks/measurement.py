@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lightning_robust.callbacks.outcome import Outcome, Verdict
 from lightning_robust.callbacks.sample_selection import SampleCollector
+from lightning_robust.callbacks.undisturbed import undisturbed
 from lightning_robust.functional._grad_mode import differentiable
 from lightning_robust.metrics import ProbeMetric
 from lightning_robust.probe import Probe
@@ -36,7 +37,9 @@ class Measurement:
         self._on_error = on_error
         self._error: Exception | None = None
         self._seconds = 0.0
+        self._updated = False
         self.collector: SampleCollector | None = None
+        self.last_batch: int | None = None  # index of the loader's last batch, where it is known
         for metric in metrics:
             metric.reset()
 
@@ -55,11 +58,13 @@ class Measurement:
         self._seconds += time.perf_counter() - start
 
     def update(self, pl_module: LightningModule, device: torch.device, *, examine: Callable[[Probe], None]) -> None:
-        """Show the collected samples to the metrics, after the first of them have been examined."""
-        assert self.collector is not None
+        """Show the collected samples to the metrics, once, after the first of them have been examined."""
+        if self._updated or self.collector is None:
+            return
+        self._updated = True
         for metric in self._metrics:
             metric.to(device)
-        with differentiable(pl_module):
+        with undisturbed(pl_module), differentiable(pl_module):
             for probe in self.collector.probes():
                 examine(probe)
                 for metric in self._metrics:
@@ -69,14 +74,18 @@ class Measurement:
                     metric.update(Probe(pl_module, torch.empty(0), torch.empty(0, dtype=torch.long)))
 
     def conclude(self, device: torch.device) -> tuple[Verdict, Values]:
-        """Agree with the other processes; the values of each metric if, and only if, nothing failed on any of them."""
+        """Agree with the other processes; the values of each metric if, and only if, nothing failed on any of them.
+
+        The metrics are empty afterwards: some hold much memory.
+        """
         updated = self._agree(device)
-        if not updated.sound:
-            return updated, []
-        values: Values = []
-        for metric in self._metrics:  # each computes, even after a failure, because computing is a collective
-            self._compute(metric, values)
-        computed = self._agree(device)
+        computed, values = updated, Values()
+        if updated.sound:
+            for metric in self._metrics:  # each computes, even after a failure, because computing is a collective
+                self._compute(metric, values)
+            computed = self._agree(device)
+        for metric in self._metrics:
+            metric.reset()
         return (updated, values) if computed.sound else (computed, [])
 
     def _compute(self, metric: ProbeMetric, values: Values) -> None:

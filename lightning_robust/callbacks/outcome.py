@@ -51,7 +51,7 @@ class Outcome(Float64Metric):
         self.seconds = torch.full_like(self.seconds, seconds)
         if error is not None:
             self.failures = self.failures + 1
-            line = f"{type(error).__name__}: {' '.join(str(error).split())}\n"
+            line = f"{type(error).__name__}: {' '.join(str(error).split()) or 'no message'}\n"
             assert isinstance(self.text, list)
             self.text.append(torch.tensor([ord(char) for char in line], dtype=torch.float64, device=self.device))
 

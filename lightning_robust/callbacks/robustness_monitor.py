@@ -9,12 +9,12 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import CombinedLoader, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from lightning_robust.callbacks import advice
 from lightning_robust.callbacks._arguments import as_metrics, check_constant, check_integer, check_range
 from lightning_robust.callbacks.batches import default_probe
 from lightning_robust.callbacks.measurement import Measurement, Values
@@ -22,7 +22,7 @@ from lightning_robust.callbacks.outcome import Verdict
 from lightning_robust.callbacks.sample_selection import LoaderShare, SampleCollector
 from lightning_robust.dashboard.tensorboard_layout import write_layout
 from lightning_robust.metrics import ProbeMetric
-from lightning_robust.probe import Probe, find_flaws
+from lightning_robust.probe import Probe
 
 
 class RobustnessWarning(UserWarning):
@@ -134,6 +134,7 @@ class RobustnessMonitor(Callback):
         self._logged: list[str] = []  # keys of the last measurement
         self._laid_out: set[str] = set()  # directories that have a layout
         self._measurement: Measurement | None = None  # in progress
+        self._targets: list[int] | None = None  # of the last measurement in `fit`
 
     # ---- state -------------------------------------------------------------------------------------------------------
 
@@ -155,26 +156,13 @@ class RobustnessMonitor(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Begin a new run."""
         self._last_epoch = None
+        self._targets = None
         self._unexamined = True
         self._said.clear()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say it if nothing will ever be measured."""
-        if trainer.barebones:
-            self._say_once("`Trainer(barebones=True)` logs nothing, so RobustnessMonitor measures nothing.")
-        elif not trainer.enable_validation:
-            self._say_once(
-                "RobustnessMonitor measures inside the validation loop, but this run has none, so nothing will be"
-                " measured. Define `validation_step` and a validation dataloader, with `limit_val_batches` above 0."
-            )
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            watched = str(getattr(callback, "monitor", ""))
-            if self.every_n_epochs > 1 and type(callback) is EarlyStopping and watched.startswith(self.log_key_prefix):
-                self._say_once(
-                    f"EarlyStopping follows `{watched}`, which is measured every {self.every_n_epochs} epochs, and"
-                    " takes the old value for no improvement in between. Its `patience` counts validations: set it to"
-                    f" at least {self.every_n_epochs} times the number of measurements that it should wait."
-                )
+        """Say it if nothing will ever be measured, or if a stopper will count what is not."""
+        self._say_once(*advice.before_fit(trainer, prefix=self.log_key_prefix, every_n_epochs=self.every_n_epochs))
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin a measurement, if one is due."""
@@ -196,21 +184,45 @@ class RobustnessMonitor(Callback):
         """Keep this batch's share of the measured samples."""
         self._collect(pl_module, batch, dataloader_idx)
 
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Measure, after the last batch."""
+        self._update(pl_module, batch_idx, dataloader_idx)
+
+    def on_test_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Measure, after the last batch."""
+        self._update(pl_module, batch_idx, dataloader_idx)
+
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure and log."""
+        """Agree with the other processes, and log."""
         self._finish(trainer, pl_module)
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure and log."""
+        """Agree with the other processes, and log."""
         self._finish(trainer, pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Lay out TensorBoard's Custom Scalars page, once."""
-        self._lay_out(trainer)
+        self._guard(lambda: self._lay_out(trainer), "lay out TensorBoard's page")
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Lay out TensorBoard's Custom Scalars page, once."""
-        self._lay_out(trainer)
+        self._guard(lambda: self._lay_out(trainer), "lay out TensorBoard's page")
 
     # ---- one measurement ---------------------------------------------------------------------------------------------
 
@@ -234,21 +246,15 @@ class RobustnessMonitor(Callback):
         num_batches = trainer.num_test_batches if trainer.testing else trainer.num_val_batches
         limit = num_batches[self.dataloader_idx] if isinstance(num_batches, list) else num_batches
         share = LoaderShare.of(loader, num_batches=limit)
+        measurement.last_batch = None if limit == math.inf else int(limit) - 1
         measurement.collector = SampleCollector(
-            share, max_samples=self.max_samples, num_processes=trainer.world_size, seed=self.seed
+            share,
+            max_samples=self.max_samples,
+            rank=trainer.global_rank,
+            num_processes=trainer.world_size,
+            seed=self.seed,
         )
-        if share.size is None:
-            self._say_once(
-                "RobustnessMonitor cannot tell beforehand how many samples the validation loader holds, so it measures"
-                f" a uniformly random subset of {self.max_samples} (reservoir sampling): the same one at every"
-                " measurement only as long as the loader yields the same samples in the same order. A loader with a"
-                " length is safer."
-            )
-        if share.shuffled:
-            self._say_once(
-                "The validation loader shuffles, so RobustnessMonitor measures other samples at every measurement, and"
-                " its curves carry the noise of that. Pass `shuffle=False` to the validation DataLoader."
-            )
+        self._say_once(*advice.on_loader(share, max_samples=self.max_samples))
 
     def _is_due(self, trainer: Trainer) -> bool:
         if trainer.state.fn != TrainerFn.FITTING:
@@ -263,8 +269,16 @@ class RobustnessMonitor(Callback):
             def add() -> None:
                 assert measurement.collector is not None
                 measurement.collector.add(self._probe(pl_module, batch))
+                if measurement.collector.irregular:
+                    self._say_once(advice.reservoir(self.max_samples))
 
             measurement.attempt(add)
+
+    def _update(self, pl_module: LightningModule, batch_idx: int, dataloader_idx: int) -> None:
+        """Measure after the last batch, on the weights that were validated: a later hook may exchange them."""
+        measurement = self._measurement
+        if measurement is not None and (dataloader_idx, batch_idx) == (self.dataloader_idx, measurement.last_batch):
+            measurement.attempt(lambda: measurement.update(pl_module, _device(pl_module), examine=self._examine))
 
     def _probe(self, pl_module: LightningModule, batch: object) -> Probe:
         make: Callable[[LightningModule, Any], Probe] = self.probe_fn or default_probe
@@ -285,54 +299,30 @@ class RobustnessMonitor(Callback):
         )
 
     def _finish(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure and log: the same collectives on every process."""
+        """Agree and log: the same collectives on every process."""
         measurement, self._measurement = self._measurement, None
         if measurement is None:
             return
         if trainer.state.fn == TrainerFn.FITTING:
             self._last_epoch = trainer.current_epoch
-        # Metal has no float64, in which the states are kept; nor does it run several processes
-        device = torch.device("cpu") if pl_module.device.type == "mps" else pl_module.device
-        measurement.attempt(lambda: measurement.update(pl_module, device, examine=self._examine))
-        verdict, values = measurement.conclude(device)
+            self._compare(measurement)
+        measurement.attempt(lambda: measurement.update(pl_module, _device(pl_module), examine=self._examine))
+        verdict, values = measurement.conclude(_device(pl_module))
         if verdict.sound:
-            self._log(trainer, pl_module, values, verdict)
+            self._guard(lambda: self._log(trainer, pl_module, values, verdict), "log a measurement")
         else:
             cause = verdict.cause.rstrip(".")
             self._warn(
-                f"RobustnessMonitor skipped the measurement in epoch {trainer.current_epoch}: {cause}. The run goes on;"
-                " pass `on_error='raise'` to stop with a traceback instead."
+                f"RobustnessMonitor skipped the measurement in epoch {trainer.current_epoch}: {cause}. The run goes on."
+                " If the module is not called as `pl_module(inputs)`, pass `probe_fn`; `on_error='raise'` stops with a"
+                " traceback instead."
             )
 
     def _examine(self, probe: Probe) -> None:
         """Once in a run, say what makes the numbers mean something else than they seem to."""
-        if not self._unexamined:
-            return
-        for flaw in find_flaws(probe):
-            self._say_once(flaw)
-        low, high = float(probe.inputs.min()), float(probe.inputs.max())
-        if probe.input_std is None and (low < 0 or high > 1):
-            remedy = (
-                "For bytes from 0 to 255 pass `input_std=1/255`"
-                if low >= 0
-                else "If they are normalised images, pass the standard deviation of each channel as `input_std`"
-            )
-            self._say_once(
-                f"Validation inputs range from {low:.3g} to {high:.3g} and no `input_std` was given, so ε, margins and"
-                f" Fisher information are in units of the inputs as the network receives them. {remedy}: then ε is in"
-                " units of pixels between 0 and 1."
-            )
-        if probe.valid_range is not None:
-            raw = probe.unnormalised_inputs
-            low, high = float(raw.min()), float(raw.max())
-            slack = 0.01 * (probe.valid_range[1] - probe.valid_range[0])
-            if low < probe.valid_range[0] - slack or high > probe.valid_range[1] + slack:
-                self._say_once(
-                    f"Validation inputs range from {low:.3g} to {high:.3g} before normalisation, beyond the"
-                    f" `valid_range` {tuple(probe.valid_range)}, so L∞ margins and attacks are wrong. If the inputs are"
-                    " normalised, pass the `input_mean` and `input_std` with which it was done."
-                )
-        self._unexamined = False
+        if self._unexamined:
+            self._say_once(*advice.on_probe(probe))
+            self._unexamined = False
 
     def _log(self, trainer: Trainer, pl_module: LightningModule, values: Values, verdict: Verdict) -> None:
         headlines = [next(iter(computed)) for computed in values]
@@ -370,13 +360,35 @@ class RobustnessMonitor(Callback):
                 self._laid_out.add(logger.log_dir)
                 write_layout(logger, keys)
 
-    def _say_once(self, message: str) -> None:
-        if message not in self._said:
-            self._said.add(message)
-            self._warn(message)
+    def _compare(self, measurement: Measurement) -> None:
+        """Say it if these are other samples than last time."""
+        if measurement.collector is not None:
+            before, self._targets = self._targets, measurement.collector.targets()
+            if before is not None and before != self._targets and advice.SHUFFLES not in self._said:
+                self._say_once(advice.OTHER_SAMPLES)
+
+    def _guard(self, step: Callable[[], None], purpose: str) -> None:
+        """Take a step that must not end a run."""
+        try:
+            step()
+        except Exception as error:
+            if self.on_error == "raise":
+                raise
+            self._warn(f"RobustnessMonitor could not {purpose}: {type(error).__name__}: {error}. The run goes on.")
+
+    def _say_once(self, *sentences: str) -> None:
+        for sentence in sentences:
+            if sentence not in self._said:
+                self._said.add(sentence)
+                self._warn(sentence)
 
     def _warn(self, message: str) -> None:
         rank_zero_warn(message, category=RobustnessWarning)
+
+
+def _device(pl_module: LightningModule) -> torch.device:
+    """Where the states are kept: Metal has no float64; nor does it run several processes."""
+    return torch.device("cpu") if pl_module.device.type == "mps" else pl_module.device
 
 
 def _monitors(trainer: Trainer) -> list[RobustnessMonitor]:

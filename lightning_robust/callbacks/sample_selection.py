@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Protocol
 
+import torch
 from torch.utils.data import (
     DataLoader,
     DistributedSampler,
@@ -88,6 +89,7 @@ class LoaderShare:
         stride: Distance between the positions of two successive samples of this process.
         shuffled: Whether the order of the samples changes from one pass to the next.
         distributed: Whether positions and size are those of all processes together. If not, they are this one's.
+        batch_size: Number of samples in all batches but the last.
     """
 
     size: int | None
@@ -95,6 +97,7 @@ class LoaderShare:
     stride: int = 1
     shuffled: bool = False
     distributed: bool = False
+    batch_size: int | None = None
 
     @classmethod
     def of(cls, loader: Iterable[object], *, num_batches: float) -> LoaderShare:
@@ -113,7 +116,7 @@ class LoaderShare:
         size = len(samples)
         if num_batches != float("inf"):
             size = min(size, int(num_batches) * batch_size * stride)
-        return cls(size, first, stride, shuffled, distributed)
+        return cls(size, first, stride, shuffled, distributed, batch_size)
 
     def position(self, index: int) -> int:
         """Position, among the samples of all processes, of this process's sample number ``index``.
@@ -129,28 +132,38 @@ class SampleCollector:
     Args:
         share: What this process sees of the loader.
         max_samples: How many samples are wanted over all processes.
-        num_processes: Number of processes, among which the samples are shared out evenly where no distributed sampler
-            does it.
+        rank: Number of this process.
+        num_processes: Number of processes. Where no distributed sampler shares the samples out among them, each takes
+            every ``num_processes``-th of those selected: all of them together, if they see the same loader.
         seed: Chooses the samples.
+
+    Attributes:
+        irregular: Whether batches turned out not to be made of the loader's samples one by one (a collate function may
+            join or split them), so that positions are not known beforehand.
     """
 
-    def __init__(self, share: LoaderShare, *, max_samples: int, num_processes: int, seed: int) -> None:
+    def __init__(
+        self, share: LoaderShare, *, max_samples: int, rank: int = 0, num_processes: int = 1, seed: int
+    ) -> None:
         self._share = share
-        count = max_samples if share.distributed else -(-max_samples // num_processes)
-        self._selection: Selection
-        if share.size is None:
-            self._selection = ReservoirSelection(count, seed=seed)
-        else:
-            self._selection = StratifiedSelection(share.size, count, seed=seed)
+        self._reservoir = ReservoirSelection(max_samples, seed=seed)
+        self._selection: Selection = self._reservoir
+        if share.size is not None:
+            self._selection = StratifiedSelection(share.size, max_samples, seed=seed)
+        self._rank, self._num_processes = rank, num_processes
+        self.irregular = False
         self._seen = 0
         self._largest_batch = 1
         self._rows: dict[int, Probe] = {}  # single samples, by position
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._chosen())
 
     def add(self, batch: Probe) -> None:
         """Take what is wanted of the next batch."""
+        if self._seen == 0 and len(batch) != self._expected(len(batch)):
+            self.irregular = True
+            self._selection = self._reservoir
         self._largest_batch = max(self._largest_batch, len(batch))
         for row in range(len(batch)):
             position = self._share.position(self._seen)
@@ -161,6 +174,23 @@ class SampleCollector:
             if revoked is not None:
                 self._rows.pop(revoked, None)
 
+    def _expected(self, otherwise: int) -> int:
+        """Number of samples in the first batch, if it can be known."""
+        if self._share.size is None or self._share.batch_size is None:
+            return otherwise
+        return min(self._share.batch_size, -(-self._share.size // self._share.stride))
+
+    def _chosen(self) -> list[int]:
+        positions = sorted(self._rows)
+        if self._share.distributed and not self.irregular:
+            return positions
+        return positions[self._rank :: self._num_processes]
+
+    def targets(self) -> list[int]:
+        """Classes of the samples, in order: another list at another time means other samples."""
+        rows = [self._rows[position].targets for position in self._chosen()]
+        return torch.cat(rows).tolist() if rows else []
+
     def probes(self) -> Iterator[Probe]:
         """The samples in the order of their positions, never more together than the largest batch held."""
-        return merge((self._rows[position] for position in sorted(self._rows)), max_samples=self._largest_batch)
+        return merge((self._rows[position] for position in self._chosen()), max_samples=self._largest_batch)

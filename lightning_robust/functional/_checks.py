@@ -91,7 +91,8 @@ def check_targets(targets: Tensor, *, num_samples: int, num_classes: int | None 
     if not integer or targets.shape != (num_samples,):
         raise ValueError(
             f"Expected argument `targets` to hold one class index per sample, an integer tensor of shape"
-            f" ({num_samples},), but got {targets.dtype} of shape {tuple(targets.shape)}."
+            f" ({num_samples},), but got {targets.dtype} of shape {tuple(targets.shape)}. (Take"
+            " `.squeeze(1)` of a column, `.argmax(dim=1)` of one-hot rows.)"
         )
     if num_classes is not None and num_samples and not (targets.min() >= 0 and targets.max() < num_classes):
         raise ValueError(

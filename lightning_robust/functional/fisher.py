@@ -18,6 +18,7 @@ Cost: N eigenvalue problems of size C; no forward or backward pass.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +30,10 @@ from lightning_robust.functional.linearization import widen
 # A sample counts as saturated above this probability of its predicted class: there λ is at least 250 times smaller than
 # the same gradients give at even odds.
 _SATURATED_ABOVE = 0.999
+# Weight, in samples, of the smoothing that keeps a fitted temperature finite.
+_PSEUDO_SAMPLES = 0.5
+# Elements of C × C matrices that are worked on at once: 32 MiB.
+_MATRIX_ELEMENTS = 2**22
 # Temperatures are searched between these multiples of the root mean square of the class-centred logits.
 _TEMPERATURE_RANGE = (1e-4, 1e4)
 
@@ -66,9 +71,9 @@ def fim_spectral_norm(logits: Tensor, gram: Tensor, *, temperature: float | Tens
 
     Source: arXiv 2606.04767; the reduction to C × C is ours.
     """
-    information = _class_information(logits, gram, temperature)
-    eigenvalues: Tensor = torch.linalg.eigvalsh(information)
-    return eigenvalues[:, -1].clamp_min(0).to(logits)
+    _check_gram(logits, gram)
+    largest = [torch.linalg.eigvalsh(_class_information(*part, temperature))[:, -1] for part in _chunks(logits, gram)]
+    return torch.cat(largest).clamp_min(0).to(logits)
 
 
 def fim_trace(logits: Tensor, gram: Tensor, *, temperature: float | Tensor = 1.0) -> Tensor:
@@ -81,8 +86,11 @@ def fim_trace(logits: Tensor, gram: Tensor, *, temperature: float | Tensor = 1.0
 
     Source: arXiv 2606.04767, exact where the paper estimates.
     """
-    information = _class_information(logits, gram, temperature)
-    return information.diagonal(dim1=1, dim2=2).sum(dim=1).clamp_min(0).to(logits)
+    _check_gram(logits, gram)
+    traces = [
+        _class_information(*part, temperature).diagonal(dim1=1, dim2=2).sum(dim=1) for part in _chunks(logits, gram)
+    ]
+    return torch.cat(traces).clamp_min(0).to(logits)
 
 
 def saturated(logits: Tensor) -> Tensor:
@@ -101,10 +109,11 @@ def fit_temperature(logits: Tensor, targets: Tensor) -> Tensor:
     """Temperature at which ``logits / T`` have the smallest negative log-likelihood.
 
     The likelihood is convex in ``1/T``, so the minimiser is found by bisection to rounding. Where every sample is
-    classified correctly it has none (``T → 0``); then the targets are smoothed by half a pseudo-sample spread evenly
-    over the classes, in the manner of Platt (1999), which keeps the result finite and proportional to the scale of the
-    logits. Logits that say less than nothing get the upper end of the range, 10⁴ times their root mean square: even
-    odds.
+    classified correctly it has none (``T → 0``), and where one is missed by a hair it hangs on that hair. So, in the
+    manner of Platt (1999), half a pseudo-sample is spread evenly over samples and classes, less as errors add up to
+    one, where an error counts in full if it misses by the root mean square of the class-centred logits. That keeps the
+    result finite, continuous in the data and proportional to the scale of the logits. Logits that say less than nothing
+    get the upper end of the range, 10⁴ times their root mean square: even odds.
 
     Args:
         logits: ``(N, C)``.
@@ -121,7 +130,8 @@ def fit_temperature(logits: Tensor, targets: Tensor) -> Tensor:
     check_logits(logits, num_samples=len(logits))
     y = check_targets(targets, num_samples=len(logits), num_classes=logits.shape[1])
     z = widen(logits)
-    return _fit_temperature(z, y.to(z.device)).to(logits)
+    y = y.to(z.device)
+    return _fit_temperature(z, _favoured(z, y)).to(logits)
 
 
 def calibrated_fim_spectral_norm(logits: Tensor, gram: Tensor, targets: Tensor) -> CalibratedSpectralNorm:
@@ -141,18 +151,20 @@ def calibrated_fim_spectral_norm(logits: Tensor, gram: Tensor, targets: Tensor) 
 
     Source: ours.
     """
-    check_logits(logits, num_samples=len(logits))
+    _check_gram(logits, gram)
     z, wide_gram = widen(logits), widen(gram)
     y = check_targets(targets, num_samples=len(logits), num_classes=logits.shape[1]).to(z.device)
-    temperature = _fit_temperature(z, y)
-    value = fim_spectral_norm(z, wide_gram, temperature=temperature)
+    favoured = _favoured(z, y)
+    temperature = _fit_temperature(z, favoured)
+    value, vectors = _largest_eigenpairs(z, wide_gram, temperature)
 
     n, step = len(z), 1e-4
     probs = (z / temperature).softmax(dim=1)
     expected = (probs * z).sum(dim=1)
-    slope = expected - _target_logits(z, y, _smoothing(z, y))  # ℓ'_i(β)
+    slope = expected - favoured  # ℓ'_i(β)
     curvature = (probs * (z - expected[:, None]).square()).sum(dim=1).mean()  # mean ℓ''
-    up, down = (fim_spectral_norm(z, wide_gram, temperature=temperature / (1 + s)) for s in (step, -step))
+    # an eigenvalue changes as its matrix does along the eigenvector
+    up, down = (_rayleigh(z, wide_gram, temperature / (1 + s), vectors) for s in (step, -step))
     sensitivity = (up - down).mean() / (2 * step) * temperature  # derivative of the mean with respect to β
     influence = value - value.mean()
     fitted = slope.mean().abs() <= 1e-6 * slope.abs().mean()  # not at an end of the range, where it does not move
@@ -163,8 +175,7 @@ def calibrated_fim_spectral_norm(logits: Tensor, gram: Tensor, targets: Tensor) 
     return CalibratedSpectralNorm(*(part.to(logits) for part in parts))
 
 
-def _class_information(logits: Tensor, gram: Tensor, temperature: float | Tensor) -> Tensor:
-    """``F K Fᵀ / T²``, (N, C, C) in float64."""
+def _check_gram(logits: Tensor, gram: Tensor) -> None:
     check_logits(logits, num_samples=len(logits))
     n, c = logits.shape
     if gram.shape != (n, c, c):
@@ -172,19 +183,48 @@ def _class_information(logits: Tensor, gram: Tensor, temperature: float | Tensor
             f"Expected argument `gram` of shape ({n}, {c}, {c}) beside logits ({n}, {c}), got {tuple(gram.shape)}."
         )
     check_finite(gram, "entries of `gram`")
+
+
+def _class_information(logits: Tensor, gram: Tensor, temperature: float | Tensor) -> Tensor:
+    """``F K Fᵀ / T²``, (N, C, C) in float64."""
     scale = float(temperature)
     if not 0 < scale < math.inf:
         raise ValueError(f"Expected argument `temperature` to be positive and finite, but got {scale}.")
+    c = logits.shape[1]
     probs = (widen(logits) / scale).softmax(dim=1)
     factor = probs.sqrt()[:, :, None] * (torch.eye(c, dtype=probs.dtype, device=probs.device) - probs[:, None, :])
     return factor @ widen(gram) @ factor.mT / scale**2
 
 
-def _fit_temperature(z: Tensor, y: Tensor) -> Tensor:
-    spread = (z - z.mean(dim=1, keepdim=True)).square().mean().sqrt()
+def _largest_eigenpairs(z: Tensor, gram: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
+    """Largest eigenvalue (N,) of each information matrix, and its eigenvector (N, C)."""
+    values, vectors = [], []
+    for part, part_gram in _chunks(z, gram):
+        eigenvalues, eigenvectors = torch.linalg.eigh(_class_information(part, part_gram, temperature))
+        values.append(eigenvalues[:, -1].clamp_min(0))
+        vectors.append(eigenvectors[:, :, -1])
+    return torch.cat(values), torch.cat(vectors)
+
+
+def _rayleigh(z: Tensor, gram: Tensor, temperature: Tensor, vectors: Tensor) -> Tensor:
+    """``vᵀ F K Fᵀ v / T²``, (N,), without forming the matrix."""
+    probs = (z / temperature).softmax(dim=1)
+    weighted = probs.sqrt() * vectors
+    projected = weighted - probs * weighted.sum(dim=1, keepdim=True)  # Fᵀ v
+    return torch.einsum("nc,ncd,nd->n", projected, gram, projected) / temperature**2
+
+
+def _chunks(logits: Tensor, gram: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Samples in parts whose C × C matrices stay small together."""
+    size = max(1, _MATRIX_ELEMENTS // logits.shape[1] ** 2)
+    return zip(torch.split(logits, size), torch.split(gram, size), strict=True)
+
+
+def _fit_temperature(z: Tensor, favoured: Tensor) -> Tensor:
+    """Temperature at which the expected logits equal the ``favoured`` ones, on average."""
+    spread = _spread(z)
     if spread == 0:
         return z.new_ones(())
-    favoured = _target_logits(z, y, _smoothing(z, y))
     low, high = ((1 / (bound * spread)).log() for bound in reversed(_TEMPERATURE_RANGE))  # of log β
     for _ in range(60):
         middle = (low + high) / 2
@@ -193,11 +233,15 @@ def _fit_temperature(z: Tensor, y: Tensor) -> Tensor:
     return (-(low + high) / 2).exp()
 
 
-def _smoothing(z: Tensor, y: Tensor) -> float:
-    """Share of each target's weight spread over all classes: none, or half a sample's over all of them together."""
-    separable = bool((z.gather(1, y[:, None])[:, 0] >= z.amax(dim=1)).all())
-    return 0.5 / len(z) if separable else 0.0
+def _favoured(z: Tensor, y: Tensor) -> Tensor:
+    """Logit of each target, (N,), smoothed as :func:`fit_temperature` says."""
+    own = z.gather(1, y[:, None])
+    missed_by = z.scatter(1, y[:, None], -torch.inf).amax(dim=1) - own[:, 0]
+    errors = (missed_by / _spread(z).clamp_min(torch.finfo(z.dtype).tiny)).clamp(0, 1).sum()
+    weight = _PSEUDO_SAMPLES * (1 - errors).clamp_min(0) / len(z)
+    return (1 - weight) * own[:, 0] + weight * z.mean(dim=1)
 
 
-def _target_logits(z: Tensor, y: Tensor, smoothing: float) -> Tensor:
-    return (1 - smoothing) * z.gather(1, y[:, None])[:, 0] + smoothing * z.mean(dim=1)
+def _spread(z: Tensor) -> Tensor:
+    """Root mean square of the class-centred logits."""
+    return (z - z.mean(dim=1, keepdim=True)).square().mean().sqrt()

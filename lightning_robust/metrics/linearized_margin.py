@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import get_args
+from numbers import Real
+from typing import Any, get_args
 
 from torch import Tensor
 
@@ -96,8 +97,11 @@ def accuracy_key(kind: str, norm: str, epsilon: float) -> str:
 
 def check_epsilons(epsilons: Sequence[float]) -> tuple[float, ...]:
     """Return ``epsilons`` as a tuple, or raise a ``ValueError``."""
-    if not isinstance(epsilons, Sequence) or not epsilons or not all(0 <= epsilon < math.inf for epsilon in epsilons):
+    values: list[Any] = list(epsilons) if isinstance(epsilons, tuple | list) else []
+    if not values or not all(isinstance(value, Real) and 0 <= float(value) < math.inf for value in values):
         raise ValueError(f"Expected argument `epsilons` to be a list of at least one number ≥ 0, but got {epsilons}.")
+    if len({f"{epsilon:.4g}" for epsilon in epsilons}) < len(epsilons):
+        raise ValueError(f"Expected argument `epsilons` to differ in their first four digits, but got {epsilons}.")
     return tuple(float(epsilon) for epsilon in epsilons)
 
 

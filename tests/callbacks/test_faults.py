@@ -8,6 +8,7 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
@@ -191,6 +192,61 @@ def test_a_stopper_that_would_count_old_values_is_named(tmp_path: Path) -> None:
     assert f"EarlyStopping follows `{key}`, which is measured every 3 epochs" in messages[0]
 
 
+def test_a_custom_sampler_that_shuffles_is_found_by_its_samples(tmp_path: Path) -> None:
+    class Shuffling(torch.utils.data.Sampler):
+        def __iter__(self):
+            self.passes = getattr(self, "passes", 0) + 1
+            return iter(torch.randperm(120, generator=torch.Generator().manual_seed(self.passes)).tolist())
+
+        def __len__(self) -> int:
+            return 120
+
+    val_loader = loader(sampler=Shuffling())
+    messages, rows = fit(Quiet(classifier().network), val_loader, tmp_path, max_samples=20)
+    assert len(messages) == 1
+    assert "found other samples in the validation loader than at the last measurement" in messages[0]
+    assert rows[1]["robust/num_samples"] == 20
+
+
+def test_a_layout_that_cannot_be_written_does_not_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: Any) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("lightning_robust.callbacks.robustness_monitor.write_layout", full)
+    with robustness_warnings() as messages:
+        run = trainer(RobustnessMonitor(), root=tmp_path, logger=TensorBoardLogger(tmp_path), max_epochs=1)
+        run.fit(classifier(), loader(), loader())
+    assert len(messages) == 1
+    assert "could not lay out TensorBoard's page: OSError: No space left on device" in messages[0]
+    assert run.callback_metrics["robust/num_samples"] == 120
+
+
+def test_a_model_without_input_gradients_is_not_measured(tmp_path: Path) -> None:
+    messages, rows = fit(Quiet(Outputs(lambda z: z.detach())), loader(), tmp_path)
+    assert rows == [{}, {}]
+    assert "no gradient" in messages[0] or "change without any" in messages[0]
+
+
+def test_a_model_that_refuses_inputs_out_of_range_is_measured(tmp_path: Path) -> None:
+    class Careful(Quiet):
+        def forward(self, x: Tensor) -> Tensor:
+            assert x.min() >= 0
+            assert x.max() <= 1
+            return super().forward(x)
+
+    messages, rows = fit(Careful(classifier().network), loader(), tmp_path)
+    assert messages == []
+    assert rows[1]["robust/num_samples"] == 120
+
+
+def test_many_classes_are_warned_of(tmp_path: Path) -> None:
+    many = nn.Sequential(nn.Flatten(), nn.Linear(16, 250))
+    messages, rows = fit(Quiet(many), loader(), tmp_path, max_samples=5)
+    assert len(messages) == 1
+    assert "The model has 250 classes" in messages[0]
+    assert rows[1]["robust/num_samples"] == 5
+
+
 def test_infinite_values_are_not_logged_and_named_once(tmp_path: Path) -> None:
     constant = Outputs(lambda z: (3 * torch.eye(4) - 1)[torch.zeros(len(z), dtype=torch.long)] + 0 * z)
     messages, rows = fit(Quiet(constant), loader(), tmp_path)
@@ -269,6 +325,7 @@ def test_a_barebones_trainer_is_told_that_nothing_is_measured(tmp_path: Path) ->
         ({"seed": -1}, "`seed` .* but got -1"),
         ({"input_std": 0.0}, "`input_std` to be a positive number, or a list of one per channel, but got 0.0"),
         ({"input_std": [0.1, -1]}, "`input_std` to be a positive number"),
+        ({"input_std": []}, r"`input_std` .* but got \[\]"),
         ({"input_std": "0.2"}, "`input_std` .* but got '0.2'"),
         ({"input_mean": float("nan")}, "`input_mean` to be a finite number"),
         ({"log_key_prefix": ""}, "`log_key_prefix` to be a non-empty string"),

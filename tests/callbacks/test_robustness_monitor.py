@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
+from torchmetrics import MeanMetric
 
 from lightning_robust import AdversarialAccuracy, FisherSpectralNorm, LinearizedAccuracy, Probe, RobustnessMonitor
 from lightning_robust.metrics import ProbeMetric
@@ -348,3 +349,54 @@ def test_nothing_is_said_about_a_sound_run(tmp_path: Path) -> None:
     with robustness_warnings() as messages:
         trainer(RobustnessMonitor(), root=tmp_path).fit(classifier(), loader(), loader())
     assert messages == []
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_averaged_weights_are_measured_when_they_are_validated(tmp_path: Path, first: bool) -> None:
+    """Lightning's weight averaging puts them in for the validation alone, whatever the order of the callbacks."""
+    averaging = EMAWeightAveraging(decay=0.5)
+    monitor = RobustnessMonitor(["linearized_accuracy"], max_samples=500)
+    callbacks = (averaging, monitor) if first else (monitor, averaging)
+    accuracies = []
+
+    class Accuracy(Callback):
+        def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            metrics = trainer.callback_metrics
+            accuracies.append((float(metrics["val_acc"]), float(metrics["robust/linearized_accuracy_linf_0"])))
+
+    run = trainer(*callbacks, Accuracy(), root=tmp_path, max_epochs=3, num_sanity_val_steps=0)
+    run.fit(classifier(), loader(), loader())
+    assert len({accuracy for accuracy, _ in accuracies}) > 1
+    assert all(measured == pytest.approx(validated, abs=1e-6) for validated, measured in accuracies)
+
+
+def test_what_a_forward_pass_records_is_not_disturbed(tmp_path: Path) -> None:
+    class Recorder(type(classifier())):
+        def __init__(self, network: torch.nn.Module) -> None:
+            super().__init__(network)
+            self.mean = MeanMetric()
+
+        def forward(self, x: Tensor) -> Tensor:
+            if not self.training:
+                self.log("activation", x.mean(), on_step=False, on_epoch=True, batch_size=len(x))
+                self.mean.update(x.mean())
+            return super().forward(x)
+
+        def on_validation_epoch_end(self) -> None:
+            self.log("metric", self.mean.compute())
+            self.mean.reset()
+
+    values = []
+    for callbacks in ([], [RobustnessMonitor(max_samples=20, on_error="raise")]):
+        torch.manual_seed(0)
+        run = trainer(*callbacks, root=tmp_path)
+        run.fit(Recorder(classifier().network), loader(), loader())
+        values.append({key: float(run.callback_metrics[key]) for key in ("activation", "metric", "val_acc")})
+    assert values[0] == values[1]
+
+
+def test_nothing_is_kept_between_measurements(tmp_path: Path) -> None:
+    monitor = RobustnessMonitor()
+    trainer(monitor, root=tmp_path).fit(classifier(), loader(), loader())
+    assert all(len(metric.metric_state.get("rows", [])) == 0 for metric in monitor.metrics)
+    assert monitor._measurement is None

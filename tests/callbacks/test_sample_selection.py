@@ -63,10 +63,10 @@ def test_selection_leaves_the_global_generator_alone(make) -> None:
 
 
 def test_share_of_an_ordinary_loader() -> None:
-    assert LoaderShare.of(loader(), num_batches=float("inf")) == LoaderShare(size=120)
-    assert LoaderShare.of(loader(), num_batches=4) == LoaderShare(size=120)
-    assert LoaderShare.of(loader(), num_batches=2) == LoaderShare(size=64)
-    assert LoaderShare.of(loader(drop_last=True), num_batches=3) == LoaderShare(size=96)
+    assert LoaderShare.of(loader(), num_batches=float("inf")) == LoaderShare(size=120, batch_size=32)
+    assert LoaderShare.of(loader(), num_batches=4) == LoaderShare(size=120, batch_size=32)
+    assert LoaderShare.of(loader(), num_batches=2) == LoaderShare(size=64, batch_size=32)
+    assert LoaderShare.of(loader(drop_last=True), num_batches=3) == LoaderShare(size=96, batch_size=32)
     batch_sampler = BatchSampler(SequentialSampler(samples()), 50, drop_last=False)
     assert LoaderShare.of(DataLoader(samples(), batch_sampler=batch_sampler), num_batches=2).size == 100
 
@@ -109,7 +109,7 @@ def test_processes_share_the_samples_of_one_process_and_padding_is_not_counted(n
 @pytest.mark.parametrize("size", [120, None])
 def test_the_same_samples_whatever_the_batch_size(batch_size: int, size: int | None) -> None:
     def collect(batch_size: int) -> SampleCollector:
-        collector = SampleCollector(LoaderShare(size), max_samples=30, num_processes=1, seed=0)
+        collector = SampleCollector(LoaderShare(size), max_samples=30, seed=0)
         for x, y in loader(batch_size=batch_size):
             collector.add(Probe(len, x, y))
         return collector
@@ -123,8 +123,42 @@ def test_the_same_samples_whatever_the_batch_size(batch_size: int, size: int | N
 
 
 def test_a_sorted_loader_gives_every_class_in_proportion() -> None:
-    collector = SampleCollector(LoaderShare(120), max_samples=40, num_processes=1, seed=0)
+    collector = SampleCollector(LoaderShare(120), max_samples=40, seed=0)
     for x, y in loader():
         collector.add(Probe(len, x, y))
     targets = torch.cat([probe.targets for probe in collector.probes()])
     assert torch.bincount(targets).tolist() == [10, 10, 10, 10]
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_processes_that_see_the_same_loader_share_the_samples_out(known: bool) -> None:
+    """As happens without a distributed sampler."""
+    alone = SampleCollector(LoaderShare(120 if known else None), max_samples=30, seed=0)
+    ranks = [
+        SampleCollector(LoaderShare(120 if known else None), max_samples=30, rank=rank, num_processes=4, seed=0)
+        for rank in range(4)
+    ]
+    for x, y in loader():
+        for collector in (alone, *ranks):
+            collector.add(Probe(len, x, y))
+    together = torch.cat([probe.inputs for collector in ranks for probe in collector.probes()])
+    expected = torch.cat([probe.inputs for probe in alone.probes()])
+    assert sorted(together.flatten(1).tolist()) == sorted(expected.flatten(1).tolist())
+    assert [len(collector) for collector in ranks] == [8, 8, 7, 7]
+
+
+@pytest.mark.parametrize("joined", [5, 1 / 5])
+def test_batches_that_are_not_made_of_single_samples_are_noticed_and_the_subset_spread(
+    joined: float,
+) -> None:
+    """A data set of ready batches, or a collate function that splits samples."""
+    x, y = samples(200).tensors
+    size = round(8 * joined)
+    share = LoaderShare(round(200 / joined), batch_size=8)
+    collector = SampleCollector(share, max_samples=40, seed=0)
+    for start in range(0, 200, size):
+        collector.add(Probe(len, x[start : start + size], y[start : start + size]))
+    assert collector.irregular
+    assert len(collector) == 40
+    targets = torch.tensor(collector.targets())
+    assert torch.bincount(targets, minlength=4).min() > 4

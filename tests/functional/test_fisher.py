@@ -330,3 +330,17 @@ def test_a_temperature_at_the_end_of_its_range_adds_no_error_of_its_own() -> Non
     logits, gram, _ = draw_samples(0, num_samples=50, num_classes=4)
     result = calibrated_fim_spectral_norm(logits, gram, logits.argmin(dim=1))
     torch.testing.assert_close(result.stderr, result.value.std() / 50**0.5)
+
+
+def test_the_calibrated_norm_does_not_jump_when_the_last_wrong_sample_becomes_right() -> None:
+    logits, gram, _ = draw_samples(0, num_samples=256, num_classes=5)
+    logits = 3 * logits
+    targets = logits.argmax(dim=1)
+    results = []
+    for gap in (1e-3, -1e-3):  # the first sample is right by a hair, and wrong by one
+        moved = logits.clone()
+        moved[0, targets[0]] = logits[0].topk(2).values[1] + gap
+        results.append(calibrated_fim_spectral_norm(moved, gram, targets))
+    right, wrong = results
+    torch.testing.assert_close(right.mean, wrong.mean, rtol=0.01, atol=0)
+    torch.testing.assert_close(right.stderr, wrong.stderr, rtol=0.01, atol=0)

@@ -1,0 +1,92 @@
+"""What the monitor says once in a run when numbers may mean something else than they seem to, with the remedy."""
+
+from __future__ import annotations
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import EarlyStopping
+
+from lightning_robust.callbacks.sample_selection import LoaderShare
+from lightning_robust.probe import Probe, find_flaws
+
+_MANY_CLASSES = 200
+SHUFFLES = (
+    "The validation loader shuffles, so RobustnessMonitor measures other samples at every measurement, and its curves"
+    " carry the noise of that. Pass `shuffle=False` to the validation DataLoader."
+)
+OTHER_SAMPLES = (
+    "RobustnessMonitor found other samples in the validation loader than at the last measurement, so its curves carry"
+    " the noise of that. A loader that yields the same samples in the same order avoids it."
+)
+
+
+def before_fit(trainer: Trainer, *, prefix: str, every_n_epochs: int) -> list[str]:
+    """Say it if nothing will ever be measured, or if a stopper will count what is not measured."""
+    if trainer.barebones:
+        return ["`Trainer(barebones=True)` logs nothing, so RobustnessMonitor measures nothing."]
+    if not trainer.enable_validation:
+        return [
+            "RobustnessMonitor measures inside the validation loop, but this run has none, so nothing will be"
+            " measured. Define `validation_step` and a validation dataloader, with `limit_val_batches` above 0."
+        ]
+    return [
+        f"EarlyStopping follows `{callback.monitor}`, which is measured every {every_n_epochs} epochs, and takes the"
+        " old value for no improvement in between. Its `patience` counts validations: set it to at least"
+        f" {every_n_epochs} times the number of measurements that it should wait."
+        for callback in trainer.callbacks  # type: ignore[attr-defined]
+        if type(callback) is EarlyStopping and callback.monitor.startswith(prefix) and every_n_epochs > 1
+    ]
+
+
+def on_loader(share: LoaderShare, *, max_samples: int) -> list[str]:
+    """Say it if the subset cannot be fixed beforehand, or changes."""
+    sentences = [] if share.size is not None else [reservoir(max_samples)]
+    return [*sentences, SHUFFLES] if share.shuffled else sentences
+
+
+def reservoir(max_samples: int) -> str:
+    """The rule for loaders that do not tell how many samples they yield."""
+    return (
+        "RobustnessMonitor cannot tell beforehand how many samples the validation loader yields, so it measures a"
+        f" uniformly random subset of {max_samples} (reservoir sampling): the same one at every measurement only as"
+        " long as the loader yields the same samples in the same order. A loader with a length, whose batches hold"
+        " `batch_size` samples each, is safer."
+    )
+
+
+def on_probe(probe: Probe) -> list[str]:
+    """Examine the first samples of a run.
+
+    Raises:
+        ValueError: If every number would be wrong, see :func:`~lightning_robust.probe.find_flaws`.
+    """
+    sentences = find_flaws(probe)
+    num_classes = probe.linearization.logits.shape[1]
+    if num_classes > _MANY_CLASSES:
+        sentences.append(
+            f"The model has {num_classes} classes. An exact measurement costs one backward pass per class and sample,"
+            f" and {num_classes}² numbers of memory per sample; lower `max_samples` or raise `every_n_epochs` if it"
+            " takes too long."
+        )
+    low, high = float(probe.inputs.min()), float(probe.inputs.max())
+    if probe.input_std is None and (low < 0 or high > 1):
+        remedy = (
+            "For bytes from 0 to 255 pass `input_std=1/255`"
+            if low >= 0
+            else "If they are normalised images, pass the standard deviation of each channel as `input_std`"
+        )
+        sentences.append(
+            f"Validation inputs range from {low:.3g} to {high:.3g} and no `input_std` was given, so ε, margins and"
+            f" Fisher information are in units of the inputs as the network receives them. {remedy}: then ε is in"
+            " units of pixels between 0 and 1."
+        )
+    if probe.valid_range is not None:
+        raw = probe.unnormalised_inputs
+        low, high = float(raw.min()), float(raw.max())
+        slack = 0.01 * (probe.valid_range[1] - probe.valid_range[0])
+        if low < probe.valid_range[0] - slack or high > probe.valid_range[1] + slack:
+            sentences.append(
+                f"Validation inputs range from {low:.3g} to {high:.3g} before normalisation, beyond the `valid_range`"
+                f" {tuple(probe.valid_range)}, so L∞ margins and attacks are wrong. If the inputs are normalised,"
+                " pass the `input_mean` and `input_std` with which it was done."
+            )
+    return sentences
