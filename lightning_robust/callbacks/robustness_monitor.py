@@ -305,7 +305,7 @@ class RobustnessMonitor(Callback):
             return
         if trainer.state.fn == TrainerFn.FITTING:
             self._last_epoch = trainer.current_epoch
-            self._compare(measurement)
+            measurement.attempt(lambda: self._compare(measurement))
         measurement.attempt(lambda: measurement.update(pl_module, _device(pl_module), examine=self._examine))
         verdict, values = measurement.conclude(_device(pl_module))
         if verdict.sound:
