@@ -9,6 +9,7 @@ the samples alone: not on the batch size, the epoch, or the number of processes.
 
 from __future__ import annotations
 
+import math
 import random
 from bisect import insort
 from collections.abc import Iterable, Iterator, Sized
@@ -107,14 +108,15 @@ class LoaderShare:
         sampler = getattr(loader.batch_sampler, "sampler", loader.sampler)
         batch_size = getattr(loader.batch_sampler, "batch_size", loader.batch_size)
         samples: object = sampler
+        total = math.inf
         first, stride, shuffled, distributed = 0, 1, isinstance(sampler, _SHUFFLING), False
         if isinstance(sampler, DistributedSampler):
-            samples = sampler.dataset
+            samples, total = sampler.dataset, sampler.total_size  # less than the data set if it drops the last round
             first, stride, shuffled, distributed = sampler.rank, sampler.num_replicas, sampler.shuffle, True
         if not isinstance(samples, Sized) or not isinstance(batch_size, int):
             return cls(size=None, shuffled=shuffled)
-        size = len(samples)
-        if num_batches != float("inf"):
+        size = int(min(len(samples), total))
+        if num_batches != math.inf:
             size = min(size, int(num_batches) * batch_size * stride)
         return cls(size, first, stride, shuffled, distributed, batch_size)
 

@@ -7,40 +7,44 @@ pass) need neither: exact λ of a ResNet-20 takes 10 % less CPU time.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import functools
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+_FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
 
 
-class AffineBatchNorm(TorchFunctionMode):
-    """While entered, ``F.batch_norm`` with running statistics is a multiplication and an addition."""
+@contextmanager
+def affine_batch_norm(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Let batch normalisation layers among ``modules`` multiply and add while they are in eval mode."""
+    layers = [
+        module
+        for module in modules
+        if isinstance(module, _BatchNorm) and type(module).forward in _FORWARDS and "forward" not in vars(module)
+    ]
+    for layer in layers:
+        vars(layer)["forward"] = functools.partial(_forward, layer)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del vars(layer)["forward"]
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Replace the one function, and call any other."""
-        return (_batch_norm if func is F.batch_norm else func)(*args, **(kwargs or {}))
 
-
-def _batch_norm(
-    input: Tensor,  # noqa: A002 - the names are those of the function that is replaced
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Tensor:
-    if training or running_mean is None or running_var is None:
-        return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-    scale = (running_var + eps).rsqrt()
-    scale = scale if weight is None else scale * weight
-    shift = -running_mean * scale
-    shift = shift if bias is None else shift + bias
-    channels = (1, -1, *(1,) * (input.ndim - 2))
-    return torch.addcmul(shift.view(channels), input, scale.view(channels))
+def _forward(layer: _BatchNorm, x: Tensor) -> Tensor:
+    mean, var = layer.running_mean, layer.running_var
+    usual = not layer.training and x.ndim > 1 and mean is not None and mean.dtype == x.dtype
+    if not usual or mean is None or var is None or mean.shape != x.shape[1:2]:
+        out: Tensor = type(layer).forward(layer, x)
+        return out
+    layer._check_input_dim(x)  # type: ignore[no-untyped-call]
+    scale = (var + layer.eps).rsqrt()
+    scale = scale if layer.weight is None else scale * layer.weight
+    shift = -mean * scale
+    shift = shift if layer.bias is None else shift + layer.bias
+    channels = (1, -1, *(1,) * (x.ndim - 2))
+    return torch.addcmul(shift.view(channels), x, scale.view(channels))

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_robust.functional._batch_norm import AffineBatchNorm
+from lightning_robust.functional._batch_norm import affine_batch_norm
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -62,7 +62,7 @@ def differentiable(*callables: Callable[..., object]) -> Iterator[None]:
             stack.enter_context(_without_cudnn())
         stack.enter_context(_in_eval_mode(modules))
         stack.enter_context(_shielded_tensors(modules))
-        stack.enter_context(AffineBatchNorm())
+        stack.enter_context(affine_batch_norm(modules))
         yield
 
 

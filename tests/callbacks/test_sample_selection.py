@@ -162,3 +162,18 @@ def test_batches_that_are_not_made_of_single_samples_are_noticed_and_the_subset_
     assert len(collector) == 40
     targets = torch.tensor(collector.targets())
     assert torch.bincount(targets, minlength=4).min() > 4
+
+
+def test_a_distributed_sampler_that_drops_the_last_round_is_regular() -> None:
+    dataset = samples(10)
+    together = []
+    for rank in range(3):
+        sampler = DistributedSampler(dataset, 3, rank, shuffle=False, drop_last=True)
+        batches = loader(dataset, 8, sampler=sampler)
+        share = LoaderShare.of(batches, num_batches=1)
+        collector = SampleCollector(share, max_samples=40, rank=rank, num_processes=3, seed=0)
+        for x, y in batches:
+            collector.add(Probe(len, x, y))
+        assert not collector.irregular
+        together.append(len(collector))
+    assert together == [3, 3, 3]
