@@ -10,6 +10,7 @@ from typing import Any
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
+from lightning_robust.functional._checks import check_valid_range
 from lightning_robust.metrics import METRICS, FisherSpectralNorm, LinearizedAccuracy, ProbeMetric
 
 
@@ -54,10 +55,10 @@ def check_constant(
     return numbers if isinstance(plain, tuple | list) else float(numbers[0])
 
 
-def check_range(name: str, value: tuple[float, float] | None) -> tuple[float, float] | None:
+def check_range(value: tuple[float, float] | None) -> tuple[float, float] | None:
     """Return ``value``, or raise unless it is None or two numbers in ascending order."""
-    if value is not None and not (len(value) == 2 and value[0] < value[1]):
-        raise MisconfigurationException(
-            f"Expected argument `{name}` to be (low, high) with low < high, but got {value}."
-        )
+    try:
+        check_valid_range(value)
+    except ValueError as error:
+        raise MisconfigurationException(str(error)) from error
     return value

@@ -119,7 +119,7 @@ class RobustnessMonitor(Callback):
         self.log_key_prefix = log_key_prefix
         self.input_std = check_constant("input_std", input_std, positive=True)
         self.input_mean = check_constant("input_mean", input_mean)
-        self.valid_range = check_range("valid_range", valid_range)
+        self.valid_range = check_range(valid_range)
         if self.valid_range is not None and self.input_std is not None and self.input_mean is None:
             raise MisconfigurationException(
                 "Expected argument `input_mean` beside `input_std` and `valid_range`, but got None. Pass 0.0 if nothing"
