@@ -14,7 +14,7 @@ from lightning_robust.functional._checks import (
     check_inputs,
     check_logits,
     check_targets,
-    check_valid_range,
+    check_units,
     unnormalised,
 )
 from lightning_robust.functional._grad_mode import differentiable, full_precision
@@ -61,12 +61,7 @@ class Probe:
         if self.inputs.ndim == 0:
             raise ValueError("Expected argument `inputs` to be a tensor (N, ...), but got a single number.")
         check_targets(self.targets, num_samples=len(self.inputs))
-        check_valid_range(self.valid_range)
-        if self.valid_range is not None and self.input_std is not None and self.input_mean is None:
-            raise ValueError(
-                "Expected argument `input_mean` beside `input_std` and `valid_range`, because the range is one of"
-                " un-normalised inputs, but got None. Pass 0.0 if nothing was subtracted."
-            )
+        check_units(input_std=self.input_std, input_mean=self.input_mean, valid_range=self.valid_range)
 
     def __len__(self) -> int:
         return len(self.inputs)
@@ -117,7 +112,7 @@ def merge(probes: Iterable[Probe], *, max_samples: int) -> Iterator[Probe]:
 def find_flaws(probe: Probe) -> list[str]:
     """Check, on a few samples, what a model must keep to for its numbers to mean anything.
 
-    Costs three forward passes and a linearisation of two samples.
+    Costs three forward passes and a linearisation of up to eight samples.
 
     Returns:
         One sentence for each flaw: outputs that are probabilities, outputs that are random, samples that influence each
@@ -151,7 +146,7 @@ def find_flaws(probe: Probe) -> list[str]:
             " is no robustness of a single sample, and the numbers depend on the batch. Is a normalisation"
             " computed over the batch?"
         )
-    elif moves[0] and not linearize(probe.model, x[:2]).gram.any():
+    elif moves[0] and not linearize(probe.model, x).gram.any():
         raise ValueError(
             "Expected a model whose outputs have gradients with respect to its inputs, but they change without any, and"
             " every number would claim perfect robustness. Does its forward pass use `torch.no_grad()`, `detach()` or"

@@ -253,7 +253,7 @@ def test_looking_for_flaws_takes_a_few_passes_of_a_few_samples_and_changes_nothi
     before = state_of(recorder)
     with torch.inference_mode():
         find_flaws(Probe(recorder, given, targets))
-    assert recorder.batch_sizes == [8, 8, 8, 2, 2]
+    assert recorder.batch_sizes == [8, 8, 8, 2, 8]
     assert state_of(recorder) == before
     assert torch.equal(given, inputs)
 

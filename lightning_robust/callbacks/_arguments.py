@@ -10,11 +10,12 @@ from typing import Any
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from lightning_robust.functional._checks import check_valid_range
+from lightning_robust.functional._checks import check_units
 from lightning_robust.metrics import METRICS, FisherSpectralNorm, LinearizedAccuracy, ProbeMetric
 
 
 def as_metrics(metrics: Sequence[str | ProbeMetric] | None) -> list[ProbeMetric]:
+    """Return the metrics that are meant, the default ones for None, or raise."""
     if metrics is None:
         return [FisherSpectralNorm(), LinearizedAccuracy()]
     if isinstance(metrics, str) or not isinstance(metrics, Sequence) or not metrics:
@@ -31,6 +32,7 @@ def as_metrics(metrics: Sequence[str | ProbeMetric] | None) -> list[ProbeMetric]
 
 
 def check_integer(name: str, value: int, *, at_least: int) -> int:
+    """Return ``value``, or raise unless it is an integer of at least ``at_least``."""
     if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
         raise MisconfigurationException(
             f"Expected argument `{name}` to be an integer of at least {at_least}, but got {value!r}."
@@ -55,10 +57,15 @@ def check_constant(
     return numbers if isinstance(plain, tuple | list) else float(numbers[0])
 
 
-def check_range(value: tuple[float, float] | None) -> tuple[float, float] | None:
-    """Return ``value``, or raise unless it is None or two numbers in ascending order."""
+def check_range(
+    value: tuple[float, float] | None,
+    *,
+    input_std: float | list[float] | None,
+    input_mean: float | list[float] | None,
+) -> tuple[float, float] | None:
+    """Return the valid range, or raise unless it is sound beside the normalisation."""
     try:
-        check_valid_range(value)
+        check_units(input_std=input_std, input_mean=input_mean, valid_range=value)
     except ValueError as error:
         raise MisconfigurationException(str(error)) from error
     return value

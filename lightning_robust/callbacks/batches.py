@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
 
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -14,12 +16,40 @@ _INPUT_KEYS = ("x", "input", "inputs", "image", "images", "img", "pixel_values",
 _TARGET_KEYS = ("y", "target", "targets", "label", "labels")
 
 
-def default_probe(pl_module: LightningModule, batch: object) -> Probe:
-    """Make a probe of a batch ``(x, y)`` or a dictionary with customary keys, with the module's ``forward`` as model.
+def make_probe(
+    pl_module: LightningModule,
+    batch: object,
+    *,
+    probe_fn: Callable[[LightningModule, Any], Probe] | None,
+    defaults: Mapping[str, Any],
+) -> Probe:
+    """Make a probe of a batch: by ``probe_fn``, else by the module's ``robustness_probe``, else by customary keys.
+
+    Args:
+        pl_module: The module that is trained.
+        batch: What its loader yields.
+        probe_fn: Given by the user, or None.
+        defaults: Options of the probe, for those that it leaves open.
 
     Raises:
-        MisconfigurationException: If the batch is anything else.
+        MisconfigurationException: If no probe comes of it.
     """
+    method = getattr(pl_module, "robustness_probe", None)
+    if probe_fn is not None:
+        probe = probe_fn(pl_module, batch)
+    elif callable(method):
+        probe = method(batch)
+    else:
+        probe = _default_probe(pl_module, batch)
+    if not isinstance(probe, Probe):
+        raise MisconfigurationException(
+            f"Expected `probe_fn` to return a Probe(model, inputs, targets), but got {type(probe).__name__}."
+        )
+    return replace(probe, **{name: value for name, value in defaults.items() if getattr(probe, name) is None})
+
+
+def _default_probe(pl_module: LightningModule, batch: object) -> Probe:
+    """The module's ``forward`` on a batch ``(x, y)``, or on a dictionary with customary keys."""
     inputs, targets = None, None
     if isinstance(batch, Mapping):
         inputs = next((batch[key] for key in _INPUT_KEYS if key in batch), None)

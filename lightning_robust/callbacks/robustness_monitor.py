@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -16,7 +15,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_robust.callbacks import advice
 from lightning_robust.callbacks._arguments import as_metrics, check_constant, check_integer, check_range
-from lightning_robust.callbacks.batches import default_probe
+from lightning_robust.callbacks.batches import make_probe
 from lightning_robust.callbacks.measurement import Measurement, Values
 from lightning_robust.callbacks.outcome import Verdict
 from lightning_robust.callbacks.sample_selection import LoaderShare, SampleCollector
@@ -119,15 +118,16 @@ class RobustnessMonitor(Callback):
         self.log_key_prefix = log_key_prefix
         self.input_std = check_constant("input_std", input_std, positive=True)
         self.input_mean = check_constant("input_mean", input_mean)
-        self.valid_range = check_range(valid_range)
-        if self.valid_range is not None and self.input_std is not None and self.input_mean is None:
-            raise MisconfigurationException(
-                "Expected argument `input_mean` beside `input_std` and `valid_range`, but got None. Pass 0.0 if nothing"
-                " was subtracted."
-            )
+        self.valid_range = check_range(valid_range, input_std=self.input_std, input_mean=self.input_mean)
         self.probe_fn = probe_fn
         self.prog_bar = prog_bar
         self.on_error = on_error
+        self._probe_options = {
+            "input_std": self.input_std,
+            "input_mean": self.input_mean,
+            "valid_range": self.valid_range,
+            "chunk_size": self.chunk_size,
+        }
         self._last_epoch: int | None = None  # of the last measurement in `fit`
         self._said: set[str] = set()  # what is said once in a run
         self._unexamined = True
@@ -168,35 +168,13 @@ class RobustnessMonitor(Callback):
         """Begin a measurement, if one is due."""
         self._begin(trainer)
 
-    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin a measurement."""
-        self._begin(trainer)
-
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Keep this batch's share of the measured samples (before the module has a chance to change the batch)."""
         self._collect(pl_module, batch, dataloader_idx)
 
-    def on_test_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """Keep this batch's share of the measured samples."""
-        self._collect(pl_module, batch, dataloader_idx)
-
     def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Measure, after the last batch."""
-        self._update(pl_module, batch_idx, dataloader_idx)
-
-    def on_test_batch_end(
         self,
         trainer: Trainer,
         pl_module: LightningModule,
@@ -212,17 +190,16 @@ class RobustnessMonitor(Callback):
         """Agree with the other processes, and log."""
         self._finish(trainer, pl_module)
 
-    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Agree with the other processes, and log."""
-        self._finish(trainer, pl_module)
-
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Lay out TensorBoard's Custom Scalars page, once."""
         self._guard(lambda: self._lay_out(trainer), "lay out TensorBoard's page")
 
-    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Lay out TensorBoard's Custom Scalars page, once."""
-        self._guard(lambda: self._lay_out(trainer), "lay out TensorBoard's page")
+    # a test run is measured as a validation run is
+    on_test_epoch_start = on_validation_epoch_start
+    on_test_batch_start = on_validation_batch_start
+    on_test_batch_end = on_validation_batch_end
+    on_test_epoch_end = on_validation_epoch_end
+    on_test_end = on_validation_end
 
     # ---- one measurement ---------------------------------------------------------------------------------------------
 
@@ -268,7 +245,8 @@ class RobustnessMonitor(Callback):
 
             def add() -> None:
                 assert measurement.collector is not None
-                measurement.collector.add(self._probe(pl_module, batch))
+                probe = make_probe(pl_module, batch, probe_fn=self.probe_fn, defaults=self._probe_options)
+                measurement.collector.add(probe)
                 if measurement.collector.irregular:
                     self._say_once(advice.reservoir(self.max_samples))
 
@@ -279,24 +257,6 @@ class RobustnessMonitor(Callback):
         measurement = self._measurement
         if measurement is not None and (dataloader_idx, batch_idx) == (self.dataloader_idx, measurement.last_batch):
             measurement.attempt(lambda: measurement.update(pl_module, _device(pl_module), examine=self._examine))
-
-    def _probe(self, pl_module: LightningModule, batch: object) -> Probe:
-        make: Callable[[LightningModule, Any], Probe] = self.probe_fn or default_probe
-        if self.probe_fn is None and callable(method := getattr(pl_module, "robustness_probe", None)):
-            probe = method(batch)
-        else:
-            probe = make(pl_module, batch)
-        if not isinstance(probe, Probe):
-            raise MisconfigurationException(
-                f"Expected `probe_fn` to return a Probe(model, inputs, targets), but got {type(probe).__name__}."
-            )
-        return replace(
-            probe,
-            input_std=self.input_std if probe.input_std is None else probe.input_std,
-            input_mean=self.input_mean if probe.input_mean is None else probe.input_mean,
-            valid_range=self.valid_range if probe.valid_range is None else probe.valid_range,
-            chunk_size=self.chunk_size if probe.chunk_size is None else probe.chunk_size,
-        )
 
     def _finish(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Agree and log: the same collectives on every process."""

@@ -48,6 +48,33 @@ def check_valid_range(valid_range: tuple[float, float] | None) -> None:
         raise ValueError(f"Expected argument `valid_range` to be (low, high) with low < high, but got {valid_range}.")
 
 
+def check_units(
+    *,
+    input_std: float | Sequence[float] | Tensor | None,
+    input_mean: float | Sequence[float] | Tensor | None,
+    valid_range: tuple[float, float] | None,
+) -> None:
+    """Raise unless ``valid_range`` is sound, and comes with the mean of inputs that are normalised."""
+    check_valid_range(valid_range)
+    if valid_range is not None and input_std is not None and input_mean is None:
+        raise ValueError(
+            "Expected argument `input_mean` beside `input_std` and `valid_range`, because the range is one of"
+            " un-normalised inputs, but got None. Pass 0.0 if nothing was subtracted."
+        )
+
+
+def check_gram(logits: Tensor, gram: Tensor) -> None:
+    """Raise unless ``gram`` is finite and of shape (N, C, C) beside logits (N, C)."""
+    check_logits(logits, num_samples=len(logits))
+    expected = (*logits.shape, logits.shape[1])
+    if gram.shape != expected:
+        raise ValueError(
+            f"Expected argument `gram` of shape {expected} beside logits {tuple(logits.shape)}, but got"
+            f" {tuple(gram.shape)}."
+        )
+    check_finite(gram, "entries of `gram`")
+
+
 def check_inputs(inputs: Tensor) -> None:
     """Raise unless ``inputs`` are finite floating-point samples ``(N, ...)`` with N ≥ 1."""
     if not isinstance(inputs, Tensor):

@@ -91,11 +91,12 @@ def pgd(
         delta = torch.zeros_like(clean)
         if generator is not None:
             delta = into_ball_and_range(_uniform_in_ball(clean, epsilon, norm, generator))
-        for _ in range(steps):
+        for step in range(steps):
             leaf = delta.detach().clone().requires_grad_()
             logits = model(clean + (leaf if std is None else leaf / std))
-            check_logits(logits, num_samples=len(clean))
-            check_targets(labels, num_samples=len(clean), num_classes=logits.shape[1])
+            if step == 0:  # checks wait for the device
+                check_logits(logits, num_samples=len(clean))
+                check_targets(labels, num_samples=len(clean), num_classes=logits.shape[1])
             if not logits.requires_grad:  # they do not depend on the input: there is nowhere to go
                 break
             loss = F.cross_entropy(logits, labels, reduction="sum")  # a sum keeps samples independent

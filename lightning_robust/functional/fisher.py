@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_robust.functional._checks import check_finite, check_logits, check_targets
+from lightning_robust.functional._checks import check_gram, check_logits, check_targets
 from lightning_robust.functional.linearization import widen
 
 # A sample counts as saturated above this probability of its predicted class: there λ is at least 250 times smaller than
@@ -71,7 +71,7 @@ def fim_spectral_norm(logits: Tensor, gram: Tensor, *, temperature: float | Tens
 
     Source: arXiv 2606.04767; the reduction to C × C is ours.
     """
-    _check_gram(logits, gram)
+    check_gram(logits, gram)
     largest = [torch.linalg.eigvalsh(_class_information(*part, temperature))[:, -1] for part in _chunks(logits, gram)]
     return torch.cat(largest).clamp_min(0).to(logits)
 
@@ -86,7 +86,7 @@ def fim_trace(logits: Tensor, gram: Tensor, *, temperature: float | Tensor = 1.0
 
     Source: arXiv 2606.04767, exact where the paper estimates.
     """
-    _check_gram(logits, gram)
+    check_gram(logits, gram)
     traces = [
         _class_information(*part, temperature).diagonal(dim1=1, dim2=2).sum(dim=1) for part in _chunks(logits, gram)
     ]
@@ -151,7 +151,7 @@ def calibrated_fim_spectral_norm(logits: Tensor, gram: Tensor, targets: Tensor) 
 
     Source: ours.
     """
-    _check_gram(logits, gram)
+    check_gram(logits, gram)
     z, wide_gram = widen(logits), widen(gram)
     y = check_targets(targets, num_samples=len(logits), num_classes=logits.shape[1]).to(z.device)
     favoured = _favoured(z, y)
@@ -173,16 +173,6 @@ def calibrated_fim_spectral_norm(logits: Tensor, gram: Tensor, targets: Tensor) 
     stderr = influence.square().sum().div(n * (n - 1)).sqrt() if n > 1 else value.new_tensor(math.nan)
     parts = (value, value.mean(), stderr, temperature)
     return CalibratedSpectralNorm(*(part.to(logits) for part in parts))
-
-
-def _check_gram(logits: Tensor, gram: Tensor) -> None:
-    check_logits(logits, num_samples=len(logits))
-    n, c = logits.shape
-    if gram.shape != (n, c, c):
-        raise ValueError(
-            f"Expected argument `gram` of shape ({n}, {c}, {c}) beside logits ({n}, {c}), got {tuple(gram.shape)}."
-        )
-    check_finite(gram, "entries of `gram`")
 
 
 def _class_information(logits: Tensor, gram: Tensor, temperature: float | Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_robust.functional._checks import check_finite, check_logits, check_targets
+from lightning_robust.functional._checks import check_finite, check_gram, check_logits, check_targets
 from lightning_robust.functional.linearization import widen
 
 
@@ -40,11 +40,7 @@ def linearized_margin(logits: Tensor, gram: Tensor, targets: Tensor) -> Tensor:
     Source: arXiv 1511.04599.
     """
     y = _check(logits, targets)
-    if gram.shape != (*logits.shape, logits.shape[1]):
-        raise ValueError(
-            f"Expected argument `gram` of shape (N, C, C) beside logits {tuple(logits.shape)}, got {tuple(gram.shape)}."
-        )
-    check_finite(gram, "entries of `gram`")
+    check_gram(logits, gram)
     wide = widen(gram)
     y = y.to(wide.device)
     squared = wide.diagonal(dim1=1, dim2=2)
