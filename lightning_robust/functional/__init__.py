@@ -9,24 +9,29 @@ from lightning_robust.functional.fisher import (
     fit_temperature,
     saturated,
 )
+from lightning_robust.functional.hessian_trace import TraceEstimate, hessian_trace
 from lightning_robust.functional.linearization import Linearization, linearize
 from lightning_robust.functional.linearized_margin import (
     linearized_accuracy,
     linearized_margin,
     linearized_margin_linf,
 )
+from lightning_robust.functional.weight_curvature_index import weight_curvature_index
 
 __all__ = [
     "CalibratedSpectralNorm",
     "Linearization",
+    "TraceEstimate",
     "calibrated_fim_spectral_norm",
     "fim_spectral_norm",
     "fim_trace",
     "fit_temperature",
+    "hessian_trace",
     "linearize",
     "linearized_accuracy",
     "linearized_margin",
     "linearized_margin_linf",
     "pgd",
     "saturated",
+    "weight_curvature_index",
 ]

@@ -10,9 +10,13 @@ handed may be compiled, in half precision, in train mode, or hold tensors that w
 - every parameter is replaced by a detached view of itself, so that no derivative can reach a weight or its ``.grad``;
   every buffer by a copy, so that a forward pass that counts or averages leaves no trace. Half-precision tensors become
   float32 copies, tensors born under inference mode ordinary ones. The user's own tensors are put back, untouched;
+- tensors that a forward pass leaves behind as attributes (features, attention maps, normalised weights) are taken away
+  again: they would keep a graph alive, and hand the training one that leads to the stand-ins;
 - compiled networks run eagerly: a second grad mode and batch size would trigger recompilation, and AOT autograd has no
   double backward (pytorch#91469);
 - networks with recurrent layers run without cuDNN, whose RNNs refuse a backward pass in eval mode (pytorch#5878).
+
+:func:`differentiable_weights` makes the stand-ins of the trained parameters leaves of the graph, for curvature.
 
 Cost: a few microseconds per parameter tensor, plus one copy of the buffers.
 """
@@ -21,12 +25,13 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_robust.functional._batch_norm import affine_batch_norm
 
@@ -42,12 +47,14 @@ def full_precision(tensor: Tensor) -> Tensor:
 
 
 @contextmanager
-def differentiable(*callables: Callable[..., object]) -> Iterator[None]:
+def differentiable(*callables: object, dtype: torch.dtype | None = None) -> Iterator[None]:
     """Switch derivatives on and shield every module among ``callables`` from them (see the module's docstring).
 
     Args:
         callables: Modules, bound methods of modules, partial applications of either, or plain functions. Functions are
             not looked into: networks that they close over must be named beside them, or keep their modes.
+        dtype: Type of the floating-point stand-ins, which are then copies of their own; by default that of the
+            originals, or float32 for half precision.
     """
     modules = _modules(callables)
     with ExitStack() as stack:
@@ -61,12 +68,89 @@ def differentiable(*callables: Callable[..., object]) -> Iterator[None]:
         if any(isinstance(module, nn.RNNBase) for module in modules):
             stack.enter_context(_without_cudnn())
         stack.enter_context(_in_eval_mode(modules))
-        stack.enter_context(_shielded_tensors(modules))
+        stack.enter_context(_without_leftovers(modules))
+        stack.enter_context(_shielded_tensors(modules, dtype))
         stack.enter_context(affine_batch_norm(modules))
         yield
 
 
-def _modules(callables: tuple[Callable[..., object], ...]) -> list[nn.Module]:
+class Weights:
+    """The trained parameters of a network inside :func:`differentiable_weights`.
+
+    Attributes:
+        tensors: Their stand-ins, by name; tied ones once, under their first name. They require grad.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._places: dict[str, list[tuple[dict[str, Any], str]]] = {}
+        self.tensors: dict[str, Tensor] = {}
+        names: dict[int, str] = {}
+        for prefix, owner in module.named_modules():
+            for key, tensor in owner._parameters.items():
+                if tensor is None or not _is_trained(tensor):
+                    continue
+                name = names.setdefault(id(tensor), f"{prefix}.{key}".lstrip(".").replace("_orig_mod.", ""))
+                self._places.setdefault(name, []).append((owner._parameters, key))
+                self.tensors[name] = tensor.requires_grad_()
+
+    @contextmanager
+    def replaced(self, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+        """Let the network compute with these tensors instead."""
+        try:
+            self._put(tensors)
+            yield
+        finally:
+            self._put({name: self.tensors[name] for name in tensors})
+
+    def _put(self, tensors: Mapping[str, Tensor]) -> None:
+        for name, tensor in tensors.items():
+            for parameters, key in self._places[name]:
+                parameters[key] = tensor
+
+
+@contextmanager
+def differentiable_weights(
+    model: Callable[..., object],
+    *others: object,
+    module: nn.Module | None = None,
+    dtype: torch.dtype | None = None,
+) -> Iterator[Weights]:
+    """Make the outputs of ``model`` twice differentiable with respect to its weights, and shield them all the same.
+
+    Attention runs by its mathematical definition: the fast kernels have no second derivative (pytorch#116350).
+
+    Args:
+        model: Module, bound method of a module, partial application of either, or a plain function.
+        others: What else takes part, such as a loss with class weights.
+        module: The module whose weights are meant, by default the one that ``model`` is or belongs to.
+        dtype: See :func:`differentiable`.
+
+    Raises:
+        ValueError: If no module is known, or it has no parameter that is trained.
+    """
+    module = owner_of(model) if module is None else module
+    if module is None:
+        raise ValueError(
+            "Expected a model whose weights are known, a torch.nn.Module or a method of one, but got a plain function"
+            f" {getattr(model, '__name__', model)!r}. Pass the network that it calls as `module`."
+        )
+    with differentiable(model, module, *others, dtype=dtype), sdpa_kernel(SDPBackend.MATH):
+        weights = Weights(module)
+        if not weights.tensors:
+            raise ValueError(
+                f"Expected a model with weights that are trained, but {type(module).__name__} has none with"
+                " `requires_grad=True`."
+            )
+        yield weights
+
+
+def owner_of(function: Callable[..., object]) -> nn.Module | None:
+    """The module that a callable is or belongs to, if any."""
+    owner = _owner(function)
+    return owner if isinstance(owner, nn.Module) else None
+
+
+def _modules(callables: tuple[object, ...]) -> list[nn.Module]:
     owners = [owner for owner in map(_owner, callables) if isinstance(owner, nn.Module)]
     return list({id(module): module for owner in owners for module in owner.modules()}.values())
 
@@ -105,7 +189,19 @@ def _in_eval_mode(modules: list[nn.Module]) -> Iterator[None]:
 
 
 @contextmanager
-def _shielded_tensors(modules: list[nn.Module]) -> Iterator[None]:
+def _without_leftovers(modules: list[nn.Module]) -> Iterator[None]:
+    before = [{key: value for key, value in vars(module).items() if isinstance(value, Tensor)} for module in modules]
+    try:
+        yield
+    finally:
+        for module, tensors in zip(modules, before, strict=True):
+            for key in [key for key, value in vars(module).items() if isinstance(value, Tensor) and key not in tensors]:
+                del vars(module)[key]
+            vars(module).update(tensors)
+
+
+@contextmanager
+def _shielded_tensors(modules: list[nn.Module], dtype: torch.dtype | None) -> Iterator[None]:
     stand_ins: dict[int, Tensor] = {}  # by identity, so that tied weights stay tied
 
     def shielded(tensors: dict[str, Any], shield: Callable[[Tensor], Tensor]) -> dict[str, Tensor | None]:
@@ -119,8 +215,8 @@ def _shielded_tensors(modules: list[nn.Module]) -> Iterator[None]:
     try:
         for module in modules:
             shields: tuple[tuple[dict[str, Any], Callable[[Tensor], Tensor]], ...] = (
-                (module._parameters, full_precision),
-                (module._buffers, _copy),
+                (module._parameters, functools.partial(_shield, dtype=dtype)),
+                (module._buffers, functools.partial(_copy, dtype=dtype)),
             )
             for tensors, shield in shields:
                 originals.append((tensors, dict(tensors)))
@@ -137,5 +233,19 @@ def _shielded_tensors(modules: list[nn.Module]) -> Iterator[None]:
             module._flat_weights = flat_weights
 
 
-def _copy(tensor: Tensor) -> Tensor:
-    return full_precision(tensor).clone()
+_TRAINED = "_stands_in_for_a_trained_parameter"
+
+
+def _shield(parameter: Tensor, dtype: torch.dtype | None) -> Tensor:
+    stand_in = full_precision(parameter) if dtype is None else _copy(parameter, dtype)
+    setattr(stand_in, _TRAINED, _is_trained(parameter))  # contexts may be nested
+    return stand_in
+
+
+def _is_trained(parameter: Tensor) -> bool:
+    return parameter.requires_grad or getattr(parameter, _TRAINED, False)
+
+
+def _copy(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    copied = full_precision(tensor).clone()
+    return copied.to(dtype) if dtype is not None and copied.is_floating_point() else copied

@@ -1,0 +1,182 @@
+"""Taking probes of the curvature: Gauss–Newton on single samples, Hutchinson on blocks of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lightning_robust.functional._checks import check_finite, check_inputs
+from lightning_robust.functional._curvature_sums import NUM_BLOCKS, CurvatureSums
+from lightning_robust.functional._grad_mode import Weights, differentiable_weights, full_precision
+from lightning_robust.functional._losses import LossFn, SampleLoss
+from lightning_robust.functional._piecewise_linear import no_second_derivative, refuse_missing_derivatives
+from lightning_robust.functional._sample_gradients import SampleGradients
+from lightning_robust.functional._signs import keys_of, random_keys, sample_signs, weight_signs
+
+
+@dataclass(frozen=True)
+class Plan:
+    """By which estimator each layer is measured.
+
+    Attributes:
+        gauss_newton: Layers that have a Gauss–Newton part.
+        hutchinson: Layers that have a Hutchinson part.
+        residual: Whether the latter is that of the residual ``R``, rather than of the whole Hessian.
+        exact: Whether the sum is the Hessian everywhere.
+    """
+
+    gauss_newton: tuple[str, ...]
+    hutchinson: tuple[str, ...]
+    residual: bool
+    exact: bool
+
+    def probes(self, start: int, stop: int) -> tuple[range, range]:
+        """The same probes of both kinds, none of one that no layer has."""
+        nothing = range(start, start)
+        probes = range(start, stop)
+        return probes if self.gauss_newton else nothing, probes if self.hutchinson else nothing
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of all layers."""
+        return self.gauss_newton or self.hutchinson
+
+
+@dataclass(frozen=True)
+class Draws:
+    """What the probes of some samples are functions of.
+
+    Attributes:
+        keys: A number for each sample.
+        blocks: The block of each sample, below ``NUM_BLOCKS``.
+        seed: Of the signs of weights.
+    """
+
+    keys: list[int]
+    blocks: list[int]
+    seed: int = 0
+
+    @classmethod
+    def of(cls, inputs: Tensor) -> Draws:
+        """By the contents of the samples."""
+        keys = keys_of(inputs)
+        return cls(keys, [key % NUM_BLOCKS for key in keys])
+
+    @classmethod
+    def random(cls, num_samples: int, generator: torch.Generator) -> Draws:
+        """At random."""
+        keys, seed = random_keys(num_samples, generator), random_keys(1, generator)[0]
+        return cls(keys, [row % NUM_BLOCKS for row in range(num_samples)], seed)
+
+
+def curvature_sums(
+    model: Callable[[Tensor], Tensor],
+    inputs: Tensor,
+    targets: Tensor | None,
+    *,
+    plan: Plan,
+    draws: Draws,
+    probes: tuple[range, range],
+    loss_fn: LossFn | None = None,
+    module: nn.Module | None = None,
+    chunk_size: int | None = None,
+) -> CurvatureSums:
+    """Take probes of some samples: the part of :func:`hessian_trace` that adds up over batches and processes.
+
+    Args:
+        model: See :func:`hessian_trace`.
+        inputs: ``(N, ...)``.
+        targets: See :func:`hessian_trace`.
+        plan: See :func:`make_plan`.
+        draws: See :class:`Draws`.
+        probes: Numbers of the Gauss–Newton and of the Hutchinson probes.
+        loss_fn: See :func:`hessian_trace`.
+        module: See :func:`hessian_trace`.
+        chunk_size: See :func:`hessian_trace`.
+
+    Raises:
+        ValueError: If a second derivative that is needed does not exist, or a number is not finite.
+    """
+    check_inputs(inputs)
+    loss = SampleLoss(loss_fn)
+    with differentiable_weights(model, loss_fn, module=module) as weights:
+        blocks = torch.tensor(draws.blocks)
+        parts = tuple(torch.zeros(len(part), NUM_BLOCKS, len(plan.names), dtype=torch.float64) for part in probes)
+        counts = torch.zeros(NUM_BLOCKS, dtype=torch.float64)
+        x = full_precision(inputs)
+        y = None if targets is None else full_precision(targets)
+        gradients = SampleGradients(model, weights, plan.gauss_newton)
+        size = gradients.samples_at_once(x) if chunk_size is None else chunk_size
+        for rows in torch.split(torch.arange(len(x)), size):
+            chunk, labels = x[rows], None if y is None else y[rows]
+            with torch.no_grad():
+                outputs = model(chunk.clone())
+            _check_outputs(outputs, num_samples=len(chunk))
+            loss.check(outputs, labels)
+            counts.index_add_(0, blocks[rows], loss.weights(outputs, labels).cpu())
+            if probes[0]:
+                signs = sample_signs([draws.keys[row] for row in rows], probes[0], outputs[0].numel())
+                cotangents = loss.cotangents(outputs, labels, signs.to(outputs.device))
+                parts[0].index_add_(1, blocks[rows], gradients.squared_norms(chunk, cotangents).cpu())
+        places = [plan.names.index(name) for name in plan.hutchinson]
+        for block in sorted(set(draws.blocks)) if probes[1] else ():
+            keys = [(draws.seed * NUM_BLOCKS + block) * 2**16 + probe for probe in probes[1]]
+            for rows in torch.split((blocks == block).nonzero()[:, 0], chunk_size or len(x)):
+                assert y is not None
+                forms = _quadratic_forms(model, weights, loss, x[rows], y[rows], keys, plan)
+                parts[1][:, block, places] += forms.cpu()
+    for part in parts:
+        check_finite(part.flatten(1), "curvature")
+    return CurvatureSums(plan.names, parts, counts)
+
+
+def _quadratic_forms(
+    model: Callable[[Tensor], Tensor],
+    weights: Weights,
+    loss: SampleLoss,
+    x: Tensor,
+    y: Tensor,
+    keys: list[int],
+    plan: Plan,
+) -> Tensor:
+    """``v_kᵀ(Hv)_k``, or with ``R`` for ``H``, summed over samples, for each key and layer, ``(M, L)``."""
+    tensors = [weights.tensors[name] for name in plan.hutchinson]
+    forms = torch.zeros(len(keys), len(tensors), dtype=torch.float64)
+    outputs = model(x.clone())
+    refuse_missing_derivatives(outputs, weights)
+    if plan.residual:
+        objective = (loss.gradients(outputs, y) * outputs).sum()
+    else:
+        losses = loss.values(outputs, y)
+        check_finite(losses, "losses")
+        objective = losses.sum()
+    if not objective.requires_grad:
+        return forms
+    try:
+        slopes = torch.autograd.grad(objective, tensors, create_graph=True, allow_unused=True)
+        for m, key in enumerate(keys):
+            signs = weight_signs(tensors, key)
+            terms = [(s * v).sum() for s, v in zip(slopes, signs, strict=True) if s is not None and s.requires_grad]
+            if not terms:
+                break
+            products = torch.autograd.grad(
+                torch.stack(terms).sum(), tensors, retain_graph=m + 1 < len(keys), allow_unused=True
+            )
+            forms[m] = torch.stack([(v * (0 if p is None else p)).sum() for p, v in zip(products, signs, strict=True)])
+    except RuntimeError as error:
+        raise no_second_derivative(error) from error
+    return forms
+
+
+def _check_outputs(outputs: object, *, num_samples: int) -> None:
+    if not isinstance(outputs, Tensor):
+        raise TypeError(f"Expected the model to return a tensor of outputs, but it returned {type(outputs).__name__}.")
+    if outputs.ndim == 0 or len(outputs) != num_samples:
+        raise ValueError(
+            f"Expected the model to return outputs of shape ({num_samples}, ...), but it returned shape"
+            f" {tuple(outputs.shape)}."
+        )
+    check_finite(outputs, "outputs")

@@ -1,0 +1,133 @@
+"""In which layers are the outputs of a network piecewise linear, and has it second derivatives at all?
+
+Where they are, the Hessian of the loss and its Gauss–Newton matrix have the same diagonal block. With random ``w`` and
+random signs ``v`` on one parameter tensor, the Hessian of ``wᵀz`` times ``v`` vanishes in that tensor if, and only if,
+the outputs are piecewise linear in it as far as automatic differentiation can tell. (Second differences of the outputs
+are no such test: they cross the kinks of ReLUs.)
+
+Source: ours.
+Cost: a Hessian-vector product on two samples for each parameter tensor, in float64; once per network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from lightning_robust.functional._grad_mode import Weights, differentiable_weights, full_precision
+from lightning_robust.functional._signs import weight_signs
+
+
+def curved_layers(
+    model: Callable[[Tensor], Tensor],
+    inputs: Tensor,
+    *,
+    module: nn.Module | None = None,
+    up_to_a_constant: bool = True,
+    num_samples: int = 2,
+) -> frozenset[str]:
+    """Find the parameter tensors in which the outputs are not piecewise linear.
+
+    Tested in float64 (float32 where the model insists), on a few samples, and on copies of the weights that are
+    disturbed at random, so that a branch that is initialised to zero is not taken for absent.
+
+    Args:
+        model: See :func:`hessian_trace`.
+        inputs: ``(N, ...)``.
+        module: See :func:`hessian_trace`.
+        up_to_a_constant: Whether a number added to all outputs of a sample makes no difference, as for cross-entropy:
+            then log-probabilities are as good as logits.
+        num_samples: How many samples to look at.
+
+    Returns:
+        The names of the tensors.
+
+    Raises:
+        ValueError: If a second derivative does not exist.
+    """
+    for dtype, tolerance in ((torch.float64, 1e-9), (torch.float32, 1e-5)):
+        if dtype == torch.float64 and inputs.device.type == "mps":
+            continue
+        try:
+            with differentiable_weights(model, module=module, dtype=dtype) as weights:
+                outputs = _disturbed_outputs(model, weights, full_precision(inputs[:num_samples]).to(dtype))
+                return frozenset(_curved(outputs, weights, tolerance, up_to_a_constant=up_to_a_constant))
+        except Exception:  # in float64 typically a float32 tensor that the model makes itself
+            if dtype == torch.float32:
+                raise
+    raise AssertionError
+
+
+def _disturbed_outputs(model: Callable[[Tensor], Tensor], weights: Weights, x: Tensor) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for tensor in weights.tensors.values():
+            noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor)
+            tensor.add_(0.1 * noise * tensor.square().mean().sqrt().clamp_min(1e-3))
+    outputs = model(x.clone())
+    refuse_missing_derivatives(outputs, weights)
+    return outputs.reshape(len(x), -1)
+
+
+def _curved(outputs: Tensor, weights: Weights, tolerance: float, *, up_to_a_constant: bool) -> list[str]:
+    w = torch.randn(outputs.shape, generator=torch.Generator().manual_seed(1)).to(outputs)
+    if up_to_a_constant:
+        w = w - w.mean(dim=1, keepdim=True)
+    tensors = list(weights.tensors.values())
+    if not outputs.requires_grad:
+        return []
+    slopes = torch.autograd.grad((w * outputs).sum(), tensors, create_graph=True, allow_unused=True)
+    curved = []
+    for (name, tensor), slope, v in zip(weights.tensors.items(), slopes, weight_signs(tensors, key=2), strict=True):
+        if slope is None or not slope.requires_grad:
+            continue
+        try:
+            (product,) = torch.autograd.grad((slope * v).sum(), tensor, retain_graph=True, allow_unused=True)
+        except RuntimeError as error:
+            raise no_second_derivative(f"in layer {name!r}: {error}") from error
+        if product is not None and (product.norm() > tolerance * slope.norm().square() or not slope.any()):
+            curved.append(name)
+    return curved
+
+
+def refuse_missing_derivatives(outputs: Tensor, weights: Weights) -> None:
+    """Raise if a function that can be differentiated only once stands between weights and outputs.
+
+    ``once_differentiable`` promises an error when such a function is differentiated twice, but keeps it only where
+    something else asks for a derivative of its incoming gradient: otherwise the second derivative is silently zero.
+
+    Raises:
+        ValueError: If there is one.
+    """
+    names = {id(tensor): name for name, tensor in weights.tensors.items()}
+    for node in _nodes(outputs.grad_fn):
+        backward = getattr(getattr(node, "_forward_cls", None), "backward", None)
+        if backward is None or backward.__code__.co_filename != torch.autograd.function.__file__:
+            continue
+        for below in _nodes(node):
+            name = names.get(id(getattr(below, "variable", None)))
+            if name is not None:
+                raise no_second_derivative(f"in layer {name!r}: {node.name()} is marked with @once_differentiable")
+
+
+def _nodes(start: torch.autograd.graph.Node | None) -> Iterator[torch.autograd.graph.Node]:
+    stack, seen = [start], {None, start}
+    while stack:
+        node = stack.pop()
+        if node is None:
+            continue
+        yield node
+        for below, _ in node.next_functions:
+            if below not in seen:
+                seen.add(below)
+                stack.append(below)
+
+
+def no_second_derivative(cause: object) -> ValueError:
+    """The error to raise where a second derivative is needed and fails."""
+    return ValueError(
+        f"Expected a model that can be differentiated twice with respect to its weights, but that failed {cause}. Use"
+        " estimator='gauss_newton', which needs first derivatives only."
+    )

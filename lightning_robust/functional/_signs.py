@@ -1,0 +1,47 @@
+"""Random signs that belong to a sample, whatever batch, process or epoch it is met in.
+
+Averages over samples then do not depend on how the samples were batched or spread over processes, and a curve over
+epochs carries the same noise at every point: differences along it are known better than the error bars say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_BITS = 43  # of a key
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def keys_of(inputs: Tensor) -> list[int]:
+    """A number for each sample of ``(N, ...)`` that depends on its contents alone (a multilinear hash)."""
+    rows = inputs.detach().reshape(len(inputs), -1).contiguous()
+    bits = rows.view(_INTEGERS[rows.element_size()])
+    factors = torch.randint(2**62, bits.shape[1:], generator=torch.Generator().manual_seed(0)).to(bits.device)
+    hashes = [(row.long() * factors).sum() for row in bits]  # modulo 2⁶⁴
+    return [(int(value) >> 20) & (2**_BITS - 1) for value in hashes]  # high bits depend on every bit of the contents
+
+
+def random_keys(count: int, generator: torch.Generator) -> list[int]:
+    """The same, drawn at random."""
+    return torch.randint(2**_BITS, (count,), generator=generator, device=generator.device).tolist()
+
+
+def sample_signs(keys: Sequence[int], probes: range, size: int) -> Tensor:
+    """Independent random signs for each probe and sample, ``(len(probes), N, size)``."""
+    signs = [
+        torch.randint(2, (probes.stop, size), generator=torch.Generator().manual_seed(key))[probes.start :]
+        for key in keys
+    ]
+    return torch.stack(signs, dim=1) * 2 - 1
+
+
+def weight_signs(tensors: Sequence[Tensor], key: int) -> list[Tensor]:
+    """Independent random signs of the shapes of these tensors."""
+    generator = torch.Generator(tensors[0].device).manual_seed(key) if tensors else None
+    return [
+        torch.randint(2, tensor.shape, generator=generator, device=tensor.device).to(tensor) * 2 - 1
+        for tensor in tensors
+    ]
