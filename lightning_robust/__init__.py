@@ -6,16 +6,25 @@ estimators without either, in :mod:`lightning_robust.functional`.
 
 from lightning_robust import functional
 from lightning_robust.callbacks import RobustnessMonitor, RobustnessWarning
-from lightning_robust.metrics import AdversarialAccuracy, FisherSpectralNorm, LinearizedAccuracy, ProbeMetric
+from lightning_robust.metrics import (
+    AdversarialAccuracy,
+    FisherSpectralNorm,
+    HessianTrace,
+    LinearizedAccuracy,
+    ProbeMetric,
+    WeightCurvatureIndex,
+)
 from lightning_robust.probe import Probe
 
 __all__ = [
     "AdversarialAccuracy",
     "FisherSpectralNorm",
+    "HessianTrace",
     "LinearizedAccuracy",
     "Probe",
     "ProbeMetric",
     "RobustnessMonitor",
     "RobustnessWarning",
+    "WeightCurvatureIndex",
     "functional",
 ]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import KW_ONLY, dataclass, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 from functools import cached_property
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_robust.functional._checks import (
     channelwise,
@@ -17,8 +18,31 @@ from lightning_robust.functional._checks import (
     check_units,
     unnormalised,
 )
-from lightning_robust.functional._grad_mode import differentiable, full_precision
+from lightning_robust.functional._curvature_probes import Draws, curvature_sums
+from lightning_robust.functional._curvature_sums import CurvatureSums
+from lightning_robust.functional._grad_mode import differentiable, full_precision, owner_of
+from lightning_robust.functional._losses import LossFn
+from lightning_robust.functional.attacks import Norm, pgd
+from lightning_robust.functional.hessian_trace import Estimator, make_plan
 from lightning_robust.functional.linearization import Linearization, linearize
+
+# Which layers of a network are not piecewise linear, found out once and forgotten with the network.
+_CURVED: WeakKeyDictionary[nn.Module, dict[tuple[object, ...], frozenset[str]]] = WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class Attack:
+    """Projected gradient descent from the sample itself (see :func:`~lightning_robust.functional.pgd`).
+
+    Attributes:
+        epsilon: Radius of the ball, in units of the un-normalised input.
+        norm: ``"linf"`` or ``"l2"``.
+        steps: Number of gradient steps.
+    """
+
+    epsilon: float
+    norm: Norm
+    steps: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,18 +54,22 @@ class Probe:
     Args:
         model: Maps inputs ``(N, ...)`` to logits ``(N, C)``, sample by sample.
         inputs: ``(N, ...)``, floating point.
-        targets: ``(N,)``, class indices.
+        targets: ``(N,)``, class indices; with a ``loss_fn`` whatever it takes, ``(N, ...)``. Metrics that need classes
+            say so.
         input_std: Standard deviation by which the inputs were divided, one number or one per channel (dimension 1).
             With it every input-space number is in units of the un-normalised input.
         input_mean: What was subtracted from the inputs before that, likewise; ``valid_range`` needs it.
         valid_range: Smallest and largest value of an un-normalised input, e.g. ``(0, 1)``, which perturbations cannot
             leave. L∞ margins and attacks respect it; L2 margins do not know it.
         chunk_size: Bound on memory, see :func:`~lightning_robust.functional.linearize`.
+        loss_fn: Maps logits and targets to the loss whose curvature is measured; cross-entropy by default. See
+            :func:`~lightning_robust.functional.hessian_trace`.
+        module: The network with whose weights curvature has to do, if ``model`` is a plain function that calls it.
 
     Raises:
         TypeError: If ``inputs`` or ``targets`` are not tensors.
-        ValueError: If there is not one class index per input, or a valid range of normalised inputs comes without
-            their mean.
+        ValueError: If there is not one class index (one target, with a ``loss_fn``) per input, or a valid range of
+            normalised inputs comes without their mean.
     """
 
     model: Callable[[Tensor], Tensor]
@@ -52,6 +80,9 @@ class Probe:
     input_mean: float | Sequence[float] | Tensor | None = None
     valid_range: tuple[float, float] | None = None
     chunk_size: int | None = None
+    loss_fn: LossFn | None = None
+    module: nn.Module | None = None
+    _done: dict[tuple[object, ...], object] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.inputs, Tensor):
@@ -60,7 +91,14 @@ class Probe:
             )
         if self.inputs.ndim == 0:
             raise ValueError("Expected argument `inputs` to be a tensor (N, ...), but got a single number.")
-        check_targets(self.targets, num_samples=len(self.inputs))
+        if self.loss_fn is None:
+            check_targets(self.targets, num_samples=len(self.inputs))
+        elif not isinstance(self.targets, Tensor) or self.targets.shape[:1] != self.inputs.shape[:1]:
+            came = tuple(self.targets.shape) if isinstance(self.targets, Tensor) else type(self.targets).__name__
+            raise ValueError(
+                f"Expected argument `targets` to hold one target per sample, a tensor of shape ({len(self.inputs)},"
+                f" ...), but got {came}."
+            )
         check_units(input_std=self.input_std, input_mean=self.input_mean, valid_range=self.valid_range)
 
     def __len__(self) -> int:
@@ -84,6 +122,70 @@ class Probe:
         x = full_precision(self.inputs)
         std = channelwise(self.input_std, x, name="input_std")
         return unnormalised(x, std, channelwise(self.input_mean, x, name="input_mean", positive=False))
+
+    def attacked(self, attack: Attack) -> Tensor:
+        """The inputs under an attack, ``(N, ...)``."""
+        key = ("attacked", attack)
+        if key not in self._done:
+            self._done[key] = pgd(
+                self.model,
+                self.inputs,
+                self.targets,
+                epsilon=attack.epsilon,
+                steps=attack.steps,
+                norm=attack.norm,
+                valid_range=self.valid_range,
+                input_mean=self.input_mean,
+                input_std=self.input_std,
+            )
+        attacked = self._done[key]
+        assert isinstance(attacked, Tensor)
+        return attacked
+
+    def curvature(
+        self, *, estimator: Estimator = "auto", num_probes: int = 2, attack: Attack | None = None
+    ) -> CurvatureSums:
+        """Traces of the Hessian as sums over samples (see :func:`~lightning_robust.functional.hessian_trace`).
+
+        Args:
+            estimator: See there.
+            num_probes: See there. Signs follow from the contents of the samples, attacked or not.
+            attack: Takes the loss on attacked inputs.
+        """
+        key = ("curvature", estimator, num_probes, attack)
+        if key not in self._done:
+            self._done[key] = self._curvature(estimator, num_probes, attack)
+        sums = self._done[key]
+        assert isinstance(sums, CurvatureSums)
+        return sums
+
+    def _curvature(self, estimator: Estimator, num_probes: int, attack: Attack | None) -> CurvatureSums:
+        check_inputs(self.inputs)
+        inputs = self.inputs if attack is None else self.attacked(attack)
+        owner = owner_of(self.model) if self.module is None else self.module
+        chunk_size = self.chunk_size
+        if chunk_size is not None:
+            chunk_size = max(1, chunk_size // self.logits(inputs[:1]).shape[1])
+        plan = make_plan(
+            self.model,
+            inputs,
+            self.targets,
+            estimator=estimator,
+            loss_fn=self.loss_fn,
+            module=self.module,
+            known={} if owner is None else _CURVED.setdefault(owner, {}),
+        )
+        return curvature_sums(
+            self.model,
+            inputs,
+            self.targets,
+            plan=plan,
+            draws=Draws.of(self.inputs),
+            probes=plan.probes(0, num_probes),
+            loss_fn=self.loss_fn,
+            module=self.module,
+            chunk_size=chunk_size,
+        )
 
     def logits(self, inputs: Tensor) -> Tensor:
         """Outputs of the network at other inputs, ``(N, C)``, in eval mode and without a graph."""
@@ -164,6 +266,8 @@ def _alike(first: Probe, second: Probe) -> bool:
         and _equal(first.input_mean, second.input_mean)
         and first.valid_range == second.valid_range
         and first.chunk_size == second.chunk_size
+        and first.loss_fn == second.loss_fn
+        and first.module is second.module
     )
 
 

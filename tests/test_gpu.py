@@ -7,7 +7,14 @@ import pytest
 import torch
 
 from lightning_robust import Probe, RobustnessMonitor
-from lightning_robust.functional import fim_spectral_norm, linearize, linearized_margin, linearized_margin_linf, pgd
+from lightning_robust.functional import (
+    fim_spectral_norm,
+    hessian_trace,
+    linearize,
+    linearized_margin,
+    linearized_margin_linf,
+    pgd,
+)
 from lightning_robust.metrics import METRICS
 from tests.helpers.networks import NETWORKS, build
 from tests.helpers.training import classifier, loader, trainer
@@ -44,6 +51,17 @@ def test_estimates_equal_those_of_the_cpu(name: str, tf32: bool) -> None:
         torch.testing.assert_close(
             value.cpu().double(), expected, rtol=tolerance, atol=tolerance * float(expected.max())
         )
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_curvature_equals_that_of_the_cpu(name: str) -> None:
+    model, inputs, targets = build(name, num_samples=40)
+    expected = hessian_trace(model.double(), inputs.double(), targets, rtol=None, num_probes=32)
+    there = hessian_trace(model.float().cuda(), inputs.cuda(), targets.cuda(), rtol=None, num_probes=32)
+    assert there.estimator == expected.estimator
+    for key, trace in expected.layers.items():  # signs of weights are drawn on the device
+        error = float(there.stderr[key].hypot(expected.stderr[key]))
+        assert float(there.layers[key]) == pytest.approx(float(trace), rel=1e-3, abs=4 * error)
 
 
 def test_every_metric_and_the_attack_run_there() -> None:

@@ -11,13 +11,20 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lightning_robust.functional._checks import check_units
-from lightning_robust.metrics import METRICS, FisherSpectralNorm, LinearizedAccuracy, ProbeMetric
+from lightning_robust.metrics import (
+    METRICS,
+    FisherSpectralNorm,
+    HessianTrace,
+    LinearizedAccuracy,
+    ProbeMetric,
+    WeightCurvatureIndex,
+)
 
 
 def as_metrics(metrics: Sequence[str | ProbeMetric] | None) -> list[ProbeMetric]:
     """Return the metrics that are meant, the default ones for None, or raise."""
     if metrics is None:
-        return [FisherSpectralNorm(), LinearizedAccuracy()]
+        return [FisherSpectralNorm(), LinearizedAccuracy(), HessianTrace(), WeightCurvatureIndex()]
     if isinstance(metrics, str) or not isinstance(metrics, Sequence) or not metrics:
         raise MisconfigurationException(
             f"Expected argument `metrics` to be a non-empty list of metrics or their names, but got {metrics!r}."

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EarlyStopping
 
+from lightning_robust.callbacks.outcome import WHOLE
 from lightning_robust.callbacks.sample_selection import LoaderShare
 from lightning_robust.probe import Probe, find_flaws
 
@@ -50,6 +53,28 @@ def reservoir(max_samples: int) -> str:
         f" uniformly random subset of {max_samples} (reservoir sampling): the same one at every measurement only as"
         " long as the loader yields the same samples in the same order. A loader with a length, whose batches hold"
         " `batch_size` samples each, is safer."
+    )
+
+
+def skipped(causes: Mapping[int, str], names: Mapping[int, str], *, epoch: int) -> str:
+    """Say what was not measured and why, in one warning.
+
+    Args:
+        causes: By the number of the metric, or ``WHOLE``.
+        names: Of all metrics, by their numbers.
+        epoch: Of the measurement.
+    """
+    if WHOLE in causes or causes.keys() >= names.keys():
+        what = f"the measurement in epoch {epoch}: {causes[min(causes)].rstrip('.')}."
+    else:
+        by_cause: dict[str, list[str]] = {}
+        for number, cause in sorted(causes.items()):
+            by_cause.setdefault(cause.rstrip("."), []).append(names[number])
+        parts = [f"{' and '.join(metrics)}: {cause}." for cause, metrics in by_cause.items()]
+        what = f"in epoch {epoch} {' '.join(parts)}"
+    return (
+        f"RobustnessMonitor skipped {what} The run goes on. If the module is not called as `pl_module(inputs)`, pass"
+        " `probe_fn`; `on_error='raise'` stops with a traceback instead."
     )
 
 

@@ -10,6 +10,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
+from lightning_robust.functional._grad_mode import owner_of
 from lightning_robust.probe import Probe
 
 _INPUT_KEYS = ("x", "input", "inputs", "image", "images", "img", "pixel_values", "data", "features")
@@ -45,6 +46,8 @@ def make_probe(
         raise MisconfigurationException(
             f"Expected `probe_fn` to return a Probe(model, inputs, targets), but got {type(probe).__name__}."
         )
+    if probe.module is None and owner_of(probe.model) is None:
+        probe = replace(probe, module=pl_module)
     return replace(probe, **{name: value for name, value in defaults.items() if getattr(probe, name) is None})
 
 

@@ -40,9 +40,10 @@ class RobustnessMonitor(Callback):
 
     **Logged metrics**
 
-    - those of each metric under ``log_key_prefix``, by default ``robust/fim_spectral_norm…`` and
-      ``robust/linearized_accuracy…`` (see :class:`~lightning_robust.FisherSpectralNorm` and
-      :class:`~lightning_robust.LinearizedAccuracy`)
+    - those of each metric under ``log_key_prefix``, by default ``robust/fim_spectral_norm…``,
+      ``robust/linearized_accuracy…``, ``robust/hessian_trace…`` and ``robust/wci…`` (see
+      :class:`~lightning_robust.FisherSpectralNorm`, :class:`~lightning_robust.LinearizedAccuracy`,
+      :class:`~lightning_robust.HessianTrace` and :class:`~lightning_robust.WeightCurvatureIndex`)
     - ``robust/num_samples``: samples measured, over all processes
     - ``robust/seconds``: wall time of the measurement, on the slowest process
 
@@ -50,8 +51,8 @@ class RobustnessMonitor(Callback):
     puts whatever accuracy the module logs on one chart with the predicted robust accuracy.
 
     Args:
-        metrics: Metrics to measure, by object or by name; by default ``fisher_spectral_norm`` and
-            ``linearized_accuracy``.
+        metrics: Metrics to measure, by object or by name; by default ``fisher_spectral_norm``,
+            ``linearized_accuracy``, ``hessian_trace`` and ``weight_curvature_index``.
         every_n_epochs: Epochs from one measurement to the next.
         max_samples: Size of the subset, over all processes.
         log_key_prefix: What the logged keys begin with; several monitors in one Trainer need several.
@@ -67,8 +68,8 @@ class RobustnessMonitor(Callback):
             the largest validation batch pass through the network together in any case.
         dataloader_idx: Which of several validation loaders to measure on.
         prog_bar: Show the first value of each metric in the progress bar, and a line of text per measurement above it.
-        on_error: ``"warn"`` turns any failure of a measurement into one warning, and the run goes on, on every process;
-            ``"raise"`` lets it through.
+        on_error: ``"warn"`` turns any failure of a measurement into one warning, and the run goes on, on every process,
+            as do the metrics that it does not concern; ``"raise"`` lets it through.
         seed: Chooses the subset.
 
     Raises:
@@ -268,15 +269,11 @@ class RobustnessMonitor(Callback):
             measurement.attempt(lambda: self._compare(measurement))
         measurement.attempt(lambda: measurement.update(pl_module, _device(pl_module), examine=self._examine))
         verdict, values = measurement.conclude(_device(pl_module))
-        if verdict.sound:
+        if values:
             self._guard(lambda: self._log(trainer, pl_module, values, verdict), "log a measurement")
-        else:
-            cause = verdict.cause.rstrip(".")
-            self._warn(
-                f"RobustnessMonitor skipped the measurement in epoch {trainer.current_epoch}: {cause}. The run goes on."
-                " If the module is not called as `pl_module(inputs)`, pass `probe_fn`; `on_error='raise'` stops with a"
-                " traceback instead."
-            )
+        if verdict.causes:
+            names = {number: type(metric).__name__ for number, metric in enumerate(self.metrics)}
+            self._warn(advice.skipped(verdict.causes, names, epoch=trainer.current_epoch))
 
     def _examine(self, probe: Probe) -> None:
         """Once in a run, say what makes the numbers mean something else than they seem to."""
@@ -285,8 +282,8 @@ class RobustnessMonitor(Callback):
             self._unexamined = False
 
     def _log(self, trainer: Trainer, pl_module: LightningModule, values: Values, verdict: Verdict) -> None:
-        headlines = [next(iter(computed)) for computed in values]
-        flat = {key: float(value) for computed in values for key, value in computed.items()}
+        headlines = [next(iter(computed)) for computed in values.values() if computed]
+        flat = {key: float(value) for computed in values.values() for key, value in computed.items()}
         flat |= {"num_samples": float(verdict.num_samples), "seconds": verdict.seconds}
         self._logged = [self.log_key_prefix + key for key in flat]
         for key, value in flat.items():

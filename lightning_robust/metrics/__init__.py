@@ -3,13 +3,25 @@
 from lightning_robust.metrics._base import ProbeMetric
 from lightning_robust.metrics.attacks import AdversarialAccuracy
 from lightning_robust.metrics.fisher import FisherSpectralNorm
+from lightning_robust.metrics.hessian_trace import HessianTrace
 from lightning_robust.metrics.linearized_margin import LinearizedAccuracy
+from lightning_robust.metrics.weight_curvature_index import WeightCurvatureIndex
 
 METRICS: dict[str, type[ProbeMetric]] = {
     "adversarial_accuracy": AdversarialAccuracy,
     "fisher_spectral_norm": FisherSpectralNorm,
+    "hessian_trace": HessianTrace,
     "linearized_accuracy": LinearizedAccuracy,
+    "weight_curvature_index": WeightCurvatureIndex,
 }
 """Metrics by the names that configuration files use."""
 
-__all__ = ["METRICS", "AdversarialAccuracy", "FisherSpectralNorm", "LinearizedAccuracy", "ProbeMetric"]
+__all__ = [
+    "METRICS",
+    "AdversarialAccuracy",
+    "FisherSpectralNorm",
+    "HessianTrace",
+    "LinearizedAccuracy",
+    "ProbeMetric",
+    "WeightCurvatureIndex",
+]

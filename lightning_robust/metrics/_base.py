@@ -66,6 +66,16 @@ class ProbeMetric(Float64Metric, ABC):
     def compute(self) -> dict[str, Tensor]: ...
 
 
+def code_points(text: str, *, like: Tensor) -> Tensor:
+    """A text as numbers, because only metric states travel between processes."""
+    return torch.tensor([ord(char) for char in text], dtype=torch.float64, device=like.device)
+
+
+def text_of(points: Tensor) -> str:
+    """The text of such numbers."""
+    return "".join(chr(int(point)) for point in points.tolist())
+
+
 def error_bar(key: str, mean: Tensor, stderr: Tensor) -> dict[str, Tensor]:
     """A mean under ``key``, beside its standard error and the band of ± 2 standard errors that charts need as keys.
 

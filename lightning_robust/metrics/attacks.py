@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from lightning_robust.functional._checks import check_positive_integer
-from lightning_robust.functional.attacks import Norm, pgd
+from lightning_robust.functional.attacks import Norm
 from lightning_robust.metrics._base import ProbeMetric, error_bar_of_share
 from lightning_robust.metrics.linearized_margin import accuracy_key, check_epsilons, check_norm
-from lightning_robust.probe import Probe
+from lightning_robust.probe import Attack, Probe
 
 
 class AdversarialAccuracy(ProbeMetric):
@@ -57,17 +57,7 @@ class AdversarialAccuracy(ProbeMetric):
     def _add(self, probe: Probe) -> None:
         correct = []
         for epsilon in self.epsilons:
-            attacked = pgd(
-                probe.model,
-                probe.inputs,
-                probe.targets,
-                epsilon=epsilon,
-                steps=self.steps,
-                norm=self.norm,
-                valid_range=probe.valid_range,
-                input_mean=probe.input_mean,
-                input_std=probe.input_std,
-            )
+            attacked = probe.attacked(Attack(epsilon, self.norm, self.steps))
             correct.append((probe.logits(attacked).argmax(dim=1) == probe.targets).sum())
         self.correct = self.correct + torch.stack(correct).to(self.correct)
         self.num_samples = self.num_samples + len(probe)

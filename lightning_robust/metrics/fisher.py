@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torchmetrics.utilities import dim_zero_cat
 
+from lightning_robust.functional._checks import check_targets
 from lightning_robust.functional.fisher import (
     calibrated_fim_spectral_norm,
     fim_spectral_norm,
@@ -54,9 +55,8 @@ class FisherSpectralNorm(ProbeMetric):
         if self.num_classes not in (0, c):
             raise ValueError(f"Expected logits of {int(self.num_classes)} classes, as before, but got {c}.")
         upper = torch.triu_indices(c, c, device=linearization.gram.device)
-        row = torch.cat(
-            [probe.targets[:, None], linearization.logits, linearization.gram[:, upper[0], upper[1]]], dim=1
-        )
+        targets = check_targets(probe.targets, num_samples=len(probe))
+        row = torch.cat([targets[:, None], linearization.logits, linearization.gram[:, upper[0], upper[1]]], dim=1)
         assert isinstance(self.rows, list)
         self.rows.append(row.to(self.num_classes).flatten())
         self.num_classes = torch.full_like(self.num_classes, c)

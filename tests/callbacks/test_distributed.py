@@ -13,7 +13,13 @@ from tests.helpers import processes
 from tests.helpers.training import Classifier, History, classifier, loader, samples, trainer
 
 pytestmark = pytest.mark.ddp
-METRICS = ["fisher_spectral_norm", "linearized_accuracy", "adversarial_accuracy"]
+METRICS = [
+    "fisher_spectral_norm",
+    "linearized_accuracy",
+    "adversarial_accuracy",
+    "hessian_trace",
+    "weight_curvature_index",
+]
 
 
 def validate(rank: int, root: Path, num_processes: int, size: int) -> dict[str, float]:

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from lightning_robust import FisherSpectralNorm, LinearizedAccuracy, Probe, RobustnessMonitor
+from lightning_robust import FisherSpectralNorm, HessianTrace, LinearizedAccuracy, Probe, RobustnessMonitor
 from tests.helpers.training import Classifier, History, classifier, loader, robustness_warnings, samples, trainer
 
 Loader = Callable[[], Any]
@@ -261,11 +261,67 @@ def test_input_std_of_the_wrong_length_is_named(tmp_path: Path) -> None:
     assert "`input_std` to be one number or one per channel, 1 for inputs of shape (32, 1, 4, 4)" in messages[0]
 
 
-def test_metrics_that_log_the_same_key_are_refused(tmp_path: Path) -> None:
+def test_the_second_of_two_metrics_that_log_the_same_key_is_left_out(tmp_path: Path) -> None:
     metrics = [LinearizedAccuracy([0.1]), LinearizedAccuracy([0.2])]
     messages, rows = fit(classifier(), loader(), tmp_path, metrics=metrics)
-    assert rows == [{}, {}]
+    assert all("robust/linearized_accuracy_linf_0.1" in row for row in rows)
+    assert all("robust/linearized_accuracy_linf_0.2" not in row for row in rows)
+    assert len(messages) == 2
+    assert "skipped in epoch 0 LinearizedAccuracy: ValueError: Expected each metric to log its own keys" in messages[0]
     assert "two log ['linearized_accuracy_linf_0'" in messages[0]
+
+
+class Once(torch.autograd.Function):
+    """The square, by a backward pass of which no derivative exists."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return 2 * ctx.saved_tensors[0] * grad
+
+
+class Squared(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return Once.apply(x)
+
+
+def test_metrics_that_cannot_be_measured_do_not_stop_the_others(tmp_path: Path) -> None:
+    network = nn.Sequential(nn.Flatten(), nn.Linear(16, 8), Squared(), nn.Linear(8, 4))
+    messages, rows = fit(Quiet(network), loader(), tmp_path)
+    assert len(messages) == 2
+    assert "skipped in epoch 0 HessianTrace and WeightCurvatureIndex: ValueError: Expected a model that" in messages[0]
+    assert "estimator='gauss_newton'" in messages[0]
+    for row in rows:
+        assert row["robust/num_samples"] == 120
+        assert "robust/fim_spectral_norm" in row
+        assert "robust/linearized_accuracy_linf_0" in row
+        assert not any("hessian" in key or "wci" in key for key in row)
+
+
+def test_the_way_out_of_a_missing_second_derivative_works(tmp_path: Path) -> None:
+    network = nn.Sequential(nn.Flatten(), nn.Linear(16, 8), Squared(), nn.Linear(8, 4))
+    messages, rows = fit(Quiet(network), loader(), tmp_path, metrics=[HessianTrace(estimator="gauss_newton")])
+    assert messages == []
+    assert all(row["robust/hessian_trace"] > 0 for row in rows)
+
+
+def test_a_function_that_calls_the_module_is_measured_on_the_module_s_weights(tmp_path: Path) -> None:
+    def probe(pl_module: Any, batch: Any) -> Probe:
+        return Probe(lambda x: pl_module(x) + 0, *batch)
+
+    results = []
+    for options in ({"probe_fn": probe}, {}):
+        torch.manual_seed(0)  # of dropout
+        messages, rows = fit(classifier(), loader(), tmp_path, **options)
+        assert messages == []
+        results.append([{key: value for key, value in row.items() if key != "robust/seconds"} for row in rows])
+    assert "robust/hessian_trace/network.0.weight" in results[0][0]
+    assert results[0] == results[1]
 
 
 def test_a_metric_that_fails_in_compute_is_survived(tmp_path: Path) -> None:
@@ -337,7 +393,7 @@ def test_a_barebones_trainer_is_told_that_nothing_is_measured(tmp_path: Path) ->
         ({"metrics": "fisher_spectral_norm"}, "`metrics` to be a non-empty list"),
         (
             {"metrics": ["fisher"]},
-            r"names among \['adversarial_accuracy', 'fisher_spectral_norm', 'linearized_accuracy'\]",
+            r"names among \['adversarial_accuracy', 'fisher_spectral_norm', 'hessian_trace', 'linearized_accuracy',",
         ),
         ({"metrics": [3]}, "but got 3"),
         ({"metrics": FisherSpectralNorm()}, "`metrics` to be a non-empty list of metrics"),

@@ -1,4 +1,5 @@
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,15 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 from torchmetrics import MeanMetric
 
-from lightning_robust import AdversarialAccuracy, FisherSpectralNorm, LinearizedAccuracy, Probe, RobustnessMonitor
+from lightning_robust import (
+    AdversarialAccuracy,
+    FisherSpectralNorm,
+    HessianTrace,
+    LinearizedAccuracy,
+    Probe,
+    RobustnessMonitor,
+    WeightCurvatureIndex,
+)
 from lightning_robust.metrics import ProbeMetric
 from tests.helpers.training import NUM_CLASSES, History, classifier, loader, robustness_warnings, samples, trainer
 
@@ -21,11 +30,18 @@ BARS = [
     *(f"linearized_accuracy_linf_{eps}" for eps in ("0.003922", "0.007843", "0.01569", "0.03137", "0")),
     "linearized_margin_linf",
     "linearized_margin_linf_clipped",
+    "hessian_trace",
+    "wci",
 ]
+PARAMETERS = ["0.weight", "0.bias", "1.weight", "1.bias", "5.weight", "5.bias"]
 DOCUMENTED = {
     *(f"robust/{key}{suffix}" for key in BARS for suffix in ("", "_stderr", "_lower", "_upper")),
     *(f"robust/fim_spectral_norm_{statistic}" for statistic in ("median", "p95", "max")),
     *(f"robust/{key}" for key in ("fim_trace", "temperature", "saturated", "num_samples", "seconds")),
+    *(f"robust/{key}_stderr_probes" for key in ("hessian_trace", "wci")),
+    *(f"robust/hessian_trace/network.{name}" for name in PARAMETERS),
+    *(f"robust/wci/network.{name}" for name in ("0.weight", "5.weight")),
+    "robust/wci_negative_layers",
 }
 
 
@@ -157,7 +173,7 @@ def test_the_same_subset_and_values_for_any_batch_size(tmp_path: Path) -> None:
     results = []
     for batch_size in (7, 32, 200):
         recording = Recording()
-        metrics = [FisherSpectralNorm(), LinearizedAccuracy(), recording]
+        metrics = [FisherSpectralNorm(), LinearizedAccuracy(), HessianTrace(), WeightCurvatureIndex(), recording]
         run = trainer(RobustnessMonitor(metrics, max_samples=50), root=tmp_path)
         (values,) = run.validate(classifier(), loader(batch_size=batch_size), verbose=False)
         results.append((values, *recording.samples()))
@@ -334,7 +350,8 @@ def test_input_std_gives_units_of_the_unnormalised_input(tmp_path: Path) -> None
     inside.validate(type(classifier())(Normalising(network)), loader(), verbose=False)
     outside = trainer(RobustnessMonitor(input_std=[0.25]), root=tmp_path)
     outside.validate(type(classifier())(network), loader(normalised), verbose=False)
-    for key in DOCUMENTED - {"robust/seconds"}:
+    of_inputs = {key for key in DOCUMENTED if not re.search("hessian|wci|seconds", key)}
+    for key in of_inputs:
         torch.testing.assert_close(outside.callback_metrics[key], inside.callback_metrics[key], rtol=1e-4, atol=1e-6)
 
 

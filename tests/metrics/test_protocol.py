@@ -8,7 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_robust import AdversarialAccuracy, FisherSpectralNorm, LinearizedAccuracy, Probe
+from lightning_robust import (
+    AdversarialAccuracy,
+    FisherSpectralNorm,
+    HessianTrace,
+    LinearizedAccuracy,
+    Probe,
+    WeightCurvatureIndex,
+)
 from lightning_robust.metrics import METRICS, ProbeMetric
 from tests.helpers import processes
 from tests.helpers.networks import build
@@ -17,6 +24,9 @@ FACTORIES: dict[str, Callable[[], ProbeMetric]] = {
     "fisher": FisherSpectralNorm,
     "linearized_linf": LinearizedAccuracy,
     "linearized_l2": lambda: LinearizedAccuracy([0.05, 0.2], "l2"),
+    "hessian_trace": HessianTrace,
+    "wci": WeightCurvatureIndex,
+    "adversarial_wci": lambda: WeightCurvatureIndex(attack="pgd", epsilon=0.1, steps=3),
     "adversarial": lambda: AdversarialAccuracy([0.02, 0.1], steps=3),
 }
 SHARDS = {"even": [10, 10, 10], "uneven": [17, 2, 11], "with an empty one": [12, 0, 18]}
@@ -150,7 +160,7 @@ def test_what_is_not_a_probe_is_refused(name: str) -> None:
 
 @every_metric
 def test_direction_is_stated(name: str) -> None:
-    assert FACTORIES[name]().higher_is_better is (name != "fisher")
+    assert FACTORIES[name]().higher_is_better is ("accuracy" in next(iter(measured(name, [30]))))
 
 
 def test_every_metric_has_a_name() -> None:

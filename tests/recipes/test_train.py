@@ -97,7 +97,7 @@ def test_metrics_by_name_and_by_class(tmp_path: Path) -> None:
 
 def test_an_unknown_metric_name_is_answered_with_the_known_ones(tmp_path: Path) -> None:
     with pytest.raises(
-        ValueError, match=r"names among \['adversarial_accuracy'.*'linearized_accuracy'\], but got 'wci'"
+        ValueError, match=r"names among \['adversarial_accuracy'.*'linearized_accuracy'.*\], but got 'wci'"
     ):
         launch(tmp_path, configs=[DIGITS, overlay(tmp_path, "metrics: [wci]")])
 

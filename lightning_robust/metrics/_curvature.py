@@ -1,0 +1,93 @@
+"""What the metrics of curvature share: one measurement, whose sums add up over batches and processes."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torchmetrics.utilities import dim_zero_cat
+
+from lightning_robust.functional._checks import check_positive_integer
+from lightning_robust.functional._curvature_sums import NUM_BLOCKS, CurvatureSums
+from lightning_robust.functional.hessian_trace import Estimator, check_estimator
+from lightning_robust.functional.weight_curvature_index import weight_norms
+from lightning_robust.metrics._base import ProbeMetric, code_points, text_of
+from lightning_robust.probe import Attack, Probe
+
+
+class Curvature(NamedTuple):
+    """Everything that is known after all updates.
+
+    Attributes:
+        sums: Traces as sums over samples.
+        norms: ``(L,)``, Frobenius norms of the weights, NaN for tensors of less than two dimensions.
+    """
+
+    sums: CurvatureSums
+    norms: Tensor
+
+
+class CurvatureMetric(ProbeMetric):
+    """Base of the metrics of curvature.
+
+    State: ``B + L + 2 M B L`` numbers for M probes, B = 16 blocks of samples and L parameter tensors, and the names
+    of these, which a process without samples would not know.
+
+    Args:
+        estimator: See :func:`~lightning_robust.functional.hessian_trace`.
+        num_probes: Probes per sample.
+        per_layer: Whether to return the value of each layer, too.
+
+    Raises:
+        ValueError: If ``estimator`` is unknown or ``num_probes`` is not positive.
+    """
+
+    higher_is_better = False
+    rows: list[Tensor] | Tensor
+    text: list[Tensor] | Tensor
+
+    def __init__(self, estimator: Estimator = "auto", num_probes: int = 2, per_layer: bool = True) -> None:
+        super().__init__()
+        self.estimator = check_estimator(estimator)
+        check_positive_integer("num_probes", num_probes)
+        self.num_probes = num_probes
+        self.per_layer = per_layer
+        self.attack: Attack | None = None
+        self.add_float64_rows("rows")
+        self.add_float64_rows("text")
+
+    def _add(self, probe: Probe) -> None:
+        sums = probe.curvature(estimator=self.estimator, num_probes=self.num_probes, attack=self.attack)
+        known = weight_norms(probe.model, module=probe.module)
+        norms = torch.tensor([float(known.get(name, torch.nan)) for name in sums.names], dtype=torch.float64)
+        assert isinstance(self.rows, list)
+        assert isinstance(self.text, list)
+        parts = [part if len(part) else part.new_zeros(self.num_probes, *part.shape[1:]) for part in sums.parts]
+        row = torch.cat([norms, sums.weights, *(part.flatten() for part in parts)]).to(self.device)
+        text = code_points("\n".join(sums.names) + "\0", like=row)
+        if self.rows and not torch.equal(text, self.text[0]):
+            raise ValueError("Expected the trained parameters of the model to be those of earlier updates.")
+        if self.rows:
+            row[len(norms) :] += self.rows[0][len(norms) :]
+        self.rows, self.text = [row], [text]
+
+    def _gathered(self) -> Curvature | None:
+        """The sums of all processes; None if none has seen a sample."""
+        text = text_of(dim_zero_cat(self.text)) if len(self.text) else ""
+        if not text:
+            return None
+        names = tuple(text.split("\0", 1)[0].split("\n"))
+        num_layers = len(names)
+        shape = (self.num_probes, NUM_BLOCKS, num_layers)
+        sizes = [num_layers, NUM_BLOCKS, math.prod(shape), math.prod(shape)]
+        rows = dim_zero_cat(self.rows).view(-1, sum(sizes))
+        norms, weights, *parts = torch.split(rows, sizes, dim=1)
+        sums = CurvatureSums(names, tuple(part.sum(dim=0).view(shape) for part in parts), weights.sum(dim=0))
+        return Curvature(sums, norms[0])
+
+
+def stderr_of_probes(key: str, stderr: Tensor) -> dict[str, Tensor]:
+    """The part of an error that more probes would remove; left out where a single probe does not tell it."""
+    return {} if stderr.isnan() else {f"{key}_stderr_probes": stderr}

@@ -1,0 +1,92 @@
+"""Metric of the Weight-Curvature Index, on clean and on attacked inputs."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor
+
+from lightning_robust.functional._checks import check_positive_integer
+from lightning_robust.functional.attacks import Norm
+from lightning_robust.functional.hessian_trace import Estimator
+from lightning_robust.functional.weight_curvature_index import curvature_slopes, curvature_terms
+from lightning_robust.metrics._base import error_bar
+from lightning_robust.metrics._curvature import CurvatureMetric, stderr_of_probes
+from lightning_robust.metrics.linearized_margin import check_epsilons, check_norm
+from lightning_robust.probe import Attack
+
+
+class WeightCurvatureIndex(CurvatureMetric):
+    """``Σ_k ‖W_k‖_F √(tr H_k)`` over weight tensors with at least two dimensions; lower is more robust.
+
+    Measured together with :class:`HessianTrace`: the same estimator and number of probes cost no further pass.
+
+    **Logged metrics** (each under the monitor's prefix)
+
+    - ``wci``: with ``_stderr``, ``_lower``, ``_upper``: the error from the choice of samples, probes included, by the
+      delta method
+    - ``wci_stderr_probes``: the error from the choice of probes alone
+    - ``wci_negative_layers``: how many of its layers have a trace below 0, and count as 0
+    - ``wci/<parameter>``: the term of each weight tensor; they add up to the whole
+    - with ``attack`` the same as ``adversarial_wci…``
+
+    Units: square root of the loss.
+
+    State: see the base class.
+
+    Args:
+        estimator: ``"auto"``, ``"gauss_newton"`` or ``"hutchinson"``, see
+            :func:`~lightning_robust.functional.hessian_trace`.
+        num_probes: Probes per sample.
+        per_layer: Whether to return the term of each weight tensor, too.
+        attack: Takes the loss on inputs attacked by ``"pgd"``, as the source does, or by ``"fgsm"``, its single step.
+        epsilon: Size of the attack, in units of the un-normalised input if the probe has ``input_std``.
+        norm: Of the attack, ``"linf"`` or ``"l2"``.
+        steps: Of PGD.
+
+    Raises:
+        ValueError: If an argument has a wrong value.
+
+    Source: arXiv 2410.07719.
+    """
+
+    def __init__(
+        self,
+        estimator: Estimator = "auto",
+        num_probes: int = 2,
+        per_layer: bool = True,
+        attack: Literal["pgd", "fgsm"] | None = None,
+        epsilon: float = 8 / 255,
+        norm: Norm = "linf",
+        steps: int = 10,
+    ) -> None:
+        super().__init__(estimator, num_probes, per_layer)
+        if attack not in (None, "pgd", "fgsm"):
+            raise ValueError(f"Expected argument `attack` to be 'pgd', 'fgsm' or None, but got {attack!r}.")
+        check_positive_integer("steps", steps)
+        if attack is not None:
+            (size,) = check_epsilons([epsilon])
+            self.attack = Attack(size, check_norm(norm), steps if attack == "pgd" else 1)
+
+    def compute(self) -> dict[str, Tensor]:
+        """Return the index over all samples, as the class docstring lists it."""
+        curvature = self._gathered()
+        if curvature is None:
+            return {}
+        key = "wci" if self.attack is None else "adversarial_wci"
+        sums, norms = curvature.sums, curvature.norms.nan_to_num(nan=0.0)
+        counted, traces = curvature.norms.isfinite(), sums.means()
+        terms = curvature_terms(norms, traces)
+
+        def linearised(stderr: Tensor) -> Tensor:
+            return curvature_slopes(norms, traces, stderr)[:, None]
+
+        by_samples = sums.combined(linearised(sums.sample_stderr())).sample_stderr()[0]
+        by_probes = sums.combined(linearised(sums.probe_stderr())).probe_stderr()[0]
+        values = error_bar(key, terms.sum(), by_samples)
+        values |= stderr_of_probes(key, by_probes)
+        values[f"{key}_negative_layers"] = (counted & (traces < 0)).sum().to(terms)
+        if self.per_layer:
+            layers = zip(sums.names, terms, counted, strict=True)
+            values |= {f"{key}/{name}": term for name, term, is_counted in layers if is_counted}
+        return values

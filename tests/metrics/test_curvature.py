@@ -1,0 +1,255 @@
+"""The two metrics of curvature: the estimate of the functional layer, in one measurement, with honest error bars."""
+
+import copy
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_robust import HessianTrace, Probe, WeightCurvatureIndex
+from lightning_robust.functional import hessian_trace, pgd, weight_curvature_index
+from lightning_robust.metrics._curvature import CurvatureMetric
+from lightning_robust.probe import _CURVED
+from tests.helpers import processes
+from tests.helpers.networks import build
+from tests.helpers.recording import Recorder
+
+
+def measured(metric: CurvatureMetric, *probes: Probe) -> dict[str, float]:
+    for probe in probes:
+        metric.update(probe)
+    return {key: float(value) for key, value in metric.compute().items()}
+
+
+def probe(name: str = "cnn_batchnorm", num_samples: int = 40, **options: Any) -> Probe:
+    return Probe(*build(name, num_samples=num_samples), **options)
+
+
+@pytest.mark.parametrize("name", ["cnn_batchnorm", "mlp"])
+def test_the_trace_is_the_functional_estimate(name: str) -> None:
+    sample = probe(name)
+    expected = hessian_trace(sample.model, sample.inputs, sample.targets, rtol=None)
+    values = measured(HessianTrace(), sample)
+    assert values["hessian_trace"] == pytest.approx(float(expected.total), rel=1e-6)
+    assert values["hessian_trace_stderr"] == pytest.approx(float(expected.total_sample_stderr), rel=1e-5)
+    assert values["hessian_trace_stderr_probes"] == pytest.approx(float(expected.total_stderr), rel=1e-5)
+    layers = {key.removeprefix("hessian_trace/"): value for key, value in values.items() if "/" in key}
+    assert layers == pytest.approx({key: float(value) for key, value in expected.layers.items()}, rel=1e-6)
+    assert sum(layers.values()) == pytest.approx(values["hessian_trace"])
+
+
+@pytest.mark.parametrize("name", ["cnn_batchnorm", "mlp", "attention"])
+def test_the_index_follows_from_norms_and_traces_of_weight_tensors(name: str) -> None:
+    sample = probe(name)
+    weights = {key: p for key, p in sample.model.named_parameters() if p.ndim > 1}
+    traces = hessian_trace(sample.model, sample.inputs, sample.targets, rtol=None).layers
+    expected = weight_curvature_index(
+        torch.stack([p.detach().norm() for p in weights.values()]), torch.stack([traces[key] for key in weights])
+    )
+    values = measured(WeightCurvatureIndex(), sample)
+    assert values["wci"] == pytest.approx(float(expected), rel=1e-5)
+    assert {key.removeprefix("wci/") for key in values if "/" in key} == weights.keys()
+    assert sum(value for key, value in values.items() if "/" in key) == pytest.approx(values["wci"])
+    assert values["wci_negative_layers"] == sum(float(traces[key]) < 0 for key in weights)
+
+
+def test_both_metrics_share_one_measurement() -> None:
+    sample = probe()
+    recorder = Recorder(sample.model)
+    watched = Probe(recorder, sample.inputs, sample.targets)
+    HessianTrace().update(watched)
+    passes = len(recorder.batch_sizes)
+    assert passes > 0
+    WeightCurvatureIndex().update(watched)
+    assert len(recorder.batch_sizes) == passes
+    WeightCurvatureIndex(num_probes=3).update(watched)
+    assert len(recorder.batch_sizes) > passes
+
+
+def test_which_layers_are_piecewise_linear_is_found_out_once_per_network() -> None:
+    sample = probe("mlp")
+    HessianTrace().update(sample)
+    (found,) = _CURVED[sample.model].values()
+    assert found == {"0.weight", "0.bias"}
+    _CURVED[sample.model] = dict.fromkeys(_CURVED[sample.model], frozenset())  # had it not been kept …
+    wrong = measured(HessianTrace(), Probe(sample.model, sample.inputs, sample.targets))
+    right = hessian_trace(sample.model, sample.inputs, sample.targets, estimator="gauss_newton", rtol=None)
+    assert wrong["hessian_trace"] == pytest.approx(float(right.total), rel=1e-6)
+    sample.model[0].bias.requires_grad_(False)  # … and it is found out again for other parameters
+    values = measured(HessianTrace(), Probe(sample.model, sample.inputs, sample.targets))
+    assert "hessian_trace/0.bias" not in values
+    assert len(_CURVED[sample.model]) == 2
+
+
+def test_nothing_is_kept_of_a_network_that_is_gone() -> None:
+    sample = probe("mlp")
+    HessianTrace().update(sample)
+    before = len(_CURVED)
+    del sample
+    assert len(_CURVED) == before - 1
+
+
+def test_the_adversarial_index_is_that_of_attacked_inputs() -> None:
+    sample = probe("mlp", 60)
+    attacked = pgd(sample.model, sample.inputs, sample.targets, epsilon=0.3, steps=4)
+    values = measured(WeightCurvatureIndex(attack="pgd", epsilon=0.3, steps=4, num_probes=32), sample)
+    assert all(key.startswith("adversarial_wci") for key in values)
+    expected = measured(
+        WeightCurvatureIndex(num_probes=32), Probe(sample.model, attacked, sample.targets)
+    )  # with other signs: those of a sample follow from its clean contents
+    error = math.hypot(values["adversarial_wci_stderr_probes"], expected["wci_stderr_probes"])
+    assert values["adversarial_wci"] == pytest.approx(expected["wci"], abs=4 * error)
+    assert error < 0.05 * expected["wci"]
+    clean = measured(WeightCurvatureIndex(num_probes=32), sample)
+    assert abs(clean["wci"] - values["adversarial_wci"]) > 4 * error
+
+
+def test_fgsm_is_one_step_to_the_end_of_the_ball() -> None:
+    sample = probe("mlp")
+    one = measured(WeightCurvatureIndex(attack="fgsm", epsilon=0.2), sample)
+    two = measured(WeightCurvatureIndex(attack="pgd", epsilon=0.2, steps=1), sample)
+    assert one == two
+
+
+@pytest.mark.parametrize("sizes", [[30], [1] * 30, [17, 2, 11]], ids=str)
+def test_layers_that_are_not_piecewise_linear_do_not_depend_on_batches_either(sizes: list[int]) -> None:
+    model, inputs, targets = build("attention", num_samples=30)
+    expected = measured(HessianTrace(), Probe(model, inputs, targets))
+    parts = zip(inputs.split(sizes), targets.split(sizes), strict=True)
+    values = measured(HessianTrace(), *(Probe(model, x, y) for x, y in parts))
+    assert values == pytest.approx(expected, rel=1e-4, abs=1e-4)
+
+
+def by_process(rank: int, sizes: list[int]) -> dict[str, Tensor]:
+    processes.join_group()
+    metric = HessianTrace().to("cpu")
+    model, inputs, targets = build("mlp", num_samples=sum(sizes))
+    if sizes[rank]:
+        metric.update(Probe(model, inputs.split(sizes)[rank], targets.split(sizes)[rank]))
+    return metric.compute()
+
+
+@pytest.mark.ddp
+@pytest.mark.filterwarnings("ignore:The ``compute`` method of metric")
+def test_nor_on_processes() -> None:
+    sizes = [19, 0, 11]
+    expected = measured(HessianTrace(), Probe(*build("mlp", num_samples=30)))
+    for values in processes.run(by_process, 3, sizes):
+        assert {key: float(value) for key, value in values.items()} == pytest.approx(expected, rel=1e-5, abs=1e-5)
+
+
+def test_states_do_not_grow_with_parameters_or_samples() -> None:
+    def size(width: int, num_samples: int) -> int:
+        model = nn.Sequential(nn.Linear(12, width), nn.ReLU(), nn.Linear(width, 3))
+        metric = HessianTrace()
+        for _ in range(3):
+            metric.update(Probe(model, torch.rand(num_samples, 12), torch.zeros(num_samples, dtype=torch.long)))
+        return sum(len(row) for state in (metric.rows, metric.text) for row in state)
+
+    assert size(4, 3) == size(400, 30)
+
+
+def test_the_index_stays_finite_and_counts_layers_of_negative_trace() -> None:
+    sample = probe("resnet", 20)
+    values = measured(WeightCurvatureIndex("hutchinson", num_probes=1), sample)
+    assert values["wci_negative_layers"] >= 1
+    assert all(math.isfinite(value) for value in values.values())
+    traces = hessian_trace(
+        sample.model, sample.inputs, sample.targets, estimator="hutchinson", rtol=None, num_probes=1
+    ).layers
+    negative = [key for key in traces if f"wci/{key}" in values and traces[key] < 0]
+    assert len(negative) == values["wci_negative_layers"]
+    assert all(values[f"wci/{key}"] == 0 for key in negative)
+
+
+def test_a_single_probe_has_no_error_of_its_own() -> None:
+    values = measured(WeightCurvatureIndex(num_probes=1), probe())
+    assert "wci_stderr_probes" not in values
+    assert values["wci_stderr"] > 0
+
+
+def test_layers_are_left_out_on_demand() -> None:
+    for metric in (HessianTrace(per_layer=False), WeightCurvatureIndex(per_layer=False)):
+        assert not any("/" in key for key in measured(metric, probe()))
+
+
+def test_the_probe_error_of_the_index_is_its_spread_and_its_bias_is_smaller() -> None:
+    model, inputs, targets = build("mlp", num_samples=64)
+    truth = measured(WeightCurvatureIndex(num_probes=400), Probe(model, inputs, targets))
+    estimates = []
+    for seed in range(60):
+        traces = hessian_trace(
+            model,
+            inputs,
+            targets,
+            rtol=None,
+            num_probes=4,
+            generator=torch.Generator().manual_seed(seed),
+        ).layers
+        names = [key for key, p in model.named_parameters() if p.ndim > 1]
+        norms = torch.stack([p.detach().norm() for p in model.parameters() if p.ndim > 1])
+        estimates.append(float(weight_curvature_index(norms, torch.stack([traces[key] for key in names]))))
+    spread = torch.tensor(estimates).std()
+    reported = measured(WeightCurvatureIndex(num_probes=4), Probe(model, inputs, targets))["wci_stderr_probes"]
+    assert reported == pytest.approx(float(spread), rel=0.5)
+    bias = sum(estimates) / len(estimates) - truth["wci"]
+    assert abs(bias) < 0.5 * float(spread)
+
+
+def test_a_loss_function_of_one_s_own_is_measured() -> None:
+    model, inputs, targets = build("cnn_batchnorm", num_samples=40)
+    smoothed = nn.CrossEntropyLoss(label_smoothing=0.1, weight=torch.linspace(0.5, 2, 10))
+    values = measured(HessianTrace(), Probe(model, inputs, targets, loss_fn=smoothed))
+    expected = hessian_trace(model, inputs, targets, loss_fn=smoothed, rtol=None)
+    assert values["hessian_trace"] == pytest.approx(float(expected.total), rel=1e-6)
+    one_hot = nn.functional.one_hot(targets, 10).float()
+    squares = measured(HessianTrace(), Probe(model, inputs, one_hot, loss_fn=nn.MSELoss()))
+    expected = hessian_trace(model, inputs, one_hot, loss_fn=nn.MSELoss(), rtol=None)
+    assert squares["hessian_trace"] == pytest.approx(float(expected.total), rel=1e-6)
+
+
+def test_chunks_bound_the_samples_that_pass_together() -> None:
+    sample = probe()
+    recorder = Recorder(sample.model)
+    bounded = measured(HessianTrace(), Probe(recorder, sample.inputs, sample.targets, chunk_size=35))  # of 10 classes
+    assert max(recorder.batch_sizes) == 3
+    free = measured(HessianTrace(), sample)
+    assert bounded["hessian_trace"] == pytest.approx(free["hessian_trace"], rel=1e-5)
+
+
+def test_updates_with_another_network_are_refused() -> None:
+    metric = HessianTrace()
+    metric.update(probe("mlp"))
+    with pytest.raises(ValueError, match="trained parameters of the model to be those of earlier updates"):
+        metric.update(probe("cnn_batchnorm"))
+
+
+def test_the_index_does_not_change_when_layers_are_rescaled_against_each_other() -> None:
+    model = nn.Sequential(nn.Linear(12, 20, bias=False), nn.ReLU(), nn.Linear(20, 5, bias=False))
+    inputs, targets = torch.randn(30, 12, generator=torch.Generator().manual_seed(0)), torch.arange(30) % 5
+    rescaled = copy.deepcopy(model)
+    with torch.no_grad():
+        rescaled[0].weight.mul_(7)
+        rescaled[2].weight.div_(7)
+    one, two = (measured(WeightCurvatureIndex(), Probe(m, inputs, targets)) for m in (model, rescaled))
+    assert one["wci"] == pytest.approx(two["wci"], rel=1e-5)
+    one, two = (measured(HessianTrace(), Probe(m, inputs, targets)) for m in (model, rescaled))
+    assert two["hessian_trace"] > 3 * one["hessian_trace"]
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"estimator": "exact"}, "`estimator` to be one of"),
+        ({"num_probes": 0}, "`num_probes` to be a positive integer, but got 0"),
+        ({"attack": "cw"}, "`attack` to be 'pgd', 'fgsm' or None, but got 'cw'"),
+        ({"attack": "pgd", "steps": 0}, "`steps` to be a positive integer"),
+        ({"attack": "pgd", "epsilon": -1}, "`epsilons` to be a list of at least one number ≥ 0"),
+        ({"attack": "pgd", "norm": "l1"}, "`norm` to be one of"),
+    ],
+)
+def test_bad_arguments_are_named(options: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        WeightCurvatureIndex(**options)
