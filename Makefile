@@ -38,7 +38,8 @@ $(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
 	@$(PIP) --editable '.[recipes]'
 	@touch $@
 
-$(VENV)/.test: pyproject.toml constraints.txt | $(BIN)/python
+$(VENV)/.test: pyproject.toml constraints.txt requirements-peers.txt | $(BIN)/python
 	@echo "Installing into $(VENV); the first time this takes a few minutes."
 	@$(PIP) --editable '.[test]'
+	@$(PIP) --no-deps --requirement requirements-peers.txt
 	@touch $@

@@ -110,6 +110,18 @@ def check_logits(logits: object, *, num_samples: int) -> None:
     check_finite(logits, "logits")
 
 
+def check_outputs(outputs: object, *, num_samples: int) -> None:
+    """Raise unless ``outputs`` is a finite tensor ``(num_samples, ...)``."""
+    if not isinstance(outputs, Tensor):
+        raise TypeError(f"Expected the model to return a tensor of outputs, but it returned {type(outputs).__name__}.")
+    if outputs.ndim == 0 or len(outputs) != num_samples:
+        raise ValueError(
+            f"Expected the model to return outputs of shape ({num_samples}, ...), but it returned shape"
+            f" {tuple(outputs.shape)}."
+        )
+    check_finite(outputs, "outputs")
+
+
 def check_targets(targets: Tensor, *, num_samples: int, num_classes: int | None = None) -> Tensor:
     """Return ``targets`` in int64; raise unless they are ``num_samples`` classes, below ``num_classes`` if given."""
     if not isinstance(targets, Tensor):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from lightning_robust.functional._checks import check_finite, check_inputs
+from lightning_robust.functional._checks import check_finite, check_inputs, check_outputs
 from lightning_robust.functional._curvature_sums import NUM_BLOCKS, CurvatureSums
 from lightning_robust.functional._grad_mode import Weights, differentiable_weights, full_precision
 from lightning_robust.functional._losses import LossFn, SampleLoss
@@ -107,14 +107,14 @@ def curvature_sums(
         parts = tuple(torch.zeros(len(part), NUM_BLOCKS, len(plan.names), dtype=torch.float64) for part in probes)
         counts = torch.zeros(NUM_BLOCKS, dtype=torch.float64)
         x = full_precision(inputs)
-        y = None if targets is None else full_precision(targets)
+        y = None if targets is None else loss.prepared(full_precision(targets), num_samples=len(x))
         gradients = SampleGradients(model, weights, plan.gauss_newton)
         size = gradients.samples_at_once(x) if chunk_size is None else chunk_size
         for rows in torch.split(torch.arange(len(x)), size):
             chunk, labels = x[rows], None if y is None else y[rows]
             with torch.no_grad():
                 outputs = model(chunk.clone())
-            _check_outputs(outputs, num_samples=len(chunk))
+            check_outputs(outputs, num_samples=len(chunk))
             loss.check(outputs, labels)
             counts.index_add_(0, blocks[rows], loss.weights(outputs, labels).cpu())
             if probes[0]:
@@ -123,7 +123,7 @@ def curvature_sums(
                 parts[0].index_add_(1, blocks[rows], gradients.squared_norms(chunk, cotangents).cpu())
         places = [plan.names.index(name) for name in plan.hutchinson]
         for block in sorted(set(draws.blocks)) if probes[1] else ():
-            keys = [(draws.seed * NUM_BLOCKS + block) * 2**16 + probe for probe in probes[1]]
+            keys = [(draws.seed, block, probe) for probe in probes[1]]
             for rows in torch.split((blocks == block).nonzero()[:, 0], chunk_size or len(x)):
                 assert y is not None
                 forms = _quadratic_forms(model, weights, loss, x[rows], y[rows], keys, plan)
@@ -139,7 +139,7 @@ def _quadratic_forms(
     loss: SampleLoss,
     x: Tensor,
     y: Tensor,
-    keys: list[int],
+    keys: Sequence[tuple[int, ...]],
     plan: Plan,
 ) -> Tensor:
     """``v_kᵀ(Hv)_k``, or with ``R`` for ``H``, summed over samples, for each key and layer, ``(M, L)``."""
@@ -158,7 +158,7 @@ def _quadratic_forms(
     try:
         slopes = torch.autograd.grad(objective, tensors, create_graph=True, allow_unused=True)
         for m, key in enumerate(keys):
-            signs = weight_signs(tensors, key)
+            signs = weight_signs(tensors, *key)
             terms = [(s * v).sum() for s, v in zip(slopes, signs, strict=True) if s is not None and s.requires_grad]
             if not terms:
                 break
@@ -169,14 +169,3 @@ def _quadratic_forms(
     except RuntimeError as error:
         raise no_second_derivative(error) from error
     return forms
-
-
-def _check_outputs(outputs: object, *, num_samples: int) -> None:
-    if not isinstance(outputs, Tensor):
-        raise TypeError(f"Expected the model to return a tensor of outputs, but it returned {type(outputs).__name__}.")
-    if outputs.ndim == 0 or len(outputs) != num_samples:
-        raise ValueError(
-            f"Expected the model to return outputs of shape ({num_samples}, ...), but it returned shape"
-            f" {tuple(outputs.shape)}."
-        )
-    check_finite(outputs, "outputs")

@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_robust.functional._batch_norm import affine_batch_norm
+from lightning_robust.functional._weight_norm import plain_weight_norm
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -68,9 +69,10 @@ def differentiable(*callables: object, dtype: torch.dtype | None = None) -> Iter
         if any(isinstance(module, nn.RNNBase) for module in modules):
             stack.enter_context(_without_cudnn())
         stack.enter_context(_in_eval_mode(modules))
-        stack.enter_context(_without_leftovers(modules))
+        stack.enter_context(without_leftovers(modules))
         stack.enter_context(_shielded_tensors(modules, dtype))
         stack.enter_context(affine_batch_norm(modules))
+        stack.enter_context(plain_weight_norm(modules))
         yield
 
 
@@ -79,9 +81,11 @@ class Weights:
 
     Attributes:
         tensors: Their stand-ins, by name; tied ones once, under their first name. They require grad.
+        modules: The network and all modules inside.
     """
 
     def __init__(self, module: nn.Module) -> None:
+        self.modules = list(module.modules())
         self._places: dict[str, list[tuple[dict[str, Any], str]]] = {}
         self.tensors: dict[str, Tensor] = {}
         names: dict[int, str] = {}
@@ -189,15 +193,23 @@ def _in_eval_mode(modules: list[nn.Module]) -> Iterator[None]:
 
 
 @contextmanager
-def _without_leftovers(modules: list[nn.Module]) -> Iterator[None]:
-    before = [{key: value for key, value in vars(module).items() if isinstance(value, Tensor)} for module in modules]
+def without_leftovers(modules: list[nn.Module]) -> Iterator[None]:
+    """Take back what forward passes assign: buffers, and attributes that are tensors before or after."""
+    places = [attributes for module in modules for attributes in (vars(module), module._buffers)]
+    before = [dict(attributes.items()) for attributes in places]  # of a scripted module they are no dictionaries
     try:
         yield
     finally:
-        for module, tensors in zip(modules, before, strict=True):
-            for key in [key for key, value in vars(module).items() if isinstance(value, Tensor) and key not in tensors]:
-                del vars(module)[key]
-            vars(module).update(tensors)
+        for attributes, earlier in zip(places, before, strict=True):
+            now = dict(attributes.items())
+            for key in {*now, *earlier}:
+                pair = (earlier.get(key), now.get(key))
+                if pair[0] is pair[1] or not any(isinstance(value, Tensor) for value in pair):
+                    continue
+                if key in earlier:
+                    attributes[key] = earlier[key]
+                else:
+                    del attributes[key]
 
 
 @contextmanager

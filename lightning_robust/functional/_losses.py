@@ -25,12 +25,13 @@ from lightning_robust.functional._checks import check_finite, check_logits, chec
 
 LossFn = Callable[[Tensor, Tensor], Tensor]
 
-_MODULES: dict[object, Callable[[], nn.Module]] = {
-    None: nn.CrossEntropyLoss,
-    F.cross_entropy: nn.CrossEntropyLoss,
-    F.mse_loss: nn.MSELoss,
-    F.binary_cross_entropy_with_logits: nn.BCEWithLogitsLoss,
-}
+_MODULES: list[tuple[object, Callable[[], nn.Module]]] = [
+    (None, nn.CrossEntropyLoss),
+    (F.cross_entropy, nn.CrossEntropyLoss),
+    (F.nll_loss, nn.NLLLoss),
+    (F.mse_loss, nn.MSELoss),
+    (F.binary_cross_entropy_with_logits, nn.BCEWithLogitsLoss),
+]
 _ELEMENTWISE = (nn.MSELoss, nn.BCEWithLogitsLoss)
 
 
@@ -45,7 +46,8 @@ class SampleLoss:
     """
 
     def __init__(self, loss_fn: LossFn | None) -> None:
-        self._function: LossFn = _MODULES[loss_fn]() if loss_fn in _MODULES else loss_fn  # type: ignore[assignment]
+        modules = (factory() for function, factory in _MODULES if function is loss_fn)
+        self._function: LossFn = next(modules, loss_fn)  # type: ignore[assignment]
         self._reduction = str(getattr(self._function, "reduction", "mean"))
         if isinstance(self._function, nn.Module) and hasattr(self._function, "reduction"):
             self._function = copy.copy(self._function)
@@ -66,6 +68,20 @@ class SampleLoss:
         """Whether that root depends on the targets."""
         weighted = getattr(self._function, "weight", None) is not None
         return weighted or not self.is_cross_entropy
+
+    @property
+    def takes_classes(self) -> bool:
+        """Whether it is one of torch's losses of class indices."""
+        return self.is_cross_entropy or _is_exactly(self._function, nn.NLLLoss)
+
+    def prepared(self, targets: Tensor, *, num_samples: int) -> Tensor:
+        """Targets in the type that the loss takes; raises a ``ValueError`` unless there is one for each sample."""
+        if targets.shape[:1] != (num_samples,):
+            raise ValueError(
+                f"Expected argument `targets` to hold one target per sample, a tensor of shape ({num_samples}, ...),"
+                f" but got shape {tuple(targets.shape)}."
+            )
+        return targets.long() if self.takes_classes and not targets.is_floating_point() else targets
 
     def check(self, outputs: Tensor, targets: Tensor | None) -> None:
         """Raise unless cross-entropy meets logits ``(N, C)``, and indices of classes: on a GPU torch would abort."""
@@ -105,9 +121,9 @@ class SampleLoss:
     def weights(self, outputs: Tensor, targets: Tensor | None) -> Tensor:
         """What each sample counts in the mean, ``(N,)``: 1, or what class weights say."""
         ones = outputs.new_ones(len(outputs), dtype=torch.float64)
-        if targets is None or targets.is_floating_point() or not self.is_cross_entropy or self._reduction != "mean":
+        if targets is None or targets.is_floating_point() or not self.takes_classes or self._reduction != "mean":
             return ones
-        assert isinstance(self._function, nn.CrossEntropyLoss)
+        assert isinstance(self._function, nn.CrossEntropyLoss | nn.NLLLoss)
         counted = targets != self._function.ignore_index
         if self._function.weight is None:
             return ones * counted

@@ -12,10 +12,12 @@ Cost: a Hessian-vector product on two samples for each parameter tensor, in floa
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lightning_robust.functional._checks import check_outputs
 from lightning_robust.functional._grad_mode import Weights, differentiable_weights, full_precision
 from lightning_robust.functional._signs import weight_signs
 
@@ -28,7 +30,7 @@ def curved_layers(
     up_to_a_constant: bool = True,
     num_samples: int = 2,
 ) -> frozenset[str]:
-    """Find the parameter tensors in which the outputs are not piecewise linear.
+    """Find the parameter tensors in which the outputs are not piecewise linear, or may not be.
 
     Tested in float64 (float32 where the model insists), on a few samples, and on copies of the weights that are
     disturbed at random, so that a branch that is initialised to zero is not taken for absent.
@@ -67,6 +69,7 @@ def _disturbed_outputs(model: Callable[[Tensor], Tensor], weights: Weights, x: T
             noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor)
             tensor.add_(0.1 * noise * tensor.square().mean().sqrt().clamp_min(1e-3))
     outputs = model(x.clone())
+    check_outputs(outputs, num_samples=len(x))
     refuse_missing_derivatives(outputs, weights)
     return outputs.reshape(len(x), -1)
 
@@ -76,12 +79,15 @@ def _curved(outputs: Tensor, weights: Weights, tolerance: float, *, up_to_a_cons
     if up_to_a_constant:
         w = w - w.mean(dim=1, keepdim=True)
     tensors = list(weights.tensors.values())
-    if not outputs.requires_grad:
-        return []
-    slopes = torch.autograd.grad((w * outputs).sum(), tensors, create_graph=True, allow_unused=True)
+    slopes: tuple[Tensor | None, ...] = (None,) * len(tensors)
+    if outputs.requires_grad:
+        slopes = torch.autograd.grad((w * outputs).sum(), tensors, create_graph=True, allow_unused=True)
     curved = []
-    for (name, tensor), slope, v in zip(weights.tensors.items(), slopes, weight_signs(tensors, key=2), strict=True):
-        if slope is None or not slope.requires_grad:
+    for (name, tensor), slope, v in zip(weights.tensors.items(), slopes, weight_signs(tensors, 2), strict=True):
+        if slope is None:  # these samples do not reach it, but others may
+            curved.append(name)
+            continue
+        if not slope.requires_grad:
             continue
         try:
             (product,) = torch.autograd.grad((slope * v).sum(), tensor, retain_graph=True, allow_unused=True)
@@ -103,8 +109,9 @@ def refuse_missing_derivatives(outputs: Tensor, weights: Weights) -> None:
     """
     names = {id(tensor): name for name, tensor in weights.tensors.items()}
     for node in _nodes(outputs.grad_fn):
-        backward = getattr(getattr(node, "_forward_cls", None), "backward", None)
-        if backward is None or backward.__code__.co_filename != torch.autograd.function.__file__:
+        backward: Any = getattr(getattr(node, "_forward_cls", None), "backward", None)
+        wrapped = hasattr(backward, "__wrapped__")
+        if not wrapped or backward.__code__.co_filename != torch.autograd.function.__file__:
             continue
         for below in _nodes(node):
             name = names.get(id(getattr(below, "variable", None)))

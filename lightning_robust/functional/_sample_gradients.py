@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lightning_robust.functional._grad_mode import Weights
+from lightning_robust.functional._grad_mode import Weights, without_leftovers
 
 # Elements of sample gradients held at once when the user sets no bound: 16 MiB in float32 where more would only leave
 # the caches, 256 MiB elsewhere.
@@ -79,7 +79,7 @@ class SampleGradients:
             with torch.no_grad():  # otherwise the backward pass is recorded for a second one
                 return torch.stack([norms(cotangent) for cotangent in cotangents.unbind()])
 
-        with warnings.catch_warnings():
+        with without_leftovers(self._weights.modules), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="There is a performance drop")
             norms: Tensor = torch.func.vmap(of_one, in_dims=(None, 0, 1), out_dims=1)(self._tensors, inputs, cotangents)
         return norms.detach().double()

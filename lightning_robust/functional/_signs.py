@@ -6,6 +6,7 @@ epochs carries the same noise at every point: differences along it are known bet
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 
 import torch
@@ -38,9 +39,12 @@ def sample_signs(keys: Sequence[int], probes: range, size: int) -> Tensor:
     return torch.stack(signs, dim=1) * 2 - 1
 
 
-def weight_signs(tensors: Sequence[Tensor], key: int) -> list[Tensor]:
-    """Independent random signs of the shapes of these tensors."""
-    generator = torch.Generator(tensors[0].device).manual_seed(key) if tensors else None
+def weight_signs(tensors: Sequence[Tensor], *keys: int) -> list[Tensor]:
+    """Independent random signs of the shapes of these tensors, as a function of all keys together."""
+    if not tensors:
+        return []
+    digest = hashlib.blake2b(repr(keys).encode(), digest_size=4).digest()  # torch looks at 32 bits of a seed on a CPU
+    generator = torch.Generator(tensors[0].device).manual_seed(int.from_bytes(digest))
     return [
         torch.randint(2, tensor.shape, generator=generator, device=tensor.device).to(tensor) * 2 - 1
         for tensor in tensors
