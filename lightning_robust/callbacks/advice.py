@@ -56,6 +56,17 @@ def reservoir(max_samples: int) -> str:
     )
 
 
+def on_values(values: Mapping[str, float], *, prefix: str) -> list[str]:
+    """Say it if an index of weight curvature is worth nothing, because layers of negative curvature count as 0."""
+    return [
+        f"`{prefix}{key}` is not to be trusted: on this network the curvature of {values[f'{key}_negative_layers']:.0f}"
+        " layers is negative or drowned by noise, and counts as 0. `WeightCurvatureIndex(estimator='gauss_newton')` is"
+        " never negative; a smaller `epsilon` or more `num_probes` may help, too."
+        for key in ("wci", "adversarial_wci")
+        if values.get(f"{key}_negative_layers", 0) > 0 and values.get(f"{key}_stderr", 0) > 0.5 * values[key]
+    ]
+
+
 def skipped(causes: Mapping[int, str], names: Mapping[int, str], *, epoch: int) -> str:
     """Say what was not measured and why, in one warning.
 

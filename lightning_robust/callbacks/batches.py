@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lightning_robust.functional._grad_mode import owner_of
+from lightning_robust.functional._losses import LossFn
 from lightning_robust.probe import Probe
 
 _INPUT_KEYS = ("x", "input", "inputs", "image", "images", "img", "pixel_values", "data", "features")
@@ -41,7 +42,7 @@ def make_probe(
     elif callable(method):
         probe = method(batch)
     else:
-        probe = _default_probe(pl_module, batch)
+        probe = _default_probe(pl_module, batch, defaults.get("loss_fn"))
     if not isinstance(probe, Probe):
         raise MisconfigurationException(
             f"Expected `probe_fn` to return a Probe(model, inputs, targets), but got {type(probe).__name__}."
@@ -51,7 +52,7 @@ def make_probe(
     return replace(probe, **{name: value for name, value in defaults.items() if getattr(probe, name) is None})
 
 
-def _default_probe(pl_module: LightningModule, batch: object) -> Probe:
+def _default_probe(pl_module: LightningModule, batch: object, loss_fn: LossFn | None) -> Probe:
     """The module's ``forward`` on a batch ``(x, y)``, or on a dictionary with customary keys."""
     inputs, targets = None, None
     if isinstance(batch, Mapping):
@@ -66,7 +67,7 @@ def _default_probe(pl_module: LightningModule, batch: object) -> Probe:
             " Probe(pl_module, inputs, targets)` with inputs and targets taken from your batch, or define"
             " `robustness_probe(self, batch)` on the LightningModule."
         )
-    return Probe(pl_module, inputs, targets)
+    return Probe(pl_module, inputs, targets, loss_fn=loss_fn)
 
 
 def _describe(batch: object) -> str:

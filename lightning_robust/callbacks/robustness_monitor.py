@@ -12,6 +12,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import CombinedLoader, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
 
 from lightning_robust.callbacks import advice
 from lightning_robust.callbacks._arguments import as_metrics, check_constant, check_integer, check_range
@@ -63,7 +64,10 @@ class RobustnessMonitor(Callback):
             perturbations cannot leave. L∞ margins and attacks respect it. Where many inputs lie at an end of their
             range, as black pixels do, robustness is underestimated without it.
         probe_fn: Makes a :class:`~lightning_robust.Probe` of ``(pl_module, batch)``, for batches other than ``(x, y)``
-            or dictionaries. A method ``robustness_probe(batch)`` of the module does the same.
+            or dictionaries. A method ``robustness_probe(batch)`` of the module does the same. What the probe leaves
+            open of the other options is filled in.
+        loss_fn: Maps logits and targets to the loss whose curvature is measured, e.g.
+            ``nn.CrossEntropyLoss(label_smoothing=0.1)``; cross-entropy by default.
         chunk_size: Bound on memory, see :func:`~lightning_robust.functional.linearize`. At most as many samples as in
             the largest validation batch pass through the network together in any case.
         dataloader_idx: Which of several validation loaders to measure on.
@@ -91,6 +95,7 @@ class RobustnessMonitor(Callback):
         input_mean: float | Sequence[float] | None = None,
         valid_range: tuple[float, float] | None = None,
         probe_fn: Callable[[LightningModule, Any], Probe] | None = None,
+        loss_fn: Callable[[Tensor, Tensor], Tensor] | None = None,
         chunk_size: int | None = None,
         dataloader_idx: int = 0,
         prog_bar: bool = False,
@@ -112,6 +117,10 @@ class RobustnessMonitor(Callback):
             raise MisconfigurationException(
                 f"Expected argument `probe_fn` to be callable, but got {type(probe_fn).__name__}."
             )
+        if loss_fn is not None and not callable(loss_fn):
+            raise MisconfigurationException(
+                f"Expected argument `loss_fn` to be callable, but got {type(loss_fn).__name__}."
+            )
         if not isinstance(log_key_prefix, str) or not log_key_prefix:
             raise MisconfigurationException(
                 f"Expected argument `log_key_prefix` to be a non-empty string, but got {log_key_prefix!r}."
@@ -128,6 +137,7 @@ class RobustnessMonitor(Callback):
             "input_mean": self.input_mean,
             "valid_range": self.valid_range,
             "chunk_size": self.chunk_size,
+            "loss_fn": loss_fn,
         }
         self._last_epoch: int | None = None  # of the last measurement in `fit`
         self._said: set[str] = set()  # what is said once in a run
@@ -299,6 +309,8 @@ class RobustnessMonitor(Callback):
                 )
             else:
                 self._say_once(f"`{self.log_key_prefix}{key}` is not finite and is not logged where it is so.")
+        if not any(sentence.startswith("The model ") for sentence in self._said):  # then every number is in doubt
+            self._say_once(*advice.on_values(flat, prefix=self.log_key_prefix))
         if self.prog_bar and trainer.progress_bar_callback is not None:
             summary = ", ".join(f"{key} {flat[key]:.4g}" for key in headlines)
             trainer.progress_bar_callback.print(

@@ -113,8 +113,7 @@ def curvature_sums(
         for rows in torch.split(torch.arange(len(x)), size):
             chunk, labels = x[rows], None if y is None else y[rows]
             with torch.no_grad():
-                outputs = model(chunk.clone())
-            check_outputs(outputs, num_samples=len(chunk))
+                outputs = _outputs(model, chunk)
             loss.check(outputs, labels)
             counts.index_add_(0, blocks[rows], loss.weights(outputs, labels).cpu())
             if probes[0]:
@@ -128,9 +127,19 @@ def curvature_sums(
                 assert y is not None
                 forms = _quadratic_forms(model, weights, loss, x[rows], y[rows], keys, plan)
                 parts[1][:, block, places] += forms.cpu()
+    if not counts.any():
+        raise ValueError("Expected at least one sample that counts in the loss, but all have the ignored index.")
     for part in parts:
         check_finite(part.flatten(1), "curvature")
     return CurvatureSums(plan.names, parts, counts)
+
+
+def _outputs(model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    outputs = model(x.clone())
+    if isinstance(outputs, Tensor) and len(x) == 1 and outputs.ndim > 0 and len(outputs) != 1:
+        outputs = outputs[None]  # a network that squeezes its outputs loses the dimension of a single sample
+    check_outputs(outputs, num_samples=len(x))
+    return outputs
 
 
 def _quadratic_forms(
@@ -145,7 +154,7 @@ def _quadratic_forms(
     """``v_kᵀ(Hv)_k``, or with ``R`` for ``H``, summed over samples, for each key and layer, ``(M, L)``."""
     tensors = [weights.tensors[name] for name in plan.hutchinson]
     forms = torch.zeros(len(keys), len(tensors), dtype=torch.float64)
-    outputs = model(x.clone())
+    outputs = _outputs(model, x)
     refuse_missing_derivatives(outputs, weights)
     if plan.residual:
         objective = (loss.gradients(outputs, y) * outputs).sum()

@@ -56,14 +56,17 @@ class CurvatureSums:
         return torch.stack(self.probe_variances()).sum(dim=0).sqrt()
 
     def sample_stderr(self) -> Tensor:
-        """Standard errors from the choice of samples and probes, ``(L,)``; NaN if all samples are in one block."""
+        """Standard errors from the choice of samples and probes, ``(L,)``; NaN if all samples are in one block.
+
+        Never below that of probes alone, which is a part of it.
+        """
         used = self.weights > 0
         num_blocks = int(used.sum())
         residuals = self._block_sums() - self.weights[:, None] * self.means()
         if num_blocks < 2:
             return torch.full_like(residuals[0], math.nan)
         variance = residuals[used].square().sum(dim=0) * num_blocks / (num_blocks - 1)
-        return variance.sqrt() / self.weights.sum()
+        return torch.maximum(variance.sqrt() / self.weights.sum(), self.probe_stderr().nan_to_num(nan=0.0))
 
     def _block_sums(self) -> Tensor:
         return torch.stack([part.mean(dim=0) for part in self.parts if len(part)]).sum(dim=0)

@@ -5,13 +5,14 @@ handed may be compiled, in half precision, in train mode, or hold tensors that w
 :func:`differentiable` all of that is neutralised, and afterwards everything is as it was:
 
 - grad mode is on, inference mode and autocast are off;
+- hooks on backward passes are not called: these passes are none of the training's;
 - every module is in eval mode, each by its own flag (``.eval()`` would call user overrides of ``train``, and would
   un-freeze a frozen BatchNorm on the way back);
 - every parameter is replaced by a detached view of itself, so that no derivative can reach a weight or its ``.grad``;
   every buffer by a copy, so that a forward pass that counts or averages leaves no trace. Half-precision tensors become
   float32 copies, tensors born under inference mode ordinary ones. The user's own tensors are put back, untouched;
-- tensors that a forward pass leaves behind as attributes (features, attention maps, normalised weights) are taken away
-  again: they would keep a graph alive, and hand the training one that leads to the stand-ins;
+- what a forward pass leaves behind in attributes of modules (features, attention maps, counts, also in lists and
+  dictionaries) is taken away again: it would keep a graph alive, and hand the training one that leads to the stand-ins;
 - compiled networks run eagerly: a second grad mode and batch size would trigger recompilation, and AOT autograd has no
   double backward (pytorch#91469);
 - networks with recurrent layers run without cuDNN, whose RNNs refuse a backward pass in eval mode (pytorch#5878).
@@ -25,6 +26,7 @@ from __future__ import annotations
 
 import functools
 import sys
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -70,6 +72,7 @@ def differentiable(*callables: object, dtype: torch.dtype | None = None) -> Iter
             stack.enter_context(_without_cudnn())
         stack.enter_context(_in_eval_mode(modules))
         stack.enter_context(without_leftovers(modules))
+        stack.enter_context(_without_backward_hooks(modules))
         stack.enter_context(_shielded_tensors(modules, dtype))
         stack.enter_context(affine_batch_norm(modules))
         stack.enter_context(plain_weight_norm(modules))
@@ -194,22 +197,48 @@ def _in_eval_mode(modules: list[nn.Module]) -> Iterator[None]:
 
 @contextmanager
 def without_leftovers(modules: list[nn.Module]) -> Iterator[None]:
-    """Take back what forward passes assign: buffers, and attributes that are tensors before or after."""
+    """Take back what forward passes assign to buffers and attributes, and what they put into lists and dictionaries."""
     places = [attributes for module in modules for attributes in (vars(module), module._buffers)]
     before = [dict(attributes.items()) for attributes in places]  # of a scripted module they are no dictionaries
+    containers = [
+        (value, value.copy())
+        for module in modules
+        for key, value in vars(module).items()
+        if key not in _INTERNALS and isinstance(value, dict | list | set)
+    ]
     try:
         yield
     finally:
         for attributes, earlier in zip(places, before, strict=True):
             now = dict(attributes.items())
             for key in {*now, *earlier}:
-                pair = (earlier.get(key), now.get(key))
-                if pair[0] is pair[1] or not any(isinstance(value, Tensor) for value in pair):
-                    continue
-                if key in earlier:
-                    attributes[key] = earlier[key]
-                else:
+                if key not in earlier:
                     del attributes[key]
+                elif key not in now or now[key] is not earlier[key]:
+                    attributes[key] = earlier[key]
+        for container, contents in containers:
+            container.clear()
+            container.extend(contents) if isinstance(container, list) else container.update(contents)
+
+
+_INTERNALS = frozenset(vars(nn.Module()))
+
+
+@contextmanager
+def _without_backward_hooks(modules: list[nn.Module]) -> Iterator[None]:
+    hooked = [
+        (module, name, vars(module)[name])
+        for module in modules
+        for name in ("_backward_hooks", "_backward_pre_hooks")
+        if vars(module).get(name)
+    ]
+    for module, name, _ in hooked:
+        vars(module)[name] = OrderedDict()
+    try:
+        yield
+    finally:
+        for module, name, hooks in hooked:
+            vars(module)[name] = hooks
 
 
 @contextmanager

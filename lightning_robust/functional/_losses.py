@@ -46,6 +46,8 @@ class SampleLoss:
     """
 
     def __init__(self, loss_fn: LossFn | None) -> None:
+        if loss_fn is not None and not callable(loss_fn):
+            raise TypeError(f"Expected argument `loss_fn` to be callable, but got {type(loss_fn).__name__}.")
         modules = (factory() for function, factory in _MODULES if function is loss_fn)
         self._function: LossFn = next(modules, loss_fn)  # type: ignore[assignment]
         self._reduction = str(getattr(self._function, "reduction", "mean"))
@@ -81,16 +83,36 @@ class SampleLoss:
                 f"Expected argument `targets` to hold one target per sample, a tensor of shape ({num_samples}, ...),"
                 f" but got shape {tuple(targets.shape)}."
             )
-        return targets.long() if self.takes_classes and not targets.is_floating_point() else targets
+        integer = not targets.is_floating_point() and targets.dtype != torch.bool
+        return targets.long() if self.takes_classes and integer else targets
 
     def check(self, outputs: Tensor, targets: Tensor | None) -> None:
         """Raise unless cross-entropy meets logits ``(N, C)``, and indices of classes: on a GPU torch would abort."""
-        if self.is_cross_entropy:
+        if self.takes_classes:
             check_logits(outputs, num_samples=len(outputs))
-        if self.is_cross_entropy and targets is not None and not targets.is_floating_point():
-            assert isinstance(self._function, nn.CrossEntropyLoss)
-            counted = targets[targets != self._function.ignore_index]
+        elif self.has_root and targets is not None and targets.shape != outputs.shape:
+            raise ValueError(
+                f"Expected argument `targets` of the shape of the outputs, {tuple(outputs.shape)}, but got"
+                f" {tuple(targets.shape)}."
+            )
+        if not self.takes_classes or targets is None:
+            return
+        assert isinstance(self._function, nn.CrossEntropyLoss | nn.NLLLoss)
+        weight = self._function.weight
+        if weight is not None and weight.shape != outputs.shape[1:]:
+            raise ValueError(
+                f"Expected argument `loss_fn` to have one class weight for each of {outputs.shape[1]} classes, but it"
+                f" has shape {tuple(weight.shape)}."
+            )
+        if not targets.is_floating_point():
+            counted = check_targets(targets, num_samples=len(outputs))
+            counted = counted[counted != self._function.ignore_index]
             check_targets(counted, num_samples=len(counted), num_classes=outputs.shape[1])
+        elif targets.shape != outputs.shape:
+            raise ValueError(
+                f"Expected argument `targets` to hold class indices ({len(outputs)},) or probabilities"
+                f" {tuple(outputs.shape)}, but got {targets.dtype} of shape {tuple(targets.shape)}."
+            )
 
     def values(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Loss of each sample, ``(N,)``."""

@@ -9,11 +9,10 @@ one: samples are always taken singly. ``torch.func.vmap`` does it for many at on
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_robust.functional._grad_mode import Weights, without_leftovers
 
@@ -37,7 +36,8 @@ class SampleGradients:
         self._model = model
         self._weights = weights
         self._tensors = {name: weights.tensors[name] for name in names}
-        self._vectorised = True
+        # torch has no vectorised rule for its recurrent kernels, would run them one by one itself, and say so
+        self._vectorised = not any(isinstance(module, nn.RNNBase) for module in weights.modules)
 
     def samples_at_once(self, inputs: Tensor) -> int:
         """How many samples should pass together."""
@@ -79,8 +79,7 @@ class SampleGradients:
             with torch.no_grad():  # otherwise the backward pass is recorded for a second one
                 return torch.stack([norms(cotangent) for cotangent in cotangents.unbind()])
 
-        with without_leftovers(self._weights.modules), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="There is a performance drop")
+        with without_leftovers(self._weights.modules):
             norms: Tensor = torch.func.vmap(of_one, in_dims=(None, 0, 1), out_dims=1)(self._tensors, inputs, cotangents)
         return norms.detach().double()
 

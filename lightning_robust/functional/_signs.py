@@ -12,22 +12,26 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-_BITS = 43  # of a key
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_BITS = 32  # of a key: torch's generator on the CPU looks at no more of a seed
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int32}
 
 
 def keys_of(inputs: Tensor) -> list[int]:
-    """A number for each sample of ``(N, ...)`` that depends on its contents alone (a multilinear hash)."""
+    """A number for each sample of ``(N, ...)`` that depends on its contents alone (a multilinear hash, then mixed)."""
     rows = inputs.detach().reshape(len(inputs), -1).contiguous()
-    bits = rows.view(_INTEGERS[rows.element_size()])
-    factors = torch.randint(2**62, bits.shape[1:], generator=torch.Generator().manual_seed(0)).to(bits.device)
-    hashes = [(row.long() * factors).sum() for row in bits]  # modulo 2⁶⁴
-    return [(int(value) >> 20) & (2**_BITS - 1) for value in hashes]  # high bits depend on every bit of the contents
+    words = rows.view(_INTEGERS[rows.element_size()])
+    factors = torch.randint(2**62, words.shape[1:], generator=torch.Generator().manual_seed(0)).to(words.device)
+    return [_mixed(int((row.long() * factors).sum())) for row in words]  # the sum is modulo 2⁶⁴
 
 
 def random_keys(count: int, generator: torch.Generator) -> list[int]:
     """The same, drawn at random."""
     return torch.randint(2**_BITS, (count,), generator=generator, device=generator.device).tolist()
+
+
+def _mixed(*numbers: int) -> int:
+    """A key of which every bit depends on all bits of all numbers."""
+    return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=_BITS // 8).digest())
 
 
 def sample_signs(keys: Sequence[int], probes: range, size: int) -> Tensor:
@@ -43,8 +47,7 @@ def weight_signs(tensors: Sequence[Tensor], *keys: int) -> list[Tensor]:
     """Independent random signs of the shapes of these tensors, as a function of all keys together."""
     if not tensors:
         return []
-    digest = hashlib.blake2b(repr(keys).encode(), digest_size=4).digest()  # torch looks at 32 bits of a seed on a CPU
-    generator = torch.Generator(tensors[0].device).manual_seed(int.from_bytes(digest))
+    generator = torch.Generator(tensors[0].device).manual_seed(_mixed(*keys))
     return [
         torch.randint(2, tensor.shape, generator=generator, device=tensor.device).to(tensor) * 2 - 1
         for tensor in tensors

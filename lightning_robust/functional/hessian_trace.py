@@ -24,9 +24,11 @@ out which are piecewise linear. A Hessian-vector product, where layers are not, 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
 from typing import Literal, get_args
 
 import torch
@@ -126,6 +128,9 @@ def hessian_trace(
     Source: see the module's docstring.
     """
     _check_options(estimator, num_probes=num_probes, rtol=rtol, max_probes=max_probes, chunk_size=chunk_size)
+    for name, value, kind in (("targets", targets, Tensor), ("generator", generator, torch.Generator)):
+        if value is not None and not isinstance(value, kind):
+            raise TypeError(f"Expected argument `{name}` to be a {kind.__name__}, but got {type(value).__name__}.")
     plan = make_plan(model, inputs, targets, estimator=estimator, loss_fn=loss_fn, module=module, known={})
     draws = Draws.of(inputs) if generator is None else Draws.random(len(inputs), generator)
 
@@ -187,7 +192,7 @@ def make_plan(
     elif estimator == "hutchinson" or not loss.has_root:
         plan = Plan((), names, residual=False, exact=True)
     else:
-        key = (names, loss.is_cross_entropy, getattr(model, "__qualname__", type(model).__qualname__))
+        key = (names, loss.is_cross_entropy, _architecture(model), repr(module))
         if key not in known:
             known[key] = curved_layers(model, inputs, module=module, up_to_a_constant=loss.is_cross_entropy)
         plan = Plan(names, tuple(name for name in names if name in known[key]), residual=True, exact=True)
@@ -197,6 +202,14 @@ def make_plan(
             " but got None."
         )
     return plan
+
+
+def _architecture(model: object) -> str:
+    """What changes when a model is put together otherwise, or another function takes its place."""
+    if isinstance(model, functools.partial):
+        return repr((_architecture(model.func), model.args, model.keywords))
+    function = getattr(model, "__func__", model)
+    return repr((function, getattr(model, "__self__", None)))
 
 
 def _more_probes(sums: CurvatureSums, *, rtol: float, max_probes: int) -> tuple[range, range]:
@@ -255,7 +268,9 @@ def _check_options(
     check_positive_integer("max_probes", max_probes)
     if chunk_size is not None:
         check_positive_integer("chunk_size", chunk_size)
-    if rtol is not None and not 0 < rtol < math.inf:
+    number: object = rtol
+    real = isinstance(number, Real) and not isinstance(number, bool)
+    if rtol is not None and not (real and 0 < rtol < math.inf):
         raise ValueError(f"Expected argument `rtol` to be a positive number or None, but got {rtol!r}.")
 
 

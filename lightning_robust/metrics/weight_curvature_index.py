@@ -28,7 +28,11 @@ class WeightCurvatureIndex(CurvatureMetric):
     - ``wci_stderr_probes``: the error from the choice of probes alone
     - ``wci_negative_layers``: how many of its layers have a trace below 0, and count as 0
     - ``wci/<parameter>``: the term of each weight tensor; they add up to the whole
-    - with ``attack`` the same as ``adversarial_wci…``
+    - with ``attack`` the same as ``adversarial_wci``, ``adversarial_wci_stderr`` and so on
+
+    On smooth networks the loss of attacked inputs can be curved downwards in most layers, which then count as 0 and
+    make the index worthless: ``wci_negative_layers`` says so, and ``estimator="gauss_newton"``, which is never
+    negative, is the way out.
 
     Units: square root of the loss.
 
@@ -83,7 +87,7 @@ class WeightCurvatureIndex(CurvatureMetric):
 
         by_samples = sums.combined(linearised(sums.sample_stderr())).sample_stderr()[0]
         by_probes = sums.combined(linearised(sums.probe_stderr())).probe_stderr()[0]
-        values = error_bar(key, terms.sum(), by_samples)
+        values = {name: value.clamp_min(0) for name, value in error_bar(key, terms.sum(), by_samples).items()}
         values |= stderr_of_probes(key, by_probes)
         values[f"{key}_negative_layers"] = (counted & (traces < 0)).sum().to(terms)
         if self.per_layer:

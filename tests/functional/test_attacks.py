@@ -215,9 +215,9 @@ def test_the_attack_changes_nothing_and_needs_no_grad_mode(mode: Any) -> None:
     assert torch.equal(attacked, expected)
     assert not attacked.requires_grad
     assert state_of(model) == before
-    assert not any(recorder.any_training)
-    assert not any(recorder.any_parameter_requires_grad)
-    assert recorder.num_input_backwards == 2
+    assert not any(recorder.record.any_training)
+    assert not any(recorder.record.any_parameter_requires_grad)
+    assert recorder.record.num_input_backwards == 2
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
 import copy
+from typing import ClassVar
 
 import pytest
 import torch
@@ -108,10 +109,11 @@ def test_activation_checkpointing_gives_the_same() -> None:
 
 def test_autocast_inside_the_forward_pass_keeps_its_types() -> None:
     class Mixed(nn.Module):
+        types: ClassVar[set[torch.dtype]] = set()
+
         def __init__(self) -> None:
             super().__init__()
             self.conv, self.norm, self.head = nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 3)
-            self.types: set[torch.dtype] = set()
 
         def forward(self, x: Tensor) -> Tensor:
             with torch.autocast("cpu", torch.bfloat16):

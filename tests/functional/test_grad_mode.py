@@ -76,8 +76,8 @@ def test_the_forward_pass_runs_in_eval_mode_without_gradients_of_weights() -> No
     model, inputs, _ = build("cnn_batchnorm")
     recorder = Recorder(model).train()
     linearize(recorder, inputs)
-    assert not any(recorder.any_training)
-    assert not any(recorder.any_parameter_requires_grad)
+    assert not any(recorder.record.any_training)
+    assert not any(recorder.record.any_parameter_requires_grad)
 
 
 class Failing(nn.Module):

@@ -14,6 +14,7 @@ from lightning_robust.functional import hessian_trace
 from lightning_robust.functional._curvature_probes import Draws, Plan, curvature_sums
 from lightning_robust.functional._curvature_sums import joined
 from lightning_robust.functional._piecewise_linear import curved_layers
+from lightning_robust.functional._signs import sample_signs
 from tests.helpers.curvature import assert_same, assert_within, relu_mlp, seed, seeded, small
 from tests.helpers.oracles import dense_gauss_newton_traces, hessian_traces_by_differences
 
@@ -118,7 +119,7 @@ def test_only_the_weights_of_the_given_module_are_meant() -> None:
     actual = hessian_trace(model, inputs, targets, module=model[2])
     assert list(actual.layers) == ["weight", "bias"]
     expected = hessian_traces_by_differences(model, inputs, targets, nn.CrossEntropyLoss())
-    actual = hessian_trace(model, inputs, targets, module=model[2], num_probes=24, rtol=None)
+    actual = hessian_trace(model, inputs, targets, module=model[2], num_probes=24, rtol=None, generator=seed(0))
     assert_within(actual, {name: expected[f"2.{name}"] for name in ("weight", "bias")})
 
 
@@ -218,7 +219,7 @@ def test_a_kernel_without_a_second_derivative_is_refused(estimator: Any) -> None
     with pytest.raises(ValueError, match=r"hardsigmoid_backward is not implemented\. Use estimator='gauss_newton'"):
         hessian_trace(*case, estimator=estimator)
     expected = dense_gauss_newton_traces(*case, nn.CrossEntropyLoss())
-    assert_within(hessian_trace(*case, estimator="gauss_newton", num_probes=16, rtol=None), expected)
+    assert_within(hessian_trace(*case, estimator="gauss_newton", num_probes=16, rtol=None, generator=seed(0)), expected)
 
 
 class Indifferent(nn.Module):
@@ -386,24 +387,36 @@ def test_the_generator_decides_about_everything(estimator: Any) -> None:
     assert all(second.layers[name] != trace for name, trace in first.layers.items())
 
 
-def test_samples_of_other_contents_get_other_signs() -> None:
-    keys = Draws.of(torch.randn(500, 3, generator=seed(0))).keys
-    assert len(set(keys)) == 500
-    nearly = torch.zeros(64, 8)
-    for row in range(64):
-        nearly[row, row % 8] = (row // 8 + 1) * 1e-30
-    assert len(set(Draws.of(nearly).keys)) == 64
+def pixels(levels: int) -> Tensor:
+    """Images of few grey levels, whose numbers end in many zero bits."""
+    return torch.randint(levels, (1600, 64), generator=seed(0)).float()
 
 
-def test_blocks_are_about_equally_full() -> None:
-    for draws in (
-        Draws.of(torch.randn(1600, 3, generator=seed(0))),
-        Draws.of(torch.arange(1600.0)[:, None] / 255),
-        Draws.of(torch.randint(17, (1600, 64), generator=seed(0)).float()),  # few bits of these are set
-        Draws.of(torch.randn(1600, 3, generator=seed(0)).bfloat16()),
-        Draws.of(torch.randn(1600, 3, generator=seed(0)).double()),
-        Draws.random(1600, seed(0)),
-    ):
+CONTENTS: dict[str, Tensor] = {
+    "normal": torch.randn(1600, 3, generator=seed(0)),
+    "normal in half precision": torch.randn(1600, 3, generator=seed(0)).bfloat16(),
+    "normal in double precision": torch.randn(1600, 3, generator=seed(0)).double(),
+    "one number": torch.arange(1600.0)[:, None],
+    "bytes": pixels(256) / 255,
+    "digits": pixels(17),
+    "digits in double precision": pixels(17).double() / 16,
+    "black and white": pixels(2),
+    "black and white in double precision": pixels(2).double(),
+}
+every_contents = pytest.mark.parametrize("inputs", CONTENTS.values(), ids=CONTENTS)
+
+
+@every_contents
+def test_samples_of_other_contents_get_other_signs(inputs: Tensor) -> None:
+    different = len(inputs.unique(dim=0))
+    signs = sample_signs(Draws.of(inputs).keys, range(1), 64)[0]
+    assert different == 1600
+    assert len(signs.unique(dim=0)) >= different - 1
+
+
+@every_contents
+def test_blocks_are_about_equally_full(inputs: Tensor) -> None:
+    for draws in (Draws.of(inputs), Draws.random(1600, seed(0))):
         counts = torch.tensor(draws.blocks).bincount(minlength=16)
         assert len(counts) == 16
         assert (counts - 100).abs().max() <= 40  # four standard deviations

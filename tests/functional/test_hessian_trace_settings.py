@@ -5,7 +5,7 @@ import gc
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -150,7 +150,7 @@ def test_activation_checkpointing_changes_nothing(estimator: Any) -> None:
 
 def test_a_checkpointed_network_agrees_with_finite_differences() -> None:
     case = seeded(lambda: Checkpointed(use_reentrant=False), 5)
-    assert_within(measure(case, num_probes=24), hessian_traces_by_differences(*case, CROSS_ENTROPY))
+    assert_within(measure(case, num_probes=24, generator=seed(0)), hessian_traces_by_differences(*case, CROSS_ENTROPY))
 
 
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True")  # under no_grad, by torch
@@ -165,12 +165,14 @@ def test_re_entrant_checkpointing_is_refused_with_the_remedy(estimator: Any) -> 
 def test_a_recurrent_network_agrees_with_finite_differences(estimator: Any) -> None:
     model, inputs, targets = networks.build("recurrent", num_samples=6)
     expected = hessian_traces_by_differences(model, inputs, targets, CROSS_ENTROPY)
-    assert_within(measure(Case(model, inputs, targets), estimator=estimator, num_probes=24), expected)
+    assert_within(
+        measure(Case(model, inputs, targets), estimator=estimator, num_probes=24, generator=seed(0)), expected
+    )
 
 
 def test_parametrised_weights_are_measured_in_their_parameters() -> None:
     case = seeded(lambda: nn.Sequential(parametrizations.weight_norm(nn.Linear(5, 4)), nn.ReLU(), nn.Linear(4, 3)), 5)
-    estimate = measure(case, num_probes=24)
+    estimate = measure(case, num_probes=24, generator=seed(0))
     assert_within(estimate, hessian_traces_by_differences(*case, CROSS_ENTROPY))
     assert estimate.estimator["0.parametrizations.weight.original1"] == "hutchinson"
     assert estimate.estimator["0.parametrizations.weight.original0"] == "gauss_newton"
@@ -297,16 +299,17 @@ def test_a_measurement_between_forward_and_backward_pass_does_not_change_the_gra
 class KeepsFeatures(nn.Module):
     """Leaves features as attributes of itself, and hands out weak references to them."""
 
+    seen: ClassVar[list[Any]] = []
+
     def __init__(self) -> None:
         super().__init__()
         self.body, self.head = nn.Linear(5, 4), nn.Linear(4, 3)
-        self.seen: list[Any] = []
         self.last: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         self.features = self.body(x).tanh()
         self.last = self.features * 2
-        self.seen += [weakref.ref(self.features), weakref.ref(self.last)]
+        self.seen.extend([weakref.ref(self.features), weakref.ref(self.last)])
         return self.head(self.features)
 
 
@@ -321,6 +324,34 @@ def test_tensors_that_a_forward_pass_leaves_as_attributes_are_gone_afterwards(es
     gc.collect()
     assert case.model.seen
     assert all(reference() is None for reference in case.model.seen)
+
+
+class KeepsLists(nn.Module):
+    """Gathers features in containers of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(5, 4), nn.Linear(4, 3)
+        self.gathered: list[Tensor] = [torch.zeros(1)]
+        self.by_name: dict[str, Tensor] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = self.body(x).tanh()
+        self.gathered.append(features)
+        self.by_name["features"] = features
+        return self.head(features)
+
+
+@every_estimator
+def test_containers_that_a_forward_pass_fills_hold_what_they_held(estimator: Any) -> None:
+    case = seeded(KeepsLists, 5)
+    gathered, by_name = case.model.gathered, case.model.by_name
+    first, named = list(gathered), dict(by_name)
+    measure(case, estimator=estimator)
+    assert case.model.gathered is gathered
+    assert case.model.by_name is by_name
+    assert [id(tensor) for tensor in gathered] == [id(tensor) for tensor in first]
+    assert by_name["features"] is named["features"]
 
 
 @every_estimator
@@ -421,15 +452,15 @@ def test_a_network_that_can_be_vectorised_is_called_twice_per_chunk() -> None:
     case = small("relu_cnn")
     recorder = Recorder(case.model)
     measure(case._replace(model=recorder), estimator="gauss_newton", chunk_size=4)
-    assert recorder.batch_sizes == [4, 1] * 3  # once for outputs, once inside vmap
-    assert not any(recorder.any_training)
+    assert recorder.record.batch_sizes == [4, 1] * 3  # once for outputs, once inside vmap
+    assert not any(recorder.record.any_training)
 
 
 def test_a_network_that_cannot_be_vectorised_is_tried_once() -> None:
     case = small("relu_cnn")
     recorder = Recorder(Unvectorisable(case.model))
     measure(case._replace(model=recorder), estimator="gauss_newton", chunk_size=4)
-    assert recorder.batch_sizes == [4, 1, *[1] * 4, 4, *[1] * 4, 4, *[1] * 4]
+    assert recorder.record.batch_sizes == [4, 1, *[1] * 4, 4, *[1] * 4, 4, *[1] * 4]
 
 
 class DoublesInPlace(nn.Module):
@@ -460,7 +491,7 @@ def test_chunk_size_bounds_the_samples_that_pass_together() -> None:
     for estimator in ("auto", "hutchinson"):
         recorder = Recorder(case.model)
         measure(case._replace(model=recorder), estimator=estimator, chunk_size=2)
-        assert max(recorder.batch_sizes) == 2
+        assert max(recorder.record.batch_sizes) == 2
 
 
 @pytest.mark.parametrize("chunk_size", [1, 5, 100])

@@ -189,8 +189,8 @@ def test_the_channels_of_input_std_are_dimension_one() -> None:
 def test_the_cost_is_one_forward_and_one_backward_pass_per_class_beside_a_peek_at_two_samples() -> None:
     model = Recorder(random_linear(0, num_classes=6, num_features=8))
     linearize(model, random(0, 11, 8))
-    assert model.batch_sizes == [2, 11]
-    assert model.num_input_backwards == 6
+    assert model.record.batch_sizes == [2, 11]
+    assert model.record.num_input_backwards == 6
 
 
 def test_samples_pass_through_together_as_far_as_the_chunk_size_allows() -> None:
@@ -198,9 +198,9 @@ def test_samples_pass_through_together_as_far_as_the_chunk_size_allows() -> None
         model = Recorder(random_linear(0, num_classes=6, num_features=8))
         linearize(model, random(0, 11, 8), chunk_size=chunk_size)
         together = max(1, min(11, chunk_size // 6))
-        assert model.batch_sizes[0] == 2
-        assert max(model.batch_sizes[1:]) == together
-        assert len(model.batch_sizes) == 1 + -(-11 // together)
+        assert model.record.batch_sizes[0] == 2
+        assert max(model.record.batch_sizes[1:]) == together
+        assert len(model.record.batch_sizes) == 1 + -(-11 // together)
 
 
 @pytest.mark.parametrize(("num_classes", "chunk_size"), [(10, 3), (10, 10), (10, 40), (24, 12)])

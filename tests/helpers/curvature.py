@@ -140,7 +140,7 @@ def enumerated(case: Case, loss_fn: LossFn | None = None) -> dict[str, float]:
         gradients = SampleGradients(case.model, weights, tuple(weights.tensors))
         with torch.no_grad():
             outputs = case.model(case.inputs.clone())
-        columns = torch.eye(outputs.shape[1]).unsqueeze(1).expand(-1, len(outputs), -1)
+        columns = torch.eye(outputs[0].numel()).unsqueeze(1).expand(-1, len(outputs), -1)
         cotangents = loss.cotangents(outputs, case.targets, columns)
         norms = gradients.squared_norms(case.inputs, cotangents).sum(dim=0)  # (N, L)
         traces = norms.sum(dim=0) / loss.weights(outputs, case.targets).sum()
@@ -167,3 +167,10 @@ def enumerated_products(case: Case, loss_fn: LossFn | None = None, *, residual: 
             loss_fn=loss_fn,
         )
     return dict(zip(names, (size * sums.means()).tolist(), strict=True))
+
+
+def enumerated_hessian(case: Case, loss_fn: LossFn | None = None) -> dict[str, float]:
+    """Traces of the Hessian as the sum of both, each without randomness."""
+    gauss_newton = enumerated(case, loss_fn)
+    residual = enumerated_products(case, loss_fn, residual=True)
+    return {name: trace + residual[name] for name, trace in gauss_newton.items()}

@@ -10,27 +10,35 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 
+class Record:
+    """Notes, in an object of its own: what a forward pass writes to attributes of a module is taken back."""
+
+    def __init__(self) -> None:
+        self.batch_sizes: list[int] = []
+        self.num_input_backwards = 0
+        self.any_training: list[bool] = []
+        self.any_parameter_requires_grad: list[bool] = []
+
+    def count(self, _: Tensor) -> None:
+        self.num_input_backwards += 1
+
+
 class Recorder(nn.Module):
     """A network that notes every pass through it."""
 
     def __init__(self, model: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
         self.model = model
-        self.batch_sizes: list[int] = []
-        self.num_input_backwards = 0
-        self.any_training: list[bool] = []
-        self.any_parameter_requires_grad: list[bool] = []
+        self.record = Record()
 
     def forward(self, x: Tensor) -> Tensor:
-        self.batch_sizes.append(len(x))
-        self.any_training.append(any(module.training for module in self.modules()))
-        self.any_parameter_requires_grad.append(any(p.requires_grad for p in self.parameters()))
+        record = self.record
+        record.batch_sizes.append(len(x))
+        record.any_training.append(any(module.training for module in self.modules()))
+        record.any_parameter_requires_grad.append(any(p.requires_grad for p in self.parameters()))
         if x.requires_grad:
-            x.register_hook(self._count)
+            x.register_hook(record.count)
         return self.model(x)
-
-    def _count(self, _: Tensor) -> None:
-        self.num_input_backwards += 1
 
 
 def state_of(model: nn.Module) -> dict[str, object]:
