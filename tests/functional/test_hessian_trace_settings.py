@@ -486,6 +486,13 @@ def test_a_network_that_changes_its_input_in_place_sees_each_sample_once(
     assert_same(actual, measure(Case(model, 2 * inputs, targets), estimator=estimator, generator=seed(0)))
 
 
+def test_a_network_that_changes_its_input_in_place_can_still_be_vectorised() -> None:
+    case = small("tanh_mlp")
+    recorder = Recorder(DoublesInPlace(case.model))
+    measure(case._replace(model=recorder), estimator="gauss_newton", chunk_size=4)
+    assert recorder.record.batch_sizes == [4, 1] * 3
+
+
 def test_chunk_size_bounds_the_samples_that_pass_together() -> None:
     case = small("tanh_mlp", num_samples=40)
     for estimator in ("auto", "hutchinson"):
