@@ -14,6 +14,7 @@ from lightning_robust.functional._checks import (
     channelwise,
     check_inputs,
     check_logits,
+    check_outputs,
     check_targets,
     check_units,
     unnormalised,
@@ -165,7 +166,7 @@ class Probe:
         owner = owner_of(self.model) if self.module is None else self.module
         chunk_size = self.chunk_size
         if chunk_size is not None:
-            chunk_size = max(1, chunk_size // self.logits(inputs[:1]).shape[1])
+            chunk_size = max(1, chunk_size // self.outputs(inputs[:2])[0].numel())
         plan = make_plan(
             self.model,
             inputs,
@@ -188,11 +189,17 @@ class Probe:
         )
 
     def logits(self, inputs: Tensor) -> Tensor:
-        """Outputs of the network at other inputs, ``(N, C)``, in eval mode and without a graph."""
-        with differentiable(self.model), torch.no_grad():
-            logits = self.model(full_precision(inputs).clone())
+        """Outputs of the network at other inputs, which must be logits ``(N, C)``, in eval mode and without a graph."""
+        logits = self.outputs(inputs)
         check_logits(logits, num_samples=len(inputs))
         return logits
+
+    def outputs(self, inputs: Tensor) -> Tensor:
+        """The same for outputs of any shape ``(N, ...)``."""
+        with differentiable(self.model), torch.no_grad():
+            outputs = self.model(full_precision(inputs).clone())
+        check_outputs(outputs, num_samples=len(inputs))
+        return outputs
 
     def select(self, rows: slice) -> Probe:
         """Return a probe of some of the samples, on copies that later changes to the batch do not reach."""
@@ -225,15 +232,16 @@ def find_flaws(probe: Probe) -> list[str]:
     """
     check_inputs(probe.inputs)
     x = full_precision(probe.inputs[:8])
-    logits = probe.logits(x)
+    outputs = probe.outputs(x)
+    are_logits = outputs.ndim == 2 and outputs.shape[1] > 1
     flaws = []
-    if logits.min() >= 0 and torch.allclose(logits.sum(dim=1), logits.new_ones(()), atol=1e-3):
+    if are_logits and outputs.min() >= 0 and torch.allclose(outputs.sum(dim=1), outputs.new_ones(()), atol=1e-3):
         flaws.append(
             "The model returns probabilities (non-negative rows that sum to 1), but logits are expected: softmax would"
             " be applied twice and every number is wrong. Return the values before softmax."
         )
-    tolerance = 1e-4 * logits.abs().max()
-    if (probe.logits(x) - logits).abs().max() > tolerance:
+    tolerance = 1e-4 * outputs.abs().max()
+    if (probe.outputs(x) - outputs).abs().max() > tolerance:
         flaws.append(
             "The model returns other outputs when it is called twice on the same inputs, even in eval mode, so its"
             " numbers are noise in part. Is a dropout applied with `training=True`?"
@@ -241,14 +249,14 @@ def find_flaws(probe: Probe) -> list[str]:
         return flaws
     disturbed = x.clone()
     disturbed[0] = x[-1]  # another sample rather than noise: some networks refuse inputs that are out of range
-    moves = (probe.logits(disturbed) - logits).abs().amax(dim=1) > tolerance
+    moves = (probe.outputs(disturbed) - outputs).abs().flatten(1).amax(dim=1) > tolerance
     if moves[1:].any():
         flaws.append(
             "The model mixes the samples of a batch (changing one sample changed the outputs of others), so there"
             " is no robustness of a single sample, and the numbers depend on the batch. Is a normalisation"
             " computed over the batch?"
         )
-    elif moves[0] and not linearize(probe.model, x).gram.any():
+    elif are_logits and moves[0] and not linearize(probe.model, x).gram.any():
         raise ValueError(
             "Expected a model whose outputs have gradients with respect to its inputs, but they change without any, and"
             " every number would claim perfect robustness. Does its forward pass use `torch.no_grad()`, `detach()` or"

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from lightning_robust.functional._grad_mode import full_precision
 
+_WRAP = "Wrap the model so that it does (in a callback, through `probe_fn`)."
+
 
 def channelwise(
     value: float | Sequence[float] | Tensor | None, inputs: Tensor, *, name: str, positive: bool = True
@@ -95,13 +97,12 @@ def check_inputs(inputs: Tensor) -> None:
 def check_logits(logits: object, *, num_samples: int) -> None:
     """Raise unless ``logits`` is a finite tensor ``(num_samples, C)`` with C ≥ 2."""
     expected = f"Expected the model to return logits of shape ({num_samples}, C) with C ≥ 2 classes"
-    remedy = "Wrap the model so that it does (in a callback, through `probe_fn`)."
     if num_samples == 0:
         raise ValueError("Expected at least one sample, but got none.")
     if not isinstance(logits, Tensor):
-        raise TypeError(f"{expected}, but it returned {type(logits).__name__}. {remedy}")
+        raise TypeError(f"{expected}, but it returned {type(logits).__name__}. {_WRAP}")
     if logits.ndim != 2 or len(logits) != num_samples:
-        raise ValueError(f"{expected}, but it returned shape {tuple(logits.shape)}. {remedy}")
+        raise ValueError(f"{expected}, but it returned shape {tuple(logits.shape)}. {_WRAP}")
     if logits.shape[1] < 2:
         raise ValueError(
             f"{expected}, but it returned shape {tuple(logits.shape)}. A single output z of a binary classifier stands"
@@ -112,13 +113,11 @@ def check_logits(logits: object, *, num_samples: int) -> None:
 
 def check_outputs(outputs: object, *, num_samples: int) -> None:
     """Raise unless ``outputs`` is a finite tensor ``(num_samples, ...)``."""
+    expected = f"Expected the model to return outputs of shape ({num_samples}, ...)"
     if not isinstance(outputs, Tensor):
-        raise TypeError(f"Expected the model to return a tensor of outputs, but it returned {type(outputs).__name__}.")
+        raise TypeError(f"{expected}, but it returned {type(outputs).__name__}. {_WRAP}")
     if outputs.ndim == 0 or len(outputs) != num_samples:
-        raise ValueError(
-            f"Expected the model to return outputs of shape ({num_samples}, ...), but it returned shape"
-            f" {tuple(outputs.shape)}."
-        )
+        raise ValueError(f"{expected}, but it returned shape {tuple(outputs.shape)}. {_WRAP}")
     check_finite(outputs, "outputs")
 
 

@@ -15,7 +15,10 @@ Source: closed-form Cholesky factor of the multinomial covariance, Tanabe & Saga
 from __future__ import annotations
 
 import copy
+import functools
+import inspect
 from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +28,7 @@ from lightning_robust.functional._checks import check_finite, check_logits, chec
 
 LossFn = Callable[[Tensor, Tensor], Tensor]
 
-_MODULES: list[tuple[object, Callable[[], nn.Module]]] = [
+_MODULES: list[tuple[object, type[nn.Module]]] = [
     (None, nn.CrossEntropyLoss),
     (F.cross_entropy, nn.CrossEntropyLoss),
     (F.nll_loss, nn.NLLLoss),
@@ -38,8 +41,9 @@ _ELEMENTWISE = (nn.MSELoss, nn.BCEWithLogitsLoss)
 class SampleLoss:
     """A loss function, evaluated sample by sample.
 
-    Modules of torch are asked for the losses of single samples; their mean weighs samples as the module itself does
-    (class weights). Any other function is called on one sample at a time, unless it returns one loss per sample.
+    Losses of torch, as modules, functions or partial applications of those, are asked for the losses of single samples;
+    their mean weighs samples as torch does (class weights). Any other function is called on one sample at a time,
+    unless it returns one loss per sample.
 
     Args:
         loss_fn: Maps outputs ``(N, ...)`` and targets ``(N, ...)`` to a loss; None stands for cross-entropy.
@@ -48,8 +52,7 @@ class SampleLoss:
     def __init__(self, loss_fn: LossFn | None) -> None:
         if loss_fn is not None and not callable(loss_fn):
             raise TypeError(f"Expected argument `loss_fn` to be callable, but got {type(loss_fn).__name__}.")
-        modules = (factory() for function, factory in _MODULES if function is loss_fn)
-        self._function: LossFn = next(modules, loss_fn)  # type: ignore[assignment]
+        self._function = _as_module(loss_fn)
         self._reduction = str(getattr(self._function, "reduction", "mean"))
         if isinstance(self._function, nn.Module) and hasattr(self._function, "reduction"):
             self._function = copy.copy(self._function)
@@ -121,7 +124,9 @@ class SampleLoss:
         if losses.ndim == 0 and n == 1:
             return losses[None]
         if losses.ndim == 0:
+            of_batch = losses
             losses = torch.stack([self._function(outputs[i : i + 1], targets[i : i + 1]).sum() for i in range(n)])
+            _check_sum(of_batch.detach(), losses.detach())
         if losses.shape[:1] != (n,):
             raise ValueError(
                 f"Expected argument `loss_fn` to return one loss per sample, shape ({n},), or their mean, but got shape"
@@ -211,6 +216,29 @@ def softmax_root(logits: Tensor, signs: Tensor) -> Tensor:
     before = weighted.cumsum(dim=2) - weighted
     in_order = weighted * after - p * before
     return torch.zeros_like(in_order).scatter_(2, order.expand_as(in_order), in_order)
+
+
+def _as_module(loss_fn: LossFn | None) -> LossFn:
+    """The module that does the same, if there is one in torch."""
+    function, options = loss_fn, dict[str, Any]()
+    if isinstance(loss_fn, functools.partial) and not loss_fn.args:
+        function, options = loss_fn.func, loss_fn.keywords
+    for known, module in _MODULES:
+        if known is function and options.keys() <= inspect.signature(module).parameters.keys():
+            return module(**options)
+    return cast(LossFn, loss_fn)
+
+
+def _check_sum(of_batch: Tensor, of_samples: Tensor) -> None:
+    """Raise if a loss is neither the mean nor the sum of its values on single samples."""
+    slack = 1e-3 * float(of_samples.abs().mean())
+    near = (abs(float(expected - of_batch)) <= slack for expected in (of_samples.mean(), of_samples.sum()))
+    if of_batch.isfinite() and of_samples.isfinite().all() and not any(near):
+        raise ValueError(
+            f"Expected argument `loss_fn` to return a mean over samples, but its value on {len(of_samples)} samples is"
+            f" {float(of_batch):.6g} where the mean of its values on each is {float(of_samples.mean()):.6g}. Pass class"
+            " weights as `nn.CrossEntropyLoss(weight=...)`, or return one loss per sample."
+        )
 
 
 def _is_exactly(function: object, kind: type[nn.Module]) -> bool:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_robust import FisherSpectralNorm, HessianTrace, LinearizedAccuracy, Probe, RobustnessMonitor
+from lightning_robust.functional import hessian_trace
 from tests.helpers.training import Classifier, History, classifier, loader, robustness_warnings, samples, trainer
 
 Loader = Callable[[], Any]
@@ -68,10 +69,10 @@ def nan_inputs() -> DataLoader:
         (None, integers, r"inputs` to be floating point, but got torch.int64.*probe_fn"),
         (None, nan_inputs, r"finite inputs, but got NaN or infinity in 32 of 32 samples"),
         (lambda z: z[:, :, None], loader, r"logits of shape \(\d+, C\).*returned shape \(\d+, 4, 1\)"),
-        (lambda z: (z, z), loader, r"logits of shape \(\d+, C\).*returned tuple.*probe_fn"),
+        (lambda z: (z, z), loader, r"outputs of shape \(\d+, \.\.\.\).*returned tuple.*probe_fn"),
         (lambda z: z[:, :1], loader, r"C ≥ 2 classes, but it returned shape \(\d+, 1\).*\(0, z\)"),
         (lambda z: z[:, :2], loader, r"between 0 and 1, one of the 2 classes.*values from"),
-        (lambda z: z * torch.nan, loader, r"finite logits, but got NaN"),
+        (lambda z: z * torch.nan, loader, r"finite outputs, but got NaN"),
     ],
 )
 def test_a_measurement_that_cannot_be_is_skipped_with_the_cause(
@@ -104,7 +105,7 @@ def test_after_nan_weights_the_next_measurement_works(tmp_path: Path) -> None:
 
     messages, rows = fit(Sick(classifier().network), loader(), tmp_path)
     assert len(messages) == 1
-    assert "finite logits" in messages[0]
+    assert "finite outputs" in messages[0]
     assert rows[0] == {}
     assert rows[1]["robust/num_samples"] == 120
 
@@ -255,10 +256,27 @@ def test_infinite_values_are_not_logged_and_named_once(tmp_path: Path) -> None:
     assert all(row["robust/fim_spectral_norm"] == 0 for row in rows)
 
 
-def test_input_std_of_the_wrong_length_is_named(tmp_path: Path) -> None:
+def test_input_std_of_the_wrong_length_is_named_and_leaves_what_has_no_use_for_it(tmp_path: Path) -> None:
     messages, rows = fit(Quiet(classifier().network), loader(), tmp_path, input_std=[0.2, 0.3, 0.4])
-    assert rows == [{}, {}]
+    for row in rows:
+        assert {key.split("/")[1].split("_")[0] for key in row} == {"hessian", "wci", "num", "seconds"}
+    assert messages[0].startswith("RobustnessMonitor skipped in epoch 0 FisherSpectralNorm and LinearizedAccuracy: ")
     assert "`input_std` to be one number or one per channel, 1 for inputs of shape (32, 1, 4, 4)" in messages[0]
+
+
+@pytest.mark.parametrize("loss_fn", [nn.MSELoss(), nn.BCEWithLogitsLoss()], ids=["mse", "bce"])
+def test_a_single_output_has_curvature(tmp_path: Path, loss_fn: nn.Module) -> None:
+    x, _ = samples().tensors
+    y = (x.flatten(1).sum(dim=1, keepdim=True) > 0).float()
+    model = Quiet(Outputs(lambda z: z[:, :1]))
+    messages, rows = fit(
+        model, loader(TensorDataset(x, y)), tmp_path, metrics=["hessian_trace"], loss_fn=loss_fn, chunk_size=8
+    )
+    assert messages == []
+    network = Outputs(lambda z: z[:, :1])
+    network.load_state_dict(model.network.state_dict())
+    last = hessian_trace(network, x, y, loss_fn=loss_fn, rtol=None)
+    assert rows[-1]["robust/hessian_trace"] == pytest.approx(float(last.total), rel=1e-5)
 
 
 def test_the_second_of_two_metrics_that_log_the_same_key_is_left_out(tmp_path: Path) -> None:

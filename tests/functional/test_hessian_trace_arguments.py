@@ -282,6 +282,30 @@ def test_a_loss_of_the_wrong_shape_is_refused() -> None:
         hessian_trace(model, inputs, targets, loss_fn=lambda z, _: z.mean(dim=0))
 
 
+@pytest.mark.parametrize(
+    "loss_fn",
+    [
+        lambda z, y: F.cross_entropy(z, y, weight=torch.tensor([0.2, 5.0, 1.0, 8.0])),
+        lambda z, y: F.cross_entropy(z - z.mean(dim=0), y),
+        lambda z, y: F.cross_entropy(z, y).sqrt(),
+    ],
+    ids=["class weights", "compares samples", "root of the mean"],
+)
+def test_a_loss_that_is_no_mean_over_samples_is_refused(loss_fn: Any) -> None:
+    model, inputs, targets = small("relu_mlp")
+    with pytest.raises(ValueError, match=r"`loss_fn` to return a mean over samples, but its value on \d+ samples is"):
+        hessian_trace(model, inputs, targets, loss_fn=loss_fn)
+
+
+def test_a_loss_that_is_a_sum_over_samples_counts_as_its_mean() -> None:
+    case = small("tanh_mlp")
+    of_mean, of_sum = (
+        hessian_trace(*case, loss_fn=lambda z, y, r=r: F.cross_entropy(z, y, reduction=r), rtol=None)
+        for r in ("mean", "sum")
+    )
+    assert_same(of_sum, of_mean)
+
+
 @every_estimator
 def test_targets_of_another_number_than_inputs_are_refused(estimator: Any) -> None:
     model, inputs, targets = small("tanh_mlp")

@@ -363,6 +363,19 @@ def test_an_attribute_that_a_forward_pass_replaces_by_a_tensor_is_what_it_was(va
     assert case.model.last is value
 
 
+@every_estimator
+def test_the_users_hooks_on_backward_passes_are_not_called_and_stay(estimator: Any) -> None:
+    case = small("tanh_mlp")
+    expected = measure(case, estimator=estimator)
+    calls: list[str] = []
+    case.model[2].register_full_backward_hook(lambda *_: calls.append("backward"))
+    case.model[2].register_full_backward_pre_hook(lambda *_: calls.append("before it"))
+    assert_same(measure(case, estimator=estimator), expected)
+    assert calls == []
+    torch.autograd.grad(case.model(case.inputs).sum(), case.model[0].weight)
+    assert calls == ["before it", "backward"]
+
+
 class Averages(nn.Module):
     """Keeps a running average of what it saw, in a buffer and in an attribute, without looking at it."""
 
@@ -491,6 +504,26 @@ def test_a_network_that_changes_its_input_in_place_can_still_be_vectorised() -> 
     recorder = Recorder(DoublesInPlace(case.model))
     measure(case._replace(model=recorder), estimator="gauss_newton", chunk_size=4)
     assert recorder.record.batch_sizes == [4, 1] * 3
+
+
+class Squeezes(nn.Module):
+    """Drops every dimension of size one, also that of the batch."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x).squeeze()
+
+
+@every_estimator
+@pytest.mark.parametrize("chunk_size", [None, 1, 4])
+def test_a_network_that_squeezes_its_outputs_may_see_single_samples(chunk_size: int | None, estimator: Any) -> None:
+    case = small("tanh_mlp", num_samples=5)
+    expected = measure(case, estimator=estimator)
+    actual = measure(case._replace(model=Squeezes(case.model)), estimator=estimator, chunk_size=chunk_size)
+    assert_same(actual, expected, rtol=1e-4)
 
 
 def test_chunk_size_bounds_the_samples_that_pass_together() -> None:

@@ -4,6 +4,7 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import pytest
@@ -133,6 +134,8 @@ def double(loss: Any) -> Any:
 
 def in_double(value: Any) -> Any:
     """A loss or targets in float64, if that can be said of them."""
+    if isinstance(value, partial):
+        return partial(value.func, **{name: in_double(option) for name, option in value.keywords.items()})
     if isinstance(value, nn.Module):
         return copy.deepcopy(value).double()
     return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
@@ -170,6 +173,17 @@ LOSSES: dict[str, LossCase] = {
         nn.CrossEntropyLoss(weight=CLASS_WEIGHTS, reduction="sum"),
         labels,
         lambda z, y: F.cross_entropy(z, y, CLASS_WEIGHTS.to(z), reduction="none").mean(),
+    ),
+    "partial": LossCase(
+        partial(F.cross_entropy, weight=CLASS_WEIGHTS, label_smoothing=0.3),
+        labels,
+        lambda z, y: F.cross_entropy(z, y, CLASS_WEIGHTS.to(z), label_smoothing=0.3),
+    ),
+    "partial, ignored": LossCase(partial(F.cross_entropy, ignore_index=2), labels),
+    "partial of bce": LossCase(
+        partial(F.binary_cross_entropy_with_logits, pos_weight=CLASS_WEIGHTS),
+        zeros_and_ones,
+        lambda z, y: F.binary_cross_entropy_with_logits(z, y, pos_weight=CLASS_WEIGHTS.to(z)),
     ),
     "ignore_index": LossCase(nn.CrossEntropyLoss(), some_ignored),
     "another ignore_index": LossCase(nn.CrossEntropyLoss(ignore_index=2, label_smoothing=0.1), labels),

@@ -83,6 +83,20 @@ def test_which_layers_are_piecewise_linear_is_found_out_once_per_network() -> No
     assert len(_CURVED[sample.model]) == 2
 
 
+def test_and_again_when_the_network_is_put_together_otherwise() -> None:
+    sample = probe("cnn_batchnorm")
+    assert isinstance(sample.model, nn.Sequential)
+    measured(HessianTrace(), sample)
+    places = [number for number, layer in enumerate(sample.model) if isinstance(layer, nn.ReLU)]
+    assert places
+    for number in places:
+        sample.model[number] = nn.Softplus()
+    smooth = Probe(sample.model, sample.inputs, sample.targets)
+    fresh = Probe(copy.deepcopy(sample.model), sample.inputs, sample.targets)
+    assert measured(HessianTrace(), smooth) == pytest.approx(measured(HessianTrace(), fresh), rel=1e-6)
+    assert set().union(*_CURVED[sample.model].values())  # of which there were none before
+
+
 def test_nothing_is_kept_of_a_network_that_is_gone() -> None:
     sample = probe("mlp")
     HessianTrace().update(sample)
