@@ -19,12 +19,12 @@ from lightning_robust.functional._checks import (
     check_units,
     unnormalised,
 )
+from lightning_robust.functional._curvature_plan import Estimator, make_plan
 from lightning_robust.functional._curvature_probes import Draws, curvature_sums
 from lightning_robust.functional._curvature_sums import CurvatureSums
 from lightning_robust.functional._grad_mode import differentiable, full_precision, owner_of
 from lightning_robust.functional._losses import LossFn
 from lightning_robust.functional.attacks import Norm, pgd
-from lightning_robust.functional.hessian_trace import Estimator, make_plan
 from lightning_robust.functional.linearization import Linearization, linearize
 
 # Which layers of a network are not piecewise linear, found out once and forgotten with the network.

@@ -9,40 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from lightning_robust.functional._checks import check_finite, check_inputs, check_outputs
+from lightning_robust.functional._curvature_plan import Plan
 from lightning_robust.functional._curvature_sums import NUM_BLOCKS, CurvatureSums
 from lightning_robust.functional._grad_mode import Weights, differentiable_weights, full_precision
 from lightning_robust.functional._losses import LossFn, SampleLoss
 from lightning_robust.functional._piecewise_linear import no_second_derivative, refuse_missing_derivatives
 from lightning_robust.functional._sample_gradients import SampleGradients
 from lightning_robust.functional._signs import keys_of, random_keys, sample_signs, weight_signs
-
-
-@dataclass(frozen=True)
-class Plan:
-    """By which estimator each layer is measured.
-
-    Attributes:
-        gauss_newton: Layers that have a Gauss–Newton part.
-        hutchinson: Layers that have a Hutchinson part.
-        residual: Whether the latter is that of the residual ``R``, rather than of the whole Hessian.
-        exact: Whether the sum is the Hessian everywhere.
-    """
-
-    gauss_newton: tuple[str, ...]
-    hutchinson: tuple[str, ...]
-    residual: bool
-    exact: bool
-
-    def probes(self, start: int, stop: int) -> tuple[range, range]:
-        """The same probes of both kinds, none of one that no layer has."""
-        nothing = range(start, start)
-        probes = range(start, stop)
-        return probes if self.gauss_newton else nothing, probes if self.hutchinson else nothing
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Of all layers."""
-        return self.gauss_newton or self.hutchinson
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -36,6 +35,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_robust.functional._batch_norm import affine_batch_norm
+from lightning_robust.functional._leftovers import without_backward_hooks, without_leftovers
 from lightning_robust.functional._weight_norm import plain_weight_norm
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -72,7 +72,7 @@ def differentiable(*callables: object, dtype: torch.dtype | None = None) -> Iter
             stack.enter_context(_without_cudnn())
         stack.enter_context(_in_eval_mode(modules))
         stack.enter_context(without_leftovers(modules))
-        stack.enter_context(_without_backward_hooks(modules))
+        stack.enter_context(without_backward_hooks(modules))
         stack.enter_context(_shielded_tensors(modules, dtype))
         stack.enter_context(affine_batch_norm(modules))
         stack.enter_context(plain_weight_norm(modules))
@@ -193,52 +193,6 @@ def _in_eval_mode(modules: list[nn.Module]) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-
-
-@contextmanager
-def without_leftovers(modules: list[nn.Module]) -> Iterator[None]:
-    """Take back what forward passes assign to buffers and attributes, and what they put into lists and dictionaries."""
-    places = [attributes for module in modules for attributes in (vars(module), module._buffers)]
-    before = [dict(attributes.items()) for attributes in places]  # of a scripted module they are no dictionaries
-    containers = [
-        (value, value.copy())
-        for module in modules
-        for key, value in vars(module).items()
-        if key not in _INTERNALS and isinstance(value, dict | list | set)
-    ]
-    try:
-        yield
-    finally:
-        for attributes, earlier in zip(places, before, strict=True):
-            now = dict(attributes.items())
-            for key in {*now, *earlier}:
-                if key not in earlier:
-                    del attributes[key]
-                elif key not in now or now[key] is not earlier[key]:
-                    attributes[key] = earlier[key]
-        for container, contents in containers:
-            container.clear()
-            container.extend(contents) if isinstance(container, list) else container.update(contents)
-
-
-_INTERNALS = frozenset(vars(nn.Module()))
-
-
-@contextmanager
-def _without_backward_hooks(modules: list[nn.Module]) -> Iterator[None]:
-    hooked = [
-        (module, name, vars(module)[name])
-        for module in modules
-        for name in ("_backward_hooks", "_backward_pre_hooks")
-        if vars(module).get(name)
-    ]
-    for module, name, _ in hooked:
-        vars(module)[name] = OrderedDict()
-    try:
-        yield
-    finally:
-        for module, name, hooks in hooked:
-            vars(module)[name] = hooks
 
 
 @contextmanager

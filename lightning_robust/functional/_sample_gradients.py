@@ -14,7 +14,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from lightning_robust.functional._grad_mode import Weights, without_leftovers
+from lightning_robust.functional._grad_mode import Weights
+from lightning_robust.functional._leftovers import without_leftovers
 
 # Elements of sample gradients held at once when the user sets no bound: 16 MiB in float32 where more would only leave
 # the caches, 256 MiB elsewhere.

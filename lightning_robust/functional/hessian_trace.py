@@ -18,30 +18,25 @@ Hutchinson's estimator. The plain one, ``E[v_kᵀ(Hv)_k]``, is there for compari
 Sources: Hutchinson 1989; PyHessian (arXiv 1912.07145); Schraudolph 2002; Dangel et al. 2020 (arXiv 1912.10985). The
 decomposition into an exact test of linearity, single-sample Gauss–Newton probes and a residual is ours.
 
-Cost in forward passes of the batch, on a CIFAR ResNet-20: 9 for two Gauss–Newton probes of every layer, and 7 to find
+Cost in forward passes of the batch, on a CIFAR ResNet-20: 9 for two Gauss–Newton probes of every layer, and 3 to find
 out which are piecewise linear. A Hessian-vector product, where layers are not, costs 8 to 17 more per probe.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Real
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from lightning_robust.functional._checks import check_inputs, check_positive_integer
-from lightning_robust.functional._curvature_probes import Draws, Plan, curvature_sums
+from lightning_robust.functional._checks import check_positive_integer
+from lightning_robust.functional._curvature_plan import Estimator, Plan, check_estimator, make_plan
+from lightning_robust.functional._curvature_probes import Draws, curvature_sums
 from lightning_robust.functional._curvature_sums import CurvatureSums, joined
-from lightning_robust.functional._grad_mode import differentiable_weights
-from lightning_robust.functional._losses import LossFn, SampleLoss
-from lightning_robust.functional._piecewise_linear import curved_layers
-
-Estimator = Literal["auto", "hutchinson", "gauss_newton"]
+from lightning_robust.functional._losses import LossFn
 
 _COSTS = (1.0, 3.0)  # of a Gauss–Newton and of a Hutchinson probe, against each other
 
@@ -108,8 +103,8 @@ def hessian_trace(
         max_probes: Never take more.
         loss_fn: Maps outputs and targets to a loss, cross-entropy by default. Gauss–Newton knows
             ``CrossEntropyLoss`` (with class weights and label smoothing), ``MSELoss`` and ``BCEWithLogitsLoss`` of
-            torch, as modules or as functions; others are left to Hutchinson. Means over a batch are taken apart by
-            calling it on single samples.
+            torch, as modules, functions or ``functools.partial`` of those; others are left to Hutchinson. Means over
+            a batch are taken apart by calling it on single samples.
         module: Whose parameters are meant, by default those of the module that ``model`` is or belongs to.
         chunk_size: Largest number of samples that pass through the network together; by default so many that a
             measurement takes no more than twice the memory of a training step, or 16 MiB (256 MiB on a GPU) for
@@ -153,65 +148,6 @@ def hessian_trace(
     return _estimate(sums, plan)
 
 
-def make_plan(
-    model: Callable[[Tensor], Tensor],
-    inputs: Tensor,
-    targets: Tensor | None,
-    *,
-    estimator: Estimator,
-    loss_fn: LossFn | None,
-    module: nn.Module | None,
-    known: dict[tuple[object, ...], frozenset[str]],
-) -> Plan:
-    """Decide how each layer is measured.
-
-    Args:
-        model: See :func:`hessian_trace`.
-        inputs: See :func:`hessian_trace`.
-        targets: See :func:`hessian_trace`.
-        estimator: See :func:`hessian_trace`.
-        loss_fn: See :func:`hessian_trace`.
-        module: See :func:`hessian_trace`.
-        known: Remembers what :func:`curved_layers` found: it depends on the architecture alone, so that once per
-            network will do.
-
-    Raises:
-        ValueError: If the estimator cannot be had.
-    """
-    check_inputs(inputs)
-    loss = SampleLoss(loss_fn)
-    if estimator == "gauss_newton" and not loss.has_root:
-        raise ValueError(
-            "Expected argument `loss_fn` to be torch's cross-entropy, MSE or BCE with logits for"
-            f" estimator='gauss_newton', but got {_describe(loss_fn)}. Use estimator='hutchinson'."
-        )
-    with differentiable_weights(model, loss_fn, module=module) as weights:
-        names = tuple(weights.tensors)
-    if estimator == "gauss_newton":
-        plan = Plan(names, (), residual=True, exact=False)
-    elif estimator == "hutchinson" or not loss.has_root:
-        plan = Plan((), names, residual=False, exact=True)
-    else:
-        key = (names, loss.is_cross_entropy, _architecture(model), repr(module))
-        if key not in known:
-            known[key] = curved_layers(model, inputs, module=module, up_to_a_constant=loss.is_cross_entropy)
-        plan = Plan(names, tuple(name for name in names if name in known[key]), residual=True, exact=True)
-    if targets is None and (plan.hutchinson or loss.root_needs_targets):
-        raise ValueError(
-            f"Expected argument `targets` to be a tensor, because estimator={estimator!r} needs the loss of this model,"
-            " but got None."
-        )
-    return plan
-
-
-def _architecture(model: object) -> str:
-    """What changes when a model is put together otherwise, or another function takes its place."""
-    if isinstance(model, functools.partial):
-        return repr((_architecture(model.func), model.args, model.keywords))
-    function = getattr(model, "__func__", model)
-    return repr((function, getattr(model, "__self__", None)))
-
-
 def _more_probes(sums: CurvatureSums, *, rtol: float, max_probes: int) -> tuple[range, range]:
     """Which probes are missing, as far as the error so far tells: at most three times those that there are.
 
@@ -253,13 +189,6 @@ def _estimate(sums: CurvatureSums, plan: Plan) -> TraceEstimate:
     )
 
 
-def check_estimator(estimator: Estimator) -> Estimator:
-    """Return ``estimator``, or raise a ``ValueError`` if it is unknown."""
-    if estimator not in get_args(Estimator):
-        raise ValueError(f"Expected argument `estimator` to be one of {get_args(Estimator)}, but got {estimator!r}.")
-    return estimator
-
-
 def _check_options(
     estimator: Estimator, *, num_probes: int, rtol: float | None, max_probes: int, chunk_size: int | None
 ) -> None:
@@ -272,7 +201,3 @@ def _check_options(
     real = isinstance(number, Real) and not isinstance(number, bool)
     if rtol is not None and not (real and 0 < rtol < math.inf):
         raise ValueError(f"Expected argument `rtol` to be a positive number or None, but got {rtol!r}.")
-
-
-def _describe(loss_fn: object) -> str:
-    return getattr(loss_fn, "__name__", type(loss_fn).__name__)

@@ -10,8 +10,8 @@ from torch import Tensor
 from torchmetrics.utilities import dim_zero_cat
 
 from lightning_robust.functional._checks import check_positive_integer
+from lightning_robust.functional._curvature_plan import Estimator, check_estimator
 from lightning_robust.functional._curvature_sums import NUM_BLOCKS, CurvatureSums
-from lightning_robust.functional.hessian_trace import Estimator, check_estimator
 from lightning_robust.functional.weight_curvature_index import weight_norms
 from lightning_robust.metrics._base import ProbeMetric, code_points, text_of
 from lightning_robust.probe import Attack, Probe

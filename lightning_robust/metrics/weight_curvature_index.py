@@ -7,8 +7,8 @@ from typing import Literal
 from torch import Tensor
 
 from lightning_robust.functional._checks import check_positive_integer
+from lightning_robust.functional._curvature_plan import Estimator
 from lightning_robust.functional.attacks import Norm
-from lightning_robust.functional.hessian_trace import Estimator
 from lightning_robust.functional.weight_curvature_index import curvature_slopes, curvature_terms
 from lightning_robust.metrics._base import error_bar
 from lightning_robust.metrics._curvature import CurvatureMetric, stderr_of_probes

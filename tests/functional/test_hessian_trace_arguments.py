@@ -11,7 +11,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from lightning_robust.functional import hessian_trace
-from lightning_robust.functional._curvature_probes import Draws, Plan, curvature_sums
+from lightning_robust.functional._curvature_plan import Plan
+from lightning_robust.functional._curvature_probes import Draws, curvature_sums
 from lightning_robust.functional._curvature_sums import joined
 from lightning_robust.functional._piecewise_linear import curved_layers
 from lightning_robust.functional._signs import sample_signs

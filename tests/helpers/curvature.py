@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_robust.functional import TraceEstimate, _curvature_probes
+from lightning_robust.functional._curvature_plan import Plan
 from lightning_robust.functional._grad_mode import differentiable_weights
 from lightning_robust.functional._losses import LossFn, SampleLoss
 from lightning_robust.functional._sample_gradients import SampleGradients
@@ -161,7 +162,7 @@ def enumerated_products(case: Case, loss_fn: LossFn | None = None, *, residual: 
     with mock.patch.object(_curvature_probes, "weight_signs", unit_vectors):
         sums = _curvature_probes.curvature_sums(
             *case,
-            plan=_curvature_probes.Plan(names if residual else (), names, residual=residual, exact=True),
+            plan=Plan(names if residual else (), names, residual=residual, exact=True),
             draws=_curvature_probes.Draws([0] * len(case.inputs), [0] * len(case.inputs)),
             probes=(range(0), range(size)),
             loss_fn=loss_fn,
