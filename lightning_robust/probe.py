@@ -249,7 +249,7 @@ def find_flaws(probe: Probe) -> list[str]:
         return flaws
     disturbed = x.clone()
     disturbed[0] = x[-1]  # another sample rather than noise: some networks refuse inputs that are out of range
-    moves = (probe.outputs(disturbed) - outputs).abs().flatten(1).amax(dim=1) > tolerance
+    moves = (probe.outputs(disturbed) - outputs).abs().reshape(len(x), -1).amax(dim=1) > tolerance
     if moves[1:].any():
         flaws.append(
             "The model mixes the samples of a batch (changing one sample changed the outputs of others), so there"

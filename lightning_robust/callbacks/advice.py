@@ -60,8 +60,9 @@ def on_values(values: Mapping[str, float], *, prefix: str) -> list[str]:
     """Say it if an index of weight curvature is worth nothing, because layers of negative curvature count as 0."""
     return [
         f"`{prefix}{key}` is not to be trusted: on this network the curvature of {values[f'{key}_negative_layers']:.0f}"
-        " layers is negative or drowned by noise, and counts as 0. `WeightCurvatureIndex(estimator='gauss_newton')` is"
-        " never negative; a smaller `epsilon` or more `num_probes` may help, too."
+        " layers is negative, in truth or by the noise of probes, and counts as 0."
+        " `WeightCurvatureIndex(estimator='gauss_newton')` is never negative; more `num_probes`"
+        f"{' or a smaller `epsilon`' if key == 'adversarial_wci' else ''} may help, too."
         for key in ("wci", "adversarial_wci")
         if values.get(f"{key}_negative_layers", 0) > 0 and values.get(f"{key}_stderr", 0) > 0.5 * values[key]
     ]
@@ -83,10 +84,9 @@ def skipped(causes: Mapping[int, str], names: Mapping[int, str], *, epoch: int) 
             by_cause.setdefault(cause.rstrip("."), []).append(names[number])
         parts = [f"{' and '.join(metrics)}: {cause}." for cause, metrics in by_cause.items()]
         what = f"in epoch {epoch} {' '.join(parts)}"
-    return (
-        f"RobustnessMonitor skipped {what} The run goes on. If the module is not called as `pl_module(inputs)`, pass"
-        " `probe_fn`; `on_error='raise'` stops with a traceback instead."
-    )
+    ours = all(cause.partition(": ")[2].startswith("Expected ") for cause in causes.values())
+    hint = "" if ours else " If the module is not called as `pl_module(inputs)`, pass `probe_fn`."
+    return f"RobustnessMonitor skipped {what} The run goes on.{hint} `on_error='raise'` stops with a traceback instead."
 
 
 def on_probe(probe: Probe) -> list[str]:

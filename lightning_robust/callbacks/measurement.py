@@ -97,7 +97,10 @@ class Measurement:
     def _compute(self, number: int, metric: ProbeMetric, values: Values) -> None:
         computed = metric.compute()
         if twice := {key for earlier in values.values() for key in earlier}.intersection(computed):
-            raise ValueError(f"Expected each metric to log its own keys, but two log {sorted(twice)}.")
+            raise ValueError(
+                f"Expected each metric to log its own keys, but two log {sorted(twice)[:3]}."
+                " Another RobustnessMonitor with another `log_key_prefix` can measure the second."
+            )
         values[number] = computed
 
     def _agree(self, device: torch.device) -> Verdict:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
@@ -27,6 +28,10 @@ from lightning_robust.probe import Probe
 
 class RobustnessWarning(UserWarning):
     """A measurement was skipped, or its numbers need care."""
+
+
+# Python shows a sentence once per process, but the second run of a sweep needs it as much as the first.
+warnings.filterwarnings("always", category=RobustnessWarning, append=True)
 
 
 class RobustnessMonitor(Callback):

@@ -96,28 +96,30 @@ def check_inputs(inputs: Tensor) -> None:
 
 def check_logits(logits: object, *, num_samples: int) -> None:
     """Raise unless ``logits`` is a finite tensor ``(num_samples, C)`` with C ≥ 2."""
-    expected = f"Expected the model to return logits of shape ({num_samples}, C) with C ≥ 2 classes"
+    expected = "Expected the model to return logits of shape (N, C) with C ≥ 2 classes"
+    came = f"but for {num_samples} inputs it returned"
     if num_samples == 0:
         raise ValueError("Expected at least one sample, but got none.")
     if not isinstance(logits, Tensor):
-        raise TypeError(f"{expected}, but it returned {type(logits).__name__}. {_WRAP}")
+        raise TypeError(f"{expected}, {came} {type(logits).__name__}. {_WRAP}")
     if logits.ndim != 2 or len(logits) != num_samples:
-        raise ValueError(f"{expected}, but it returned shape {tuple(logits.shape)}. {_WRAP}")
+        raise ValueError(f"{expected}, {came} shape {tuple(logits.shape)}. {_WRAP}")
     if logits.shape[1] < 2:
         raise ValueError(
-            f"{expected}, but it returned shape {tuple(logits.shape)}. A single output z of a binary classifier stands"
-            " for the logits (0, z): wrap the model so that it returns both (in a callback, through `probe_fn`)."
+            f"{expected}, {came} shape {tuple(logits.shape)}. A single output z of a binary classifier stands for the"
+            " logits (0, z): wrap the model so that it returns both (in a callback, through `probe_fn`). Of a"
+            " regression only curvature can be measured, with its `loss_fn`."
         )
     check_finite(logits, "logits")
 
 
 def check_outputs(outputs: object, *, num_samples: int) -> None:
     """Raise unless ``outputs`` is a finite tensor ``(num_samples, ...)``."""
-    expected = f"Expected the model to return outputs of shape ({num_samples}, ...)"
+    expected = f"Expected the model to return outputs of shape (N, ...), but for {num_samples} inputs it returned"
     if not isinstance(outputs, Tensor):
-        raise TypeError(f"{expected}, but it returned {type(outputs).__name__}. {_WRAP}")
+        raise TypeError(f"{expected} {type(outputs).__name__}. {_WRAP}")
     if outputs.ndim == 0 or len(outputs) != num_samples:
-        raise ValueError(f"{expected}, but it returned shape {tuple(outputs.shape)}. {_WRAP}")
+        raise ValueError(f"{expected} shape {tuple(outputs.shape)}. {_WRAP}")
     check_finite(outputs, "outputs")
 
 
@@ -129,8 +131,9 @@ def check_targets(targets: Tensor, *, num_samples: int, num_classes: int | None 
     if not integer or targets.shape != (num_samples,):
         raise ValueError(
             f"Expected argument `targets` to hold one class index per sample, an integer tensor of shape"
-            f" ({num_samples},), but got {targets.dtype} of shape {tuple(targets.shape)}. (Take"
-            " `.squeeze(1)` of a column, `.argmax(dim=1)` of one-hot rows.)"
+            f" ({num_samples},), but got {targets.dtype} of shape {tuple(targets.shape)}. Take `.squeeze(1)` of a"
+            " column, `.argmax(dim=1)` of one-hot rows, `.long()` of classes in floating point. Where there are no"
+            " classes, only curvature can be measured, with its `loss_fn`."
         )
     if num_classes is not None and num_samples and not (targets.min() >= 0 and targets.max() < num_classes):
         raise ValueError(

@@ -73,6 +73,10 @@ class CurvatureMetric(ProbeMetric):
             row[len(norms) :] += self.rows[0][len(norms) :]
         self.rows, self.text = [row], [text]
 
+    def _key(self, key: str) -> str:
+        """What is logged under ``key`` if it is of the Hessian, and under a name of its own if that is not known."""
+        return f"{key}_gauss_newton" if self.estimator == "gauss_newton" else key
+
     def _gathered(self) -> Curvature | None:
         """The sums of all processes; None if none has seen a sample."""
         text = text_of(dim_zero_cat(self.text)) if len(self.text) else ""

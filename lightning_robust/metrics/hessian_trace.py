@@ -17,6 +17,8 @@ class HessianTrace(CurvatureMetric):
       the choice of samples, probes included
     - ``hessian_trace_stderr_probes``: the error from the choice of probes alone, which ``num_probes`` lowers
     - ``hessian_trace/<parameter>``: of each parameter tensor; they add up to the whole
+    - with ``estimator="gauss_newton"`` the same as ``hessian_trace_gauss_newton``, because on networks that are not
+      piecewise linear it is another matrix
 
     Units: loss per squared unit of weight.
 
@@ -41,8 +43,9 @@ class HessianTrace(CurvatureMetric):
         if curvature is None:
             return {}
         sums, total = curvature.sums, curvature.sums.total()
-        values = error_bar("hessian_trace", total.means()[0], total.sample_stderr()[0])
-        values |= stderr_of_probes("hessian_trace", total.probe_stderr()[0])
+        key = self._key("hessian_trace")
+        values = error_bar(key, total.means()[0], total.sample_stderr()[0])
+        values |= stderr_of_probes(key, total.probe_stderr()[0])
         if self.per_layer:
-            values |= {f"hessian_trace/{name}": trace for name, trace in zip(sums.names, sums.means(), strict=True)}
+            values |= {f"{key}/{name}": trace for name, trace in zip(sums.names, sums.means(), strict=True)}
         return values

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from lightning_robust.functional._checks import check_positive_integer
@@ -29,6 +30,7 @@ class WeightCurvatureIndex(CurvatureMetric):
     - ``wci_negative_layers``: how many of its layers have a trace below 0, and count as 0
     - ``wci/<parameter>``: the term of each weight tensor; they add up to the whole
     - with ``attack`` the same as ``adversarial_wci``, ``adversarial_wci_stderr`` and so on
+    - with ``estimator="gauss_newton"`` as ``wci_gauss_newton`` or ``adversarial_wci_gauss_newton``
 
     On smooth networks the loss of attacked inputs can be curved downwards in most layers, which then count as 0 and
     make the index worthless: ``wci_negative_layers`` says so, and ``estimator="gauss_newton"``, which is never
@@ -77,7 +79,7 @@ class WeightCurvatureIndex(CurvatureMetric):
         curvature = self._gathered()
         if curvature is None:
             return {}
-        key = "wci" if self.attack is None else "adversarial_wci"
+        key = self._key("wci" if self.attack is None else "adversarial_wci")
         sums, norms = curvature.sums, curvature.norms.nan_to_num(nan=0.0)
         counted, traces = curvature.norms.isfinite(), sums.means()
         terms = curvature_terms(norms, traces)
@@ -87,6 +89,7 @@ class WeightCurvatureIndex(CurvatureMetric):
 
         by_samples = sums.combined(linearised(sums.sample_stderr())).sample_stderr()[0]
         by_probes = sums.combined(linearised(sums.probe_stderr())).probe_stderr()[0]
+        by_samples = torch.maximum(by_samples, by_probes.nan_to_num(nan=0.0))  # they were linearised otherwise
         values = {name: value.clamp_min(0) for name, value in error_bar(key, terms.sum(), by_samples).items()}
         values |= stderr_of_probes(key, by_probes)
         values[f"{key}_negative_layers"] = (counted & (traces < 0)).sum().to(terms)

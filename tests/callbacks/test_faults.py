@@ -1,5 +1,7 @@
 """Whatever goes wrong inside a measurement: a clear sentence, and the run goes on."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -68,9 +70,9 @@ def nan_inputs() -> DataLoader:
         (None, three_parts, r"batches `\(inputs, targets\)`.*got a list of 3 \(Tensor, Tensor, Tensor\).*probe_fn"),
         (None, integers, r"inputs` to be floating point, but got torch.int64.*probe_fn"),
         (None, nan_inputs, r"finite inputs, but got NaN or infinity in 32 of 32 samples"),
-        (lambda z: z[:, :, None], loader, r"logits of shape \(\d+, C\).*returned shape \(\d+, 4, 1\)"),
-        (lambda z: (z, z), loader, r"outputs of shape \(\d+, \.\.\.\).*returned tuple.*probe_fn"),
-        (lambda z: z[:, :1], loader, r"C ≥ 2 classes, but it returned shape \(\d+, 1\).*\(0, z\)"),
+        (lambda z: z[:, :, None], loader, r"logits of shape \(N, C\).*returned shape \(\d+, 4, 1\)"),
+        (lambda z: (z, z), loader, r"outputs of shape \(N, \.\.\.\).*returned tuple.*probe_fn"),
+        (lambda z: z[:, :1], loader, r"C ≥ 2 classes, but for \d+ inputs it returned shape \(\d+, 1\).*\(0, z\)"),
         (lambda z: z[:, :2], loader, r"between 0 and 1, one of the 2 classes.*values from"),
         (lambda z: z * torch.nan, loader, r"finite outputs, but got NaN"),
     ],
@@ -265,15 +267,16 @@ def test_input_std_of_the_wrong_length_is_named_and_leaves_what_has_no_use_for_i
 
 
 @pytest.mark.parametrize("loss_fn", [nn.MSELoss(), nn.BCEWithLogitsLoss()], ids=["mse", "bce"])
-def test_a_single_output_has_curvature(tmp_path: Path, loss_fn: nn.Module) -> None:
+@pytest.mark.parametrize("output", [slice(1), 0], ids=["column", "squeezed"])
+def test_a_single_output_has_curvature(tmp_path: Path, output: slice | int, loss_fn: nn.Module) -> None:
     x, _ = samples().tensors
-    y = (x.flatten(1).sum(dim=1, keepdim=True) > 0).float()
-    model = Quiet(Outputs(lambda z: z[:, :1]))
+    y = (x.flatten(1).sum(dim=1, keepdim=True) > 0).float()[:, output]
+    model = Quiet(Outputs(lambda z: z[:, output]))
     messages, rows = fit(
         model, loader(TensorDataset(x, y)), tmp_path, metrics=["hessian_trace"], loss_fn=loss_fn, chunk_size=8
     )
     assert messages == []
-    network = Outputs(lambda z: z[:, :1])
+    network = Outputs(lambda z: z[:, output])
     network.load_state_dict(model.network.state_dict())
     last = hessian_trace(network, x, y, loss_fn=loss_fn, rtol=None)
     assert rows[-1]["robust/hessian_trace"] == pytest.approx(float(last.total), rel=1e-5)
@@ -325,7 +328,37 @@ def test_the_way_out_of_a_missing_second_derivative_works(tmp_path: Path) -> Non
     network = nn.Sequential(nn.Flatten(), nn.Linear(16, 8), Squared(), nn.Linear(8, 4))
     messages, rows = fit(Quiet(network), loader(), tmp_path, metrics=[HessianTrace(estimator="gauss_newton")])
     assert messages == []
-    assert all(row["robust/hessian_trace"] > 0 for row in rows)
+    assert all(row["robust/hessian_trace_gauss_newton"] > 0 for row in rows)
+
+
+def test_the_two_matrices_can_be_logged_side_by_side(tmp_path: Path) -> None:
+    metrics = ["hessian_trace", HessianTrace(estimator="gauss_newton")]
+    network = nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.Tanh(), nn.Linear(8, 4))
+    messages, rows = fit(Quiet(network), loader(), tmp_path, metrics=metrics)
+    assert messages == []
+    for row in rows:
+        assert row["robust/hessian_trace"] != row["robust/hessian_trace_gauss_newton"]
+        assert row["robust/hessian_trace/network.1.weight"] != row["robust/hessian_trace_gauss_newton/network.1.weight"]
+
+
+def test_how_the_module_is_called_is_asked_after_errors_of_its_own_only(tmp_path: Path) -> None:
+    def refuse(z: Tensor) -> Tensor:
+        raise TypeError("forward() missing 1 required positional argument: 'mask'")
+
+    hint = "If the module is not called as `pl_module(inputs)`, pass `probe_fn`."
+    messages, _ = fit(Quiet(Outputs(refuse)), loader(), tmp_path)
+    assert all(hint in message for message in messages)
+    messages, _ = fit(Quiet(), nan_inputs(), tmp_path)
+    assert not any(hint in message for message in messages)
+    assert len(messages) == 2
+
+
+def test_the_second_run_in_a_process_is_warned_as_the_first_was() -> None:
+    script = (
+        "from lightning_robust import RobustnessMonitor\nfor _ in range(2):\n    RobustnessMonitor()._warn('beware')"
+    )
+    errors = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stderr
+    assert errors.count("beware") == 2
 
 
 def test_a_function_that_calls_the_module_is_measured_on_the_module_s_weights(tmp_path: Path) -> None:

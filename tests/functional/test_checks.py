@@ -95,7 +95,7 @@ def test_inputs_without_a_derivative_or_a_value_are_refused(
 @pytest.mark.parametrize(
     ("model", "error", "sentence"),
     [
-        (lambda x: (x, x), TypeError, r"logits of shape \(\d, C\).*tuple.*`probe_fn`"),
+        (lambda x: (x, x), TypeError, r"logits of shape \(N, C\).*returned tuple.*`probe_fn`"),
         (lambda x: {"logits": x}, TypeError, "returned dict"),
         (lambda x: x[:, 0], ValueError, r"returned shape \(\d,\)"),
         (lambda x: x[:, :, None].expand(-1, 3, 2), ValueError, r"returned shape \(\d, 3, 2\)"),

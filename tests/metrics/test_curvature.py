@@ -165,6 +165,16 @@ def test_states_do_not_grow_with_parameters_or_samples() -> None:
     assert size(4, 3) == size(400, 30)
 
 
+@pytest.mark.parametrize("num_samples", [3, 20, 40])
+@pytest.mark.parametrize("metric", [HessianTrace, WeightCurvatureIndex])
+def test_the_error_of_samples_includes_that_of_probes(metric: type[CurvatureMetric], num_samples: int) -> None:
+    for name in ("mlp", "attention", "cnn_batchnorm"):
+        values = measured(metric(estimator="hutchinson"), probe(name, num_samples))
+        (stderr,) = (value for key, value in values.items() if key.endswith("_stderr"))
+        (of_probes,) = (value for key, value in values.items() if key.endswith("_stderr_probes"))
+        assert stderr >= of_probes > 0
+
+
 def test_the_index_stays_finite_and_counts_layers_of_negative_trace() -> None:
     for num_samples in range(4, 30):  # until a single probe comes out negative somewhere
         sample = probe("resnet", num_samples)
