@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
 from functools import cached_property
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -22,13 +21,10 @@ from lightning_robust.functional._checks import (
 from lightning_robust.functional._curvature_plan import Estimator, make_plan
 from lightning_robust.functional._curvature_probes import Draws, curvature_sums
 from lightning_robust.functional._curvature_sums import CurvatureSums
-from lightning_robust.functional._grad_mode import differentiable, full_precision, owner_of
+from lightning_robust.functional._grad_mode import differentiable, full_precision
 from lightning_robust.functional._losses import LossFn
 from lightning_robust.functional.attacks import Norm, pgd
 from lightning_robust.functional.linearization import Linearization, linearize
-
-# Which layers of a network are not piecewise linear, found out once and forgotten with the network.
-_CURVED: WeakKeyDictionary[nn.Module, dict[tuple[object, ...], frozenset[str]]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -163,7 +159,6 @@ class Probe:
     def _curvature(self, estimator: Estimator, num_probes: int, attack: Attack | None) -> CurvatureSums:
         check_inputs(self.inputs)
         inputs = self.inputs if attack is None else self.attacked(attack)
-        owner = owner_of(self.model) if self.module is None else self.module
         chunk_size = self.chunk_size
         if chunk_size is not None:
             chunk_size = max(1, chunk_size // self.outputs(inputs[:2])[0].numel())
@@ -174,7 +169,7 @@ class Probe:
             estimator=estimator,
             loss_fn=self.loss_fn,
             module=self.module,
-            known={} if owner is None else _CURVED.setdefault(owner, {}),
+            chunk_size=chunk_size,
         )
         return curvature_sums(
             self.model,

@@ -122,9 +122,10 @@ class RobustnessMonitor(Callback):
             raise MisconfigurationException(
                 f"Expected argument `probe_fn` to be callable, but got {type(probe_fn).__name__}."
             )
-        if loss_fn is not None and not callable(loss_fn):
+        if loss_fn is not None and (isinstance(loss_fn, type) or not callable(loss_fn)):
+            came = f"the class {loss_fn.__name__}" if isinstance(loss_fn, type) else type(loss_fn).__name__
             raise MisconfigurationException(
-                f"Expected argument `loss_fn` to be callable, but got {type(loss_fn).__name__}."
+                f"Expected argument `loss_fn` to be a function or a module, but got {came}."
             )
         if not isinstance(log_key_prefix, str) or not log_key_prefix:
             raise MisconfigurationException(

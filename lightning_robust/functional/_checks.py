@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -121,6 +121,15 @@ def check_outputs(outputs: object, *, num_samples: int) -> None:
     if outputs.ndim == 0 or len(outputs) != num_samples:
         raise ValueError(f"{expected} shape {tuple(outputs.shape)}. {_WRAP}")
     check_finite(outputs, "outputs")
+
+
+def outputs_of(model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Call a network on samples ``(N, ...)``, on a copy that it may change, and check what it returns."""
+    outputs = model(x.clone())
+    if isinstance(outputs, Tensor) and len(x) == 1 and outputs.ndim > 0 and len(outputs) != 1:
+        outputs = outputs[None]  # a network that squeezes its outputs loses the dimension of a single sample
+    check_outputs(outputs, num_samples=len(x))
+    return outputs
 
 
 def check_targets(targets: Tensor, *, num_samples: int, num_classes: int | None = None) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -53,7 +52,7 @@ def make_plan(
     estimator: Estimator,
     loss_fn: LossFn | None,
     module: nn.Module | None,
-    known: dict[tuple[object, ...], frozenset[str]],
+    chunk_size: int | None = None,
 ) -> Plan:
     """Decide how each layer is measured.
 
@@ -64,8 +63,7 @@ def make_plan(
         estimator: See :func:`hessian_trace`.
         loss_fn: See :func:`hessian_trace`.
         module: See :func:`hessian_trace`.
-        known: Remembers what :func:`curved_layers` found: it depends on the architecture alone, so that once per
-            network will do.
+        chunk_size: See :func:`hessian_trace`.
 
     Raises:
         ValueError: If the estimator cannot be had.
@@ -84,24 +82,16 @@ def make_plan(
     elif estimator == "hutchinson" or not loss.has_root:
         plan = Plan((), names, residual=False, exact=True)
     else:
-        key = (names, loss.is_cross_entropy, _architecture(model), repr(module))
-        if key not in known:
-            known[key] = curved_layers(model, inputs, module=module, up_to_a_constant=loss.is_cross_entropy)
-        plan = Plan(names, tuple(name for name in names if name in known[key]), residual=True, exact=True)
+        curved = curved_layers(
+            model, inputs, module=module, up_to_a_constant=loss.is_cross_entropy, chunk_size=chunk_size
+        )
+        plan = Plan(names, tuple(name for name in names if name in curved), residual=True, exact=True)
     if targets is None and (plan.hutchinson or loss.root_needs_targets):
         raise ValueError(
             f"Expected argument `targets` to be a tensor, because estimator={estimator!r} needs the loss of this model,"
             " but got None."
         )
     return plan
-
-
-def _architecture(model: object) -> str:
-    """What changes when a model is put together otherwise, or another function takes its place."""
-    if isinstance(model, functools.partial):
-        return repr((_architecture(model.func), model.args, model.keywords))
-    function = getattr(model, "__func__", model)
-    return repr((function, getattr(model, "__self__", None)))
 
 
 def check_estimator(estimator: Estimator) -> Estimator:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lightning_robust.functional._checks import check_finite, check_inputs, check_outputs
+from lightning_robust.functional._checks import check_finite, check_inputs, outputs_of
 from lightning_robust.functional._curvature_plan import Plan
 from lightning_robust.functional._curvature_sums import NUM_BLOCKS, CurvatureSums
 from lightning_robust.functional._grad_mode import Weights, differentiable_weights, full_precision
@@ -83,36 +83,57 @@ def curvature_sums(
         y = None if targets is None else loss.prepared(full_precision(targets), num_samples=len(x))
         gradients = SampleGradients(model, weights, plan.gauss_newton)
         size = gradients.samples_at_once(x) if chunk_size is None else chunk_size
+        examined: list[Tensor] = []
+        exact = False
         for rows in torch.split(torch.arange(len(x)), size):
             chunk, labels = x[rows], None if y is None else y[rows]
             with torch.no_grad():
-                outputs = _outputs(model, chunk)
+                outputs = outputs_of(model, chunk)
             loss.check(outputs, labels)
+            if loss.is_foreign:
+                examined.append(outputs)
             counts.index_add_(0, blocks[rows], loss.weights(outputs, labels).cpu())
             if probes[0]:
-                signs = sample_signs([draws.keys[row] for row in rows], probes[0], outputs[0].numel())
-                cotangents = loss.cotangents(outputs, labels, signs.to(outputs.device))
-                parts[0].index_add_(1, blocks[rows], gradients.squared_norms(chunk, cotangents).cpu())
+                keys = [draws.keys[row] for row in rows]
+                forms, exact = _gauss_newton_forms(gradients, loss, chunk, outputs, labels, keys, probes[0])
+                parts[0].index_add_(1, blocks[rows], forms.cpu())
+        if examined and y is not None:
+            loss.examine(torch.cat(examined), y)
         places = [plan.names.index(name) for name in plan.hutchinson]
         for block in sorted(set(draws.blocks)) if probes[1] else ():
-            keys = [(draws.seed, block, probe) for probe in probes[1]]
-            for rows in torch.split((blocks == block).nonzero()[:, 0], chunk_size or len(x)):
+            of_weights = [(draws.seed, block, probe) for probe in probes[1]]
+            for rows in torch.split((blocks == block).nonzero()[:, 0], chunk_size or -(-len(x) // 4)):
                 assert y is not None
-                forms = _quadratic_forms(model, weights, loss, x[rows], y[rows], keys, plan)
+                forms = _quadratic_forms(model, weights, loss, x[rows], y[rows], of_weights, plan)
                 parts[1][:, block, places] += forms.cpu()
     if not counts.any():
         raise ValueError("Expected at least one sample that counts in the loss, but all have the ignored index.")
     for part in parts:
         check_finite(part.flatten(1), "curvature")
-    return CurvatureSums(plan.names, parts, counts)
+    return CurvatureSums(plan.names, parts, counts, exact)
 
 
-def _outputs(model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    outputs = model(x.clone())
-    if isinstance(outputs, Tensor) and len(x) == 1 and outputs.ndim > 0 and len(outputs) != 1:
-        outputs = outputs[None]  # a network that squeezes its outputs loses the dimension of a single sample
-    check_outputs(outputs, num_samples=len(x))
-    return outputs
+def _gauss_newton_forms(
+    gradients: SampleGradients,
+    loss: SampleLoss,
+    x: Tensor,
+    outputs: Tensor,
+    y: Tensor | None,
+    keys: Sequence[int],
+    probes: range,
+) -> tuple[Tensor, bool]:
+    """``‖∂(wᵀz)/∂W_k‖²`` for each probe, sample and layer, ``(M, N, L)``, and whether these are the traces themselves.
+
+    Where there are as many probes as columns of the root, these are taken one by one: nothing is left to chance.
+    """
+    columns, size = loss.num_columns(outputs), outputs[0].numel()
+    exact = columns <= probes.stop
+    if exact:
+        signs = torch.eye(columns, size, dtype=torch.int8).unsqueeze(1).expand(-1, len(x), -1)
+    else:
+        signs = sample_signs(keys, probes, size)
+    forms = gradients.squared_norms(x, loss.cotangents(outputs, y, signs.to(outputs.device)))
+    return (forms.sum(dim=0).expand(len(probes), -1, -1) if exact else forms), exact
 
 
 def _quadratic_forms(
@@ -127,7 +148,7 @@ def _quadratic_forms(
     """``v_kᵀ(Hv)_k``, or with ``R`` for ``H``, summed over samples, for each key and layer, ``(M, L)``."""
     tensors = [weights.tensors[name] for name in plan.hutchinson]
     forms = torch.zeros(len(keys), len(tensors), dtype=torch.float64)
-    outputs = _outputs(model, x)
+    outputs = outputs_of(model, x)
     refuse_missing_derivatives(outputs, weights)
     if plan.residual:
         objective = (loss.gradients(outputs, y) * outputs).sum()
@@ -137,6 +158,7 @@ def _quadratic_forms(
         objective = losses.sum()
     if not objective.requires_grad:
         return forms
+    slopes: tuple[Tensor | None, ...] = ()
     try:
         slopes = torch.autograd.grad(objective, tensors, create_graph=True, allow_unused=True)
         for m, key in enumerate(keys):
@@ -149,5 +171,16 @@ def _quadratic_forms(
             )
             forms[m] = torch.stack([(v * (0 if p is None else p)).sum() for p, v in zip(products, signs, strict=True)])
     except RuntimeError as error:
-        raise no_second_derivative(error) from error
+        names = [name for name, s, w in zip(plan.hutchinson, slopes, tensors, strict=False) if not _has_product(s, w)]
+        raise no_second_derivative(f"in layer {names[0]!r}: {error}" if names else error) from error
     return forms
+
+
+def _has_product(slope: Tensor | None, tensor: Tensor) -> bool:
+    if slope is None or not slope.requires_grad:
+        return True
+    try:
+        torch.autograd.grad(slope.sum(), tensor, retain_graph=True, allow_unused=True)
+    except RuntimeError:
+        return False
+    return True

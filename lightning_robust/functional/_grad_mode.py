@@ -50,14 +50,12 @@ def full_precision(tensor: Tensor) -> Tensor:
 
 
 @contextmanager
-def differentiable(*callables: object, dtype: torch.dtype | None = None) -> Iterator[None]:
+def differentiable(*callables: object) -> Iterator[None]:
     """Switch derivatives on and shield every module among ``callables`` from them (see the module's docstring).
 
     Args:
         callables: Modules, bound methods of modules, partial applications of either, or plain functions. Functions are
             not looked into: networks that they close over must be named beside them, or keep their modes.
-        dtype: Type of the floating-point stand-ins, which are then copies of their own; by default that of the
-            originals, or float32 for half precision.
     """
     modules = _modules(callables)
     with ExitStack() as stack:
@@ -73,7 +71,7 @@ def differentiable(*callables: object, dtype: torch.dtype | None = None) -> Iter
         stack.enter_context(_in_eval_mode(modules))
         stack.enter_context(without_leftovers(modules))
         stack.enter_context(without_backward_hooks(modules))
-        stack.enter_context(_shielded_tensors(modules, dtype))
+        stack.enter_context(_shielded_tensors(modules))
         stack.enter_context(affine_batch_norm(modules))
         stack.enter_context(plain_weight_norm(modules))
         yield
@@ -91,14 +89,20 @@ class Weights:
         self.modules = list(module.modules())
         self._places: dict[str, list[tuple[dict[str, Any], str]]] = {}
         self.tensors: dict[str, Tensor] = {}
+        self._originals: set[int] = set()
         names: dict[int, str] = {}
         for prefix, owner in module.named_modules():
             for key, tensor in owner._parameters.items():
-                if tensor is None or not _is_trained(tensor):
+                if tensor is None or not _original(tensor).requires_grad:
                     continue
+                self._originals.add(id(_original(tensor)))
                 name = names.setdefault(id(tensor), f"{prefix}.{key}".lstrip(".").replace("_orig_mod.", ""))
                 self._places.setdefault(name, []).append((owner._parameters, key))
                 self.tensors[name] = tensor.requires_grad_()
+
+    def is_original(self, tensor: Tensor) -> bool:
+        """Whether a tensor is one of those that these stand in for, which nobody should compute with."""
+        return id(tensor) in self._originals
 
     @contextmanager
     def replaced(self, tensors: Mapping[str, Tensor]) -> Iterator[None]:
@@ -120,7 +124,6 @@ def differentiable_weights(
     model: Callable[..., object],
     *others: object,
     module: nn.Module | None = None,
-    dtype: torch.dtype | None = None,
 ) -> Iterator[Weights]:
     """Make the outputs of ``model`` twice differentiable with respect to its weights, and shield them all the same.
 
@@ -130,7 +133,6 @@ def differentiable_weights(
         model: Module, bound method of a module, partial application of either, or a plain function.
         others: What else takes part, such as a loss with class weights.
         module: The module whose weights are meant, by default the one that ``model`` is or belongs to.
-        dtype: See :func:`differentiable`.
 
     Raises:
         ValueError: If no module is known, or it has no parameter that is trained.
@@ -141,7 +143,7 @@ def differentiable_weights(
             "Expected a model whose weights are known, a torch.nn.Module or a method of one, but got a plain function"
             f" {getattr(model, '__name__', model)!r}. Pass the network that it calls as `module`."
         )
-    with differentiable(model, module, *others, dtype=dtype), sdpa_kernel(SDPBackend.MATH):
+    with differentiable(model, module, *others), sdpa_kernel(SDPBackend.MATH):
         weights = Weights(module)
         if not weights.tensors:
             raise ValueError(
@@ -196,7 +198,7 @@ def _in_eval_mode(modules: list[nn.Module]) -> Iterator[None]:
 
 
 @contextmanager
-def _shielded_tensors(modules: list[nn.Module], dtype: torch.dtype | None) -> Iterator[None]:
+def _shielded_tensors(modules: list[nn.Module]) -> Iterator[None]:
     stand_ins: dict[int, Tensor] = {}  # by identity, so that tied weights stay tied
 
     def shielded(tensors: dict[str, Any], shield: Callable[[Tensor], Tensor]) -> dict[str, Tensor | None]:
@@ -210,8 +212,8 @@ def _shielded_tensors(modules: list[nn.Module], dtype: torch.dtype | None) -> It
     try:
         for module in modules:
             shields: tuple[tuple[dict[str, Any], Callable[[Tensor], Tensor]], ...] = (
-                (module._parameters, functools.partial(_shield, dtype=dtype)),
-                (module._buffers, functools.partial(_copy, dtype=dtype)),
+                (module._parameters, functools.partial(_shield, copied=_renormalises(module))),
+                (module._buffers, _copy),
             )
             for tensors, shield in shields:
                 originals.append((tensors, dict(tensors)))
@@ -228,19 +230,25 @@ def _shielded_tensors(modules: list[nn.Module], dtype: torch.dtype | None) -> It
             module._flat_weights = flat_weights
 
 
-_TRAINED = "_stands_in_for_a_trained_parameter"
+_ORIGINAL = "_stands_in_for"
 
 
-def _shield(parameter: Tensor, dtype: torch.dtype | None) -> Tensor:
-    stand_in = full_precision(parameter) if dtype is None else _copy(parameter, dtype)
-    setattr(stand_in, _TRAINED, _is_trained(parameter))  # contexts may be nested
+def _shield(parameter: Tensor, *, copied: bool) -> Tensor:
+    stand_in = _copy(parameter) if copied else full_precision(parameter)
+    setattr(stand_in, _ORIGINAL, _original(parameter))
     return stand_in
 
 
-def _is_trained(parameter: Tensor) -> bool:
-    return parameter.requires_grad or getattr(parameter, _TRAINED, False)
+def _renormalises(module: nn.Module) -> bool:
+    """Whether a forward pass writes into the weights."""
+    return getattr(module, "max_norm", None) is not None
 
 
-def _copy(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    copied = full_precision(tensor).clone()
-    return copied.to(dtype) if dtype is not None and copied.is_floating_point() else copied
+def _original(parameter: Tensor) -> Tensor:
+    """The user's own tensor, also where contexts are nested."""
+    original: Tensor = getattr(parameter, _ORIGINAL, parameter)
+    return original
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return full_precision(tensor).clone()

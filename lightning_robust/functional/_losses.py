@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_robust.functional._checks import check_finite, check_logits, check_targets
+from lightning_robust.functional._loss_checks import check_second_derivative, check_sum
 
 LossFn = Callable[[Tensor, Tensor], Tensor]
 
@@ -43,20 +44,23 @@ class SampleLoss:
 
     Losses of torch, as modules, functions or partial applications of those, are asked for the losses of single samples;
     their mean weighs samples as torch does (class weights). Any other function is called on one sample at a time,
-    unless it returns one loss per sample.
+    unless it returns one loss per sample. The function itself is never changed.
 
     Args:
         loss_fn: Maps outputs ``(N, ...)`` and targets ``(N, ...)`` to a loss; None stands for cross-entropy.
     """
 
     def __init__(self, loss_fn: LossFn | None) -> None:
-        if loss_fn is not None and not callable(loss_fn):
-            raise TypeError(f"Expected argument `loss_fn` to be callable, but got {type(loss_fn).__name__}.")
+        if loss_fn is not None and (isinstance(loss_fn, type) or not callable(loss_fn)):
+            came = f"the class {loss_fn.__name__}" if isinstance(loss_fn, type) else type(loss_fn).__name__
+            raise TypeError(f"Expected argument `loss_fn` to be a function or a module, but got {came}.")
         self._function = _as_module(loss_fn)
-        self._reduction = str(getattr(self._function, "reduction", "mean"))
-        if isinstance(self._function, nn.Module) and hasattr(self._function, "reduction"):
+        self._reduction = "mean"
+        self.is_foreign = not _is_of_torch(self._function)
+        if not self.is_foreign and "reduction" in vars(self._function):
+            self._reduction = vars(self._function)["reduction"]
             self._function = copy.copy(self._function)
-            self._function.reduction = "none"  # type: ignore[assignment]
+            vars(self._function)["reduction"] = "none"
 
     @property
     def is_cross_entropy(self) -> bool:
@@ -120,13 +124,11 @@ class SampleLoss:
     def values(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Loss of each sample, ``(N,)``."""
         n = len(outputs)
-        losses = self._function(outputs, targets)
+        losses = self._called(outputs, targets)
         if losses.ndim == 0 and n == 1:
             return losses[None]
         if losses.ndim == 0:
-            of_batch = losses
-            losses = torch.stack([self._function(outputs[i : i + 1], targets[i : i + 1]).sum() for i in range(n)])
-            _check_sum(of_batch.detach(), losses.detach())
+            losses = torch.stack([self._called(outputs[i : i + 1], targets[i : i + 1]).sum() for i in range(n)])
         if losses.shape[:1] != (n,):
             raise ValueError(
                 f"Expected argument `loss_fn` to return one loss per sample, shape ({n},), or their mean, but got shape"
@@ -134,6 +136,29 @@ class SampleLoss:
             )
         rest = losses.reshape(n, -1)
         return rest.sum(dim=1) if self._reduction in ("sum", "batchmean") else rest.mean(dim=1)
+
+    def _called(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        losses: object = self._function(outputs, targets)
+        if not isinstance(losses, Tensor):
+            raise TypeError(f"Expected argument `loss_fn` to return a tensor, but got {type(losses).__name__}.")
+        return losses
+
+    def examine(self, outputs: Tensor, targets: Tensor) -> None:
+        """Raise unless a function of somebody's own is a mean over samples, and has the second derivative it claims.
+
+        Args:
+            outputs: ``(N, ...)``, all that will be measured.
+            targets: As the loss takes them.
+        """
+        with torch.no_grad():
+            of_batch, of_samples = self._called(outputs, targets), self.values(outputs, targets)
+        if of_batch.ndim == 0 and of_batch.isfinite():
+            check_sum(of_batch, of_samples)
+        check_second_derivative(self.values, outputs[:2], targets[:2])
+
+    def num_columns(self, outputs: Tensor) -> int:
+        """How many columns of the root can differ from zero."""
+        return outputs[0].numel() - self.is_cross_entropy
 
     def gradients(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Gradient of each sample's loss with respect to its outputs, of their shape."""
@@ -219,26 +244,24 @@ def softmax_root(logits: Tensor, signs: Tensor) -> Tensor:
 
 
 def _as_module(loss_fn: LossFn | None) -> LossFn:
-    """The module that does the same, if there is one in torch."""
-    function, options = loss_fn, dict[str, Any]()
-    if isinstance(loss_fn, functools.partial) and not loss_fn.args:
-        function, options = loss_fn.func, loss_fn.keywords
+    """The loss that is compiled, if it is; the module that does the same, if there is one in torch."""
+    function: Any = loss_fn
+    if isinstance(function, nn.Module):
+        return cast(LossFn, function._modules.get("_orig_mod") or function)
+    options = dict[str, Any]()
+    if isinstance(function, functools.partial) and not function.args:
+        function, options = function.func, function.keywords
     for known, module in _MODULES:
-        if known is function and options.keys() <= inspect.signature(module).parameters.keys():
+        if function is known and options.keys() <= inspect.signature(module).parameters.keys():
             return module(**options)
     return cast(LossFn, loss_fn)
 
 
-def _check_sum(of_batch: Tensor, of_samples: Tensor) -> None:
-    """Raise if a loss is neither the mean nor the sum of its values on single samples."""
-    slack = 1e-3 * float(of_samples.abs().mean())
-    near = (abs(float(expected - of_batch)) <= slack for expected in (of_samples.mean(), of_samples.sum()))
-    if of_batch.isfinite() and of_samples.isfinite().all() and not any(near):
-        raise ValueError(
-            f"Expected argument `loss_fn` to return a mean over samples, but its value on {len(of_samples)} samples is"
-            f" {float(of_batch):.6g} where the mean of its values on each is {float(of_samples.mean()):.6g}. Pass class"
-            " weights as `nn.CrossEntropyLoss(weight=...)`, or return one loss per sample."
-        )
+def _is_of_torch(function: object) -> bool:
+    """Whether it is a loss module of torch, or of a class that changes nothing but how it is made."""
+    if not isinstance(function, nn.Module) or "forward" in vars(function):
+        return False
+    return type(function).forward.__module__ == nn.modules.loss.__name__
 
 
 def _is_exactly(function: object, kind: type[nn.Module]) -> bool:

@@ -1,28 +1,66 @@
 """In which layers are the outputs of a network piecewise linear, and has it second derivatives at all?
 
-Where they are, the Hessian of the loss and its Gauss–Newton matrix have the same diagonal block. With random ``w`` and
-normal ``v`` on one parameter tensor, the Hessian of ``wᵀz`` times ``v`` vanishes in that tensor if, and only if,
-the outputs are piecewise linear in it as far as automatic differentiation can tell. (Random signs will not do: equal
-ones are in the null space of every softmax and normalisation. Second differences of the outputs
-are no such test: they cross the kinks of ReLUs.)
+Where they are, the Hessian of the loss and its Gauss–Newton matrix have the same diagonal block. It is read off the
+graph that autograd records of a forward pass. Outputs are piecewise linear in a parameter tensor if every operation
+between them is linear or piecewise linear (sums, views, ReLU, pooling), or linear in each factor while the tensor
+stands behind one of them only (products, convolutions, normalisation by running statistics). Whatever is not known to
+be so counts as curved, which costs time but is never wrong: the second derivatives, once taken, are zero.
+
+So the answer does not depend on how large weights and inputs are, nor on which samples a gate lets through. Comparing
+Hessian-vector products with zero does: functions saturate, and a branch that is masked out for the samples that were
+tried looks linear.
 
 Source: ours.
-Cost: a Hessian-vector product on two samples for each parameter tensor; once per network.
+Cost: a forward pass.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
+import functools
+import itertools
+import operator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_robust.functional._checks import check_outputs
+from lightning_robust.functional._checks import outputs_of
 from lightning_robust.functional._grad_mode import Weights, differentiable_weights, full_precision
 
-_CLEARLY_CURVED = 1e-2  # the Hessian against the square of the gradient, beyond what rounding makes of zero in float32
+Node = torch.autograd.graph.Node
+
+# Names of autograd's nodes, without "Backward" and a number.
+_SUMS_AND_PIECES = """
+    Add Sub Rsub Neg Sum Mean Cumsum Clone ToCopy Alias Expand Repeat
+    View UnsafeView ReshapeAlias AsStrided Permute Transpose T Squeeze Unsqueeze Flip Roll Diagonal Tril Triu Trace
+    Slice Select Split SplitWithSizes Unbind Unfold Narrow Index IndexSelect Gather Take Embedding
+    Cat Stack IndexPut IndexAdd IndexCopy IndexFill Scatter ScatterAdd SliceScatter SelectScatter
+    MaskedFill MaskedSelect MaskedScatter Where NanToNum
+    ConstantPadNd ReflectionPad1D ReflectionPad2D ReflectionPad3D ReplicationPad1D ReplicationPad2D ReplicationPad3D
+    Im2Col Col2Im PixelShuffle PixelUnshuffle ChannelShuffle
+    UpsampleNearest1D UpsampleNearest2D UpsampleNearest3D UpsampleLinear1D UpsampleBilinear2D UpsampleBilinear2DAa
+    UpsampleNearestExact1D UpsampleNearestExact2D UpsampleNearestExact3D
+    UpsampleBicubic2D UpsampleBicubic2DAa UpsampleTrilinear3D
+    AvgPool2D AvgPool3D AdaptiveAvgPool2D AdaptiveAvgPool3D MkldnnAdaptiveAvgPool2D
+    MaxPool2DWithIndices MaxPool3DWithIndices MkldnnMaxPool2D AdaptiveMaxPool2D AdaptiveMaxPool3D
+    Max Min Amax Amin Aminmax Maximum Minimum Fmax Fmin Topk Sort Median Kthvalue
+    Relu LeakyRelu Threshold Hardtanh RreluWithNoise Hardsigmoid Hardshrink Softshrink Clamp ClampMin ClampMax Abs
+    Sign Floor Ceil Round Trunc
+"""
+_PIECEWISE_LINEAR = frozenset(_SUMS_AND_PIECES.split())
+_PRODUCTS = "Mul Div Mm Bmm Mv Dot Linear MkldnnLinear PreluKernel Convolution"
+_SUMS_WITH_PRODUCTS = "Addmm Baddbmm Addbmm Addmv Addr Addcmul"
+_NORMALISATIONS = "NativeBatchNorm CudnnBatchNorm MiopenBatchNorm NativeLayerNorm NativeGroupNorm"
+# Operands of which each enters linearly while the others are held; what comes besides them is added.
+_FACTORS = {
+    **dict.fromkeys(_PRODUCTS.split(), slice(0, 2)),
+    **dict.fromkeys(_NORMALISATIONS.split(), slice(0, 2)),
+    **dict.fromkeys(_SUMS_WITH_PRODUCTS.split(), slice(1, 3)),
+    "Trilinear": slice(0, 3),
+}
+_CURVED_IN = {"Div": 1, "NativeLayerNorm": 0, "NativeGroupNorm": 0}  # but for this operand
+_SAMPLES = 32  # that pass together by default
 
 
 def curved_layers(
@@ -31,13 +69,9 @@ def curved_layers(
     *,
     module: nn.Module | None = None,
     up_to_a_constant: bool = True,
-    num_samples: int = 2,
+    chunk_size: int | None = None,
 ) -> frozenset[str]:
-    """Find the parameter tensors in which the outputs are not piecewise linear, or may not be.
-
-    Tested on a few samples, and on copies of the weights that are disturbed at random, so that a branch that is
-    initialised to zero is not taken for absent. In float32, where a piecewise linear layer has a Hessian of exactly
-    zero and most others a large one; what lies between may be rounding, and is tested again in float64.
+    """Find the parameter tensors in which the outputs are not piecewise linear, or not known to be.
 
     Args:
         model: See :func:`hessian_trace`.
@@ -45,69 +79,90 @@ def curved_layers(
         module: See :func:`hessian_trace`.
         up_to_a_constant: Whether a number added to all outputs of a sample makes no difference, as for cross-entropy:
             then log-probabilities are as good as logits.
-        num_samples: How many samples to look at.
+        chunk_size: How many samples pass together.
 
     Returns:
-        The names of the tensors.
+        The names of the tensors; those that the outputs do not depend on are among them.
 
     Raises:
-        ValueError: If a second derivative does not exist.
+        ValueError: If the network computes with a trained parameter itself, behind the back of its module.
     """
-    few = inputs[:num_samples]
-
-    def curvatures(dtype: torch.dtype) -> dict[str, float]:
-        with differentiable_weights(model, module=module, dtype=dtype) as weights:
-            outputs = _disturbed_outputs(model, weights, full_precision(few).to(dtype))
-            return _curvatures(outputs, weights, up_to_a_constant=up_to_a_constant)
-
-    first = curvatures(torch.float32)
-    curved = {name for name, size in first.items() if size > _CLEARLY_CURVED}
-    unclear = {name for name, size in first.items() if 0 < size <= _CLEARLY_CURVED}
-    if unclear:
-        try:
-            second, tolerance = curvatures(torch.float64), 1e-9
-        except Exception:  # whatever it is, float32 got over it: the device or the model insists on that
-            second, tolerance = first, 1e-5
-        curved |= {name for name in unclear if second[name] > tolerance}
-    return frozenset(curved)
+    linear: set[str] = set()
+    curved: set[str] = set()
+    with differentiable_weights(model, module=module) as weights:
+        for x in torch.split(full_precision(inputs), chunk_size or _SAMPLES):
+            found = _classified(outputs_of(model, x), weights, up_to_a_constant=up_to_a_constant)
+            linear |= found[0]
+            curved |= found[1]
+        return frozenset(name for name in weights.tensors if name in curved or name not in linear)
 
 
-def _disturbed_outputs(model: Callable[[Tensor], Tensor], weights: Weights, x: Tensor) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for tensor in weights.tensors.values():
-            noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor)
-            tensor.add_(0.1 * noise * tensor.square().mean().sqrt().clamp_min(1e-3))
-    outputs = model(x.clone())
-    check_outputs(outputs, num_samples=len(x))
-    refuse_missing_derivatives(outputs, weights)
-    return outputs.reshape(len(x), -1)
+def _classified(outputs: Tensor, weights: Weights, *, up_to_a_constant: bool) -> tuple[set[str], set[str]]:
+    """Names of the tensors in which the outputs are piecewise linear, and of those in which they are curved."""
+    names = list(weights.tensors)
+    bits = {id(tensor): 1 << k for k, tensor in enumerate(weights.tensors.values())}
+    start = outputs.grad_fn
+    if up_to_a_constant and _kind(start) == "LogSoftmax" and outputs.ndim == 2:
+        start = start.next_functions[0][0]  # type: ignore[union-attr]
+    curved = 0
+    behind: dict[Node | None, int] = {None: 0}  # which tensors stand behind a node, as bits
+    for node in _in_order_of_computation(start):
+        if hasattr(node, "variable"):
+            _refuse_original(node.variable, weights)
+            behind[node] = bits.get(id(node.variable), 0)
+            continue
+        operands = [behind[below] for below, _ in node.next_functions]
+        behind[node] = _union(operands)
+        kind = _kind(node)
+        if kind in _FACTORS:
+            factors = operands[_FACTORS[kind]]
+            curved |= _union(a & b for a, b in itertools.combinations(factors, 2))
+            if kind in _CURVED_IN:
+                curved |= operands[_CURVED_IN[kind]]
+            elif getattr(node, "_saved_training", False):  # normalised by the batch itself
+                curved |= operands[0]
+        elif kind not in _PIECEWISE_LINEAR:
+            curved |= behind[node]
+
+    def named(which: int) -> set[str]:
+        return {name for k, name in enumerate(names) if which >> k & 1}
+
+    return named(behind[start] & ~curved), named(curved)
 
 
-def _curvatures(outputs: Tensor, weights: Weights, *, up_to_a_constant: bool) -> dict[str, float]:
-    """Size of the Hessian of random outputs in each tensor, against their squared gradient; infinite if unknown."""
-    w = torch.randn(outputs.shape, generator=torch.Generator().manual_seed(1)).to(outputs)
-    if up_to_a_constant:
-        w = w - w.mean(dim=1, keepdim=True)
-    tensors = list(weights.tensors.values())
-    slopes: tuple[Tensor | None, ...] = (None,) * len(tensors)
-    if outputs.requires_grad:
-        slopes = torch.autograd.grad((w * outputs).sum(), tensors, create_graph=True, allow_unused=True)
-    sizes = {}
-    generator = torch.Generator().manual_seed(2)
-    for (name, tensor), slope in zip(weights.tensors.items(), slopes, strict=True):
-        product: Tensor | None = None
-        if slope is not None and slope.requires_grad:
-            v = torch.randn(tensor.shape, generator=generator).to(tensor)
-            try:
-                (product,) = torch.autograd.grad((slope * v).sum(), tensor, retain_graph=True, allow_unused=True)
-            except RuntimeError as error:
-                raise no_second_derivative(f"in layer {name!r}: {error}") from error
-        if slope is None or (product is not None and not slope.any()):
-            sizes[name] = math.inf  # these samples do not reach it, but others may
+def _refuse_original(leaf: Tensor, weights: Weights) -> None:
+    if weights.is_original(leaf):
+        raise ValueError(
+            "Expected a network that takes its weights from attributes of its modules in every forward pass, but it"
+            f" keeps one of shape {tuple(leaf.shape)} elsewhere, such as in a list, where no second derivative reaches"
+            " it: its trace would be wrong."
+        )
+
+
+def _union(masks: Iterable[int]) -> int:
+    return functools.reduce(operator.or_, masks, 0)
+
+
+def _kind(node: Node | None) -> str:
+    """What a node differentiates; nothing for a function of somebody's own, whatever its name."""
+    if node is None or hasattr(node, "_forward_cls"):
+        return ""
+    return node.name().rstrip("0123456789").removesuffix("Backward")
+
+
+def _in_order_of_computation(start: Node | None) -> Iterator[Node]:
+    """All nodes below, each after those that it depends on."""
+    stack, entered, done = [start], set[Node](), set[Node]()
+    while stack:
+        node = stack[-1]
+        if node is None or node in done:
+            stack.pop()
+        elif node in entered:
+            done.add(node)
+            yield node
         else:
-            sizes[name] = 0.0 if product is None else float(product.norm() / slope.detach().norm().square())
-    return sizes
+            entered.add(node)
+            stack.extend(below for below, _ in node.next_functions if below not in entered)
 
 
 def refuse_missing_derivatives(outputs: Tensor, weights: Weights) -> None:
@@ -120,33 +175,23 @@ def refuse_missing_derivatives(outputs: Tensor, weights: Weights) -> None:
         ValueError: If there is one.
     """
     names = {id(tensor): name for name, tensor in weights.tensors.items()}
-    for node in _nodes(outputs.grad_fn):
-        backward: Any = getattr(getattr(node, "_forward_cls", None), "backward", None)
-        wrapped = hasattr(backward, "__wrapped__")
-        if not wrapped or backward.__code__.co_filename != torch.autograd.function.__file__:
-            continue
-        for below in _nodes(node):
-            name = names.get(id(getattr(below, "variable", None)))
-            if name is not None:
-                raise no_second_derivative(f"in layer {name!r}: {node.name()} is marked with @once_differentiable")
+    for node in _in_order_of_computation(outputs.grad_fn):
+        if is_differentiable_once(node):
+            for below in _in_order_of_computation(node):
+                name = names.get(id(getattr(below, "variable", None)))
+                if name is not None:
+                    raise no_second_derivative(f"in layer {name!r}: {node.name()} is marked with @once_differentiable")
 
 
-def _nodes(start: torch.autograd.graph.Node | None) -> Iterator[torch.autograd.graph.Node]:
-    stack, seen = [start], {None, start}
-    while stack:
-        node = stack.pop()
-        if node is None:
-            continue
-        yield node
-        for below, _ in node.next_functions:
-            if below not in seen:
-                seen.add(below)
-                stack.append(below)
+def is_differentiable_once(node: Node) -> bool:
+    """Whether a function is marked with ``once_differentiable``."""
+    backward: Any = getattr(getattr(node, "_forward_cls", None), "backward", None)
+    return hasattr(backward, "__wrapped__") and backward.__code__.co_filename == torch.autograd.function.__file__
 
 
 def no_second_derivative(cause: object) -> ValueError:
     """The error to raise where a second derivative is needed and fails."""
     return ValueError(
-        f"Expected a model that can be differentiated twice with respect to its weights, but that failed {cause}. Use"
-        " estimator='gauss_newton', which needs first derivatives only."
+        "Expected a model that can be differentiated twice with respect to its weights, but that failed"
+        f" {str(cause).rstrip('.')}. Use estimator='gauss_newton', which needs first derivatives only."
     )

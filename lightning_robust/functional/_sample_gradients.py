@@ -4,7 +4,8 @@ A batch gives the gradient of a sum. Its squared norm has the same mean as the s
 signs of its own, but also the products of different samples, which are noise: on a CIFAR ResNet-20 and 128 samples an
 error of 15 % per probe, where single samples leave 2 to 5 %. That is worth nine probes or more, for twice the time of
 one: samples are always taken singly. ``torch.func.vmap`` does it for many at once; a network that it does not support
-(recurrent layers, checkpointing, custom functions) sees one sample at a time, with the same result.
+(recurrent layers, checkpointing, custom functions), or of which it gives another result for the first sample, sees one
+sample at a time.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ class SampleGradients:
         self._tensors = {name: weights.tensors[name] for name in names}
         # torch has no vectorised rule for its recurrent kernels, would run them one by one itself, and say so
         self._vectorised = not any(isinstance(module, nn.RNNBase) for module in weights.modules)
+        self._trusted = False
 
     def samples_at_once(self, inputs: Tensor) -> int:
         """How many samples should pass together."""
@@ -60,10 +62,15 @@ class SampleGradients:
         """
         if self._vectorised:
             try:
-                return self._all_at_once(inputs, cotangents)
+                norms = self._all_at_once(inputs, cotangents)
             except torch.OutOfMemoryError:
                 raise
             except Exception:  # whatever it is, if it is not vmap's limits it comes again
+                self._vectorised = False
+            else:
+                self._trusted = self._trusted or _near(norms[:, :1], self._one_by_one(inputs[:1], cotangents[:, :1]))
+                if self._trusted:
+                    return norms
                 self._vectorised = False
         return self._one_by_one(inputs, cotangents)
 
@@ -98,3 +105,7 @@ class SampleGradients:
                     [norms.new_zeros(()) if g is None else g.square().sum().double() for g in gradients]
                 )
         return norms
+
+
+def _near(a: Tensor, b: Tensor) -> bool:
+    return bool(((a - b).abs() <= 1e-2 * torch.maximum(a, b) + 1e-4 * b.max()).all())

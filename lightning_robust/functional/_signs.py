@@ -37,7 +37,9 @@ def _mixed(*numbers: int) -> int:
 def sample_signs(keys: Sequence[int], probes: range, size: int) -> Tensor:
     """Independent random signs for each probe and sample, ``(len(probes), N, size)``."""
     signs = [
-        torch.randint(2, (probes.stop, size), generator=torch.Generator().manual_seed(key))[probes.start :]
+        torch.randint(2, (probes.stop, size), generator=torch.Generator().manual_seed(key), dtype=torch.int8)[
+            probes.start :
+        ]
         for key in keys
     ]
     return torch.stack(signs, dim=1) * 2 - 1
@@ -49,6 +51,6 @@ def weight_signs(tensors: Sequence[Tensor], *keys: int) -> list[Tensor]:
         return []
     generator = torch.Generator(tensors[0].device).manual_seed(_mixed(*keys))
     return [
-        torch.randint(2, tensor.shape, generator=generator, device=tensor.device).to(tensor) * 2 - 1
+        torch.randint(2, tensor.shape, generator=generator, device=tensor.device, dtype=torch.int8).to(tensor) * 2 - 1
         for tensor in tensors
     ]

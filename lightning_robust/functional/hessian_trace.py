@@ -9,8 +9,8 @@ constant.
   little noise (see ``_losses.py`` for the root, ``_sample_gradients.py`` for why singly).
 - ``tr R_k = E[v_kᵀ(Rv)_k]`` with ``v`` random signs, one Hessian-vector product per probe for all layers. It is exactly
   zero for every parameter tensor in which ``z`` is piecewise linear: all of a ReLU network with batch normalisation in
-  eval mode, the last layer of any. Which those are is found out beforehand, so that no second derivative is ever taken
-  of a piecewise linear network.
+  eval mode, the last layer of any. Which those are is read off autograd's graph (see ``_piecewise_linear.py``), so that
+  no second derivative is ever taken of a piecewise linear network.
 
 So the Gauss–Newton trace serves as a control variate, exactly known but for little noise, and only the rest is left to
 Hutchinson's estimator. The plain one, ``E[v_kᵀ(Hv)_k]``, is there for comparison and for losses with an unknown root.
@@ -18,8 +18,11 @@ Hutchinson's estimator. The plain one, ``E[v_kᵀ(Hv)_k]``, is there for compari
 Sources: Hutchinson 1989; PyHessian (arXiv 1912.07145); Schraudolph 2002; Dangel et al. 2020 (arXiv 1912.10985). The
 decomposition into an exact test of linearity, single-sample Gauss–Newton probes and a residual is ours.
 
-Cost in forward passes of the batch, on a CIFAR ResNet-20: 9 for two Gauss–Newton probes of every layer, and 3 to find
+Cost in forward passes of the batch, on a CIFAR ResNet-20: 9 for two Gauss–Newton probes of every layer, and one to find
 out which are piecewise linear. A Hessian-vector product, where layers are not, costs 8 to 17 more per probe.
+
+Second derivatives of functions with a backward pass of their own (``torch.autograd.Function``) are taken on trust,
+unless it is marked with ``once_differentiable``: ``torch.autograd.gradgradcheck`` tells.
 """
 
 from __future__ import annotations
@@ -38,6 +41,7 @@ from lightning_robust.functional._curvature_probes import Draws, curvature_sums
 from lightning_robust.functional._curvature_sums import CurvatureSums, joined
 from lightning_robust.functional._losses import LossFn
 
+_ENOUGH = 256  # probes of single samples for an error bar to be trusted
 _COSTS = (1.0, 3.0)  # of a Gauss–Newton and of a Hutchinson probe, against each other
 
 
@@ -76,7 +80,7 @@ def hessian_trace(
     targets: Tensor | None = None,
     *,
     estimator: Estimator = "auto",
-    num_probes: int = 2,
+    num_probes: int | None = None,
     rtol: float | None = 0.05,
     max_probes: int = 64,
     loss_fn: LossFn | None = None,
@@ -97,7 +101,10 @@ def hessian_trace(
         estimator: ``"gauss_newton"`` takes the Gauss–Newton matrix for the Hessian in every layer; ``"hutchinson"``
             multiplies the Hessian with random signs; ``"auto"`` finds out in which layers the two matrices are equal,
             and for the others adds the trace of their difference.
-        num_probes: Probes to begin with; at least two for an error bar.
+        num_probes: Probes to begin with; at least two for an error bar. By default two, or so many that all samples
+            together see 256: of a trained network a few uncertain samples make most of the trace, and two probes of 40
+            samples may agree by chance (their error bar was too small in one case of three). As many as the loss has
+            degrees of freedom, one less than classes, leave no error.
         rtol: Go on until the standard error of the total from probes is below this share of it; None takes just
             ``num_probes``.
         max_probes: Never take more.
@@ -122,11 +129,17 @@ def hessian_trace(
 
     Source: see the module's docstring.
     """
-    _check_options(estimator, num_probes=num_probes, rtol=rtol, max_probes=max_probes, chunk_size=chunk_size)
+    _check_options(
+        estimator,
+        num_probes=2 if num_probes is None else num_probes,
+        rtol=rtol,
+        max_probes=max_probes,
+        chunk_size=chunk_size,
+    )
     for name, value, kind in (("targets", targets, Tensor), ("generator", generator, torch.Generator)):
         if value is not None and not isinstance(value, kind):
             raise TypeError(f"Expected argument `{name}` to be a {kind.__name__}, but got {type(value).__name__}.")
-    plan = make_plan(model, inputs, targets, estimator=estimator, loss_fn=loss_fn, module=module, known={})
+    plan = make_plan(model, inputs, targets, estimator=estimator, loss_fn=loss_fn, module=module, chunk_size=chunk_size)
     draws = Draws.of(inputs) if generator is None else Draws.random(len(inputs), generator)
 
     def measured(probes: tuple[range, range]) -> CurvatureSums:
@@ -142,14 +155,15 @@ def hessian_trace(
             chunk_size=chunk_size,
         )
 
-    sums = measured(plan.probes(0, num_probes if rtol is None else min(num_probes, max_probes)))
+    first = min(max(2, -(-_ENOUGH // len(inputs))), max_probes) if num_probes is None else num_probes
+    sums = measured(plan.probes(0, first if rtol is None else min(first, max_probes)))
     while rtol is not None and any(more := _more_probes(sums, rtol=rtol, max_probes=max_probes)):
         sums = joined(sums, measured(more))
     return _estimate(sums, plan)
 
 
 def _more_probes(sums: CurvatureSums, *, rtol: float, max_probes: int) -> tuple[range, range]:
-    """Which probes are missing, as far as the error so far tells: at most three times those that there are.
+    """Which probes are missing, as far as the error so far tells, and at most as many again as there are.
 
     The two kinds share the allowed error so that the time is least: numbers of probes in the ratio of the roots of
     variance over cost.
@@ -165,7 +179,7 @@ def _more_probes(sums: CurvatureSums, *, rtol: float, max_probes: int) -> tuple[
 
         def wanted(m: int, variance: float, cost: float) -> int:
             best = math.sqrt(variance / cost) * scale
-            return int(best) + 1 if best < 4 * m else 4 * m
+            return int(best) + 1 if best < 2 * m else 2 * m
 
         stops = [min(wanted(*known), max_probes) for known in zip(there, of_one, _COSTS, strict=True)]
     return range(there[0], stops[0]), range(there[1], stops[1])

@@ -440,6 +440,8 @@ def test_a_barebones_trainer_is_told_that_nothing_is_measured(tmp_path: Path) ->
         ({"valid_range": [1, 0]}, r"`valid_range` to be \(low, high\) with low < high, but got \[1, 0\]"),
         ({"valid_range": [0, 1], "input_std": 0.2}, "`input_mean` beside `input_std` and `valid_range`, .* got None"),
         ({"probe_fn": 3}, "`probe_fn` to be callable, but got int"),
+        ({"loss_fn": 3}, "`loss_fn` to be a function or a module, but got int"),
+        ({"loss_fn": nn.MSELoss}, "`loss_fn` to be a function or a module, but got the class MSELoss"),
         ({"metrics": []}, "`metrics` to be a non-empty list"),
         ({"metrics": "fisher_spectral_norm"}, "`metrics` to be a non-empty list"),
         (

@@ -27,6 +27,7 @@ from tests.helpers.curvature import (
     seed,
     seeded,
     small,
+    trained,
 )
 from tests.helpers.oracles import (
     dense_gauss_newton_traces,
@@ -110,7 +111,7 @@ def test_linear_regression_has_twice_the_mean_squared_norm_of_the_inputs() -> No
     squared = float(inputs.square().sum(dim=1).mean())
     for reduction, outputs in (("mean", 1), ("sum", 3)):
         loss_fn = nn.MSELoss(reduction=reduction)
-        actual = hessian_trace(model, inputs, torch.randn(40, 3), loss_fn=loss_fn)
+        actual = hessian_trace(model, inputs, torch.randn(40, 3), loss_fn=loss_fn, num_probes=2)
         assert float(actual.layers["weight"]) == pytest.approx(2 * outputs * squared, rel=1e-5)
         assert float(actual.layers["bias"]) == pytest.approx(2 * outputs, rel=1e-5)
         assert actual.num_probes == 2  # there is no noise
@@ -315,6 +316,11 @@ class Repeated(NamedTuple):
     num_probes: list[int]
 
     @property
+    def random(self) -> Tensor:
+        """Where there is anything left to chance."""
+        return self.values.std(dim=0) > 1e-6 * self.truth.abs().max()
+
+    @property
     def covered(self) -> Tensor:
         """How often ± 1.96 standard errors include the truth; half of the last digits are rounding."""
         rounding = 1e-5 * self.truth.abs().max()
@@ -322,8 +328,8 @@ class Repeated(NamedTuple):
 
 
 @cache
-def repeated(name: str, num_samples: int, rtol: float | None, num_probes: int) -> Repeated:
-    case = small(name, num_samples=num_samples)
+def repeated(name: str, num_samples: int, rtol: float | None, num_probes: int | None) -> Repeated:
+    case = trained(num_samples=num_samples) if name == "trained" else small(name, num_samples=num_samples)
     dense = dense_hessian_traces(*case, CROSS_ENTROPY)
     estimates = [
         hessian_trace(*case, rtol=rtol, num_probes=num_probes, generator=seed(number)) for number in range(200)
@@ -336,22 +342,28 @@ def repeated(name: str, num_samples: int, rtol: float | None, num_probes: int) -
     )
 
 
-FIXED = [("relu_cnn", 64, None, 4), ("tanh_mlp", 32, None, 4), ("self_attention", 32, None, 4)]
-STOPPING = [("relu_cnn", 64, 0.02, 2), ("tanh_mlp", 32, 0.1, 2)]
+FIXED = [
+    ("relu_cnn of ten", 64, None, 4),
+    ("tanh_mlp", 32, None, 4),
+    ("self_attention", 32, None, 4),
+]
+TRAINED = [("trained", 40, None, None), ("trained", 256, None, None)]
+STOPPING = [("relu_cnn of ten", 64, 0.02, 2), ("tanh_mlp", 32, 0.1, 2)]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("settings", FIXED, ids=lambda settings: settings[0])
+@pytest.mark.parametrize("settings", [*FIXED, *TRAINED], ids=lambda settings: f"{settings[0]} {settings[1]}")
 def test_the_interval_covers_the_total_in_95_percent_of_cases(settings: Any) -> None:
     assert 0.90 <= repeated(*settings).covered[-1] <= 0.99
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("settings", FIXED, ids=lambda settings: settings[0])
+@pytest.mark.parametrize("settings", [*FIXED, TRAINED[0]], ids=lambda settings: settings[0])
 def test_the_interval_covers_every_layer_in_95_percent_of_cases(settings: Any) -> None:
-    covered = repeated(*settings).covered[:-1]
+    many = repeated(*settings)
+    covered = many.covered[:-1]
     assert (covered >= 0.90).all(), covered
-    assert (covered <= 0.99).all(), covered
+    assert (covered[many.random[:-1]] <= 0.99).all(), covered
 
 
 @pytest.mark.slow
@@ -363,27 +375,44 @@ def test_the_interval_covers_the_total_also_where_its_width_decided_when_to_stop
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("settings", FIXED, ids=lambda settings: settings[0])
+@pytest.mark.parametrize("settings", [*FIXED, *TRAINED], ids=lambda settings: f"{settings[0]} {settings[1]}")
 def test_the_estimate_has_no_bias(settings: Any) -> None:
     many = repeated(*settings)
     stderr = many.values.std(dim=0) / len(many.values) ** 0.5
-    assert ((many.values.mean(dim=0) - many.truth).abs() <= 3 * stderr).all()
+    rounding = 1e-6 * many.truth.abs().max()
+    assert ((many.values.mean(dim=0) - many.truth).abs() <= 3 * stderr + rounding).all()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("settings", FIXED, ids=lambda settings: settings[0])
 def test_the_squared_standard_error_is_on_average_the_variance(settings: Any) -> None:
     many = repeated(*settings)
-    ratio = many.values.var(dim=0) / many.stderr.square().mean(dim=0)
+    ratio = (many.values.var(dim=0) / many.stderr.square().mean(dim=0))[many.random]
     assert ((ratio > 0.7) & (ratio < 1.4)).all(), ratio  # the variance of 200 is known to 10 %
 
 
 def test_the_error_of_probes_adds_up_the_variances_within_blocks() -> None:
-    parts = (networks.random(0, 3, 16, 2), networks.random(1, 7, 16, 2))
+    parts = (networks.random(0, 300, 16, 2), networks.random(1, 700, 16, 2))
     sums = CurvatureSums(("a", "b"), parts, torch.full((16,), 5.0, dtype=torch.float64))
     variance = sum((part.var(dim=0) / len(part)).sum(dim=0) for part in parts) / 80**2
-    torch.testing.assert_close(sums.probe_stderr(), variance.sqrt())
+    torch.testing.assert_close(sums.probe_stderr(), variance.sqrt(), rtol=1e-3, atol=0)  # of very many probes
     torch.testing.assert_close(sums.means(), sum(part.mean(dim=0).sum(dim=0) for part in parts) / 80)
+
+
+@pytest.mark.parametrize(("num_probes", "quantile"), [(2, 12.706), (3, 4.303), (5, 2.776), (11, 2.228), (31, 2.042)])
+def test_the_error_is_widened_where_one_block_makes_all_of_it(num_probes: int, quantile: float) -> None:
+    part = torch.zeros(num_probes, 16, 1, dtype=torch.float64)
+    part[:, 3] = networks.random(0, num_probes, 1)
+    sums = CurvatureSums(("a",), (part, part[:0]), torch.ones(16, dtype=torch.float64))
+    expected = part[:, 3].std() / num_probes**0.5 / 16 * quantile / 1.96
+    assert float(sums.probe_stderr()) == pytest.approx(float(expected), rel=0.012)
+
+
+def test_no_error_is_not_widened_and_an_unknown_one_stays_unknown() -> None:
+    ones = torch.ones(2, 16, 1, dtype=torch.float64)
+    assert CurvatureSums(("a",), (ones, ones[:0]), ones[0, :, 0]).probe_stderr() == 0
+    assert CurvatureSums(("a",), (ones[:1], ones[:0]), ones[0, :, 0]).probe_stderr().isnan()
+    assert CurvatureSums(("a",), (ones[:1], ones[:0]), ones[0, :, 0], exact=True).probe_stderr() == 0
 
 
 def test_the_error_of_samples_is_that_of_the_mean_over_blocks_of_equal_size() -> None:
@@ -647,6 +676,62 @@ def test_a_layer_that_the_first_samples_do_not_reach_is_not_taken_for_linear() -
     assert_within(
         hessian_trace(*case, num_probes=24, rtol=None, generator=seed(0)), dense_hessian_traces(*case, CROSS_ENTROPY)
     )
+
+
+def saturated() -> nn.Module:
+    return nn.Sequential(Scaled(), nn.Linear(5, 8), nn.GELU(), nn.Linear(8, 3))
+
+
+class Scaled(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return 1000 * x
+
+
+class Recurrence(nn.Module):
+    """A ReLU network that applies a layer as often as the longest sample is long."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        state = torch.zeros_like(x[:, 0])
+        length = (x != 0).any(dim=2).sum(dim=1)
+        for step in range(int(length.max())):
+            after = self.inner(state + x[:, step]).relu()
+            state = torch.where((step < length)[:, None], after, state)
+        return self.head(state)
+
+
+def test_a_function_that_is_saturated_nearly_everywhere_is_not_taken_for_linear() -> None:
+    assert chosen(seeded(saturated, 5)) == ["1.weight", "1.bias"]
+
+
+def test_samples_that_come_sorted_by_length_are_all_looked_at() -> None:
+    model, inputs, targets = seeded(Recurrence, 6, 4, num_samples=40)
+    for sample, length in zip(inputs, torch.linspace(1, 6, 40).long(), strict=True):
+        sample[length:] = 0
+    assert chosen(Case(model, inputs[:2], targets[:2])) == []
+    case = Case(model, inputs, targets)
+    assert chosen(case) == ["inner.weight"]
+    estimate = hessian_trace(*case, num_probes=24, rtol=None, generator=seed(0))
+    assert_within(estimate, dense_hessian_traces(*case, CROSS_ENTROPY))
+
+
+class LogScale(nn.Module):
+    """Weights that must be positive, and are small."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.scale = nn.Parameter(torch.randn(3, 5)), nn.Parameter(torch.tensor([1e-3, 2.0, 1e-2]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight) + self.scale.log()
+
+
+def test_weights_are_looked_at_where_they_are() -> None:
+    model, inputs, targets = LogScale(), torch.randn(12, 5, generator=seed(0)), torch.arange(12) % 3
+    assert chosen(Case(model, inputs, targets)) == ["scale"]
 
 
 @pytest.mark.parametrize("estimator", ["auto", "hutchinson", "gauss_newton"])

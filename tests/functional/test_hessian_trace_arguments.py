@@ -17,7 +17,7 @@ from lightning_robust.functional._curvature_sums import joined
 from lightning_robust.functional._piecewise_linear import curved_layers
 from lightning_robust.functional._signs import sample_signs
 from tests.helpers.curvature import assert_same, assert_within, relu_mlp, seed, seeded, small
-from tests.helpers.oracles import dense_gauss_newton_traces, hessian_traces_by_differences
+from tests.helpers.oracles import dense_gauss_newton_traces, dense_hessian_traces, hessian_traces_by_differences
 
 every_estimator = pytest.mark.parametrize("estimator", ["auto", "hutchinson", "gauss_newton"])
 by_second_derivatives = pytest.mark.parametrize("estimator", ["auto", "hutchinson"])
@@ -214,13 +214,32 @@ def test_a_function_of_ones_own_that_is_differentiable_twice_is_measured_as_what
     assert_same(hessian_trace(outputs, inputs, targets, module=model, estimator=estimator, rtol=None), expected)
 
 
+class Distances(nn.Module):
+    """Logits from distances to centres, by a kernel that torch cannot differentiate twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.centres = nn.Linear(5, 4), nn.Parameter(torch.randn(3, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return -torch.cdist(self.linear(x), self.centres)
+
+
 @by_second_derivatives
 def test_a_kernel_without_a_second_derivative_is_refused(estimator: Any) -> None:
-    case = seeded(lambda: nn.Sequential(nn.Linear(5, 4), nn.Hardsigmoid(), nn.Linear(4, 3)), 5)
-    with pytest.raises(ValueError, match=r"hardsigmoid_backward is not implemented\. Use estimator='gauss_newton'"):
+    case = seeded(Distances, 5)
+    message = r"failed in layer 'centres': .*_cdist_backward' is not implemented\. Use estimator='gauss_newton'"
+    with pytest.raises(ValueError, match=message):
         hessian_trace(*case, estimator=estimator)
+    hessian_trace(*case, estimator="gauss_newton")
+
+
+def test_piecewise_linear_kernels_need_no_second_derivative() -> None:
+    case = seeded(lambda: nn.Sequential(nn.Linear(5, 4), nn.Hardsigmoid(), nn.Linear(4, 3)), 5)
     expected = dense_gauss_newton_traces(*case, nn.CrossEntropyLoss())
-    assert_within(hessian_trace(*case, estimator="gauss_newton", num_probes=16, rtol=None, generator=seed(0)), expected)
+    assert_within(hessian_trace(*case, num_probes=16, rtol=None, generator=seed(0)), expected)
+    with pytest.raises(ValueError, match="hardsigmoid_backward is not implemented"):
+        hessian_trace(*case, estimator="hutchinson")
 
 
 class Indifferent(nn.Module):
@@ -239,7 +258,6 @@ def test_a_network_that_does_not_depend_on_its_weights_has_trace_zero(estimator:
     estimate = hessian_trace(*seeded(Indifferent, 5), estimator=estimator)
     assert estimate.layers == {"weight": 0}
     assert estimate.total == estimate.total_stderr == 0
-    assert estimate.num_probes == 2
 
 
 # --- losses and targets ---------------------------------------------------------------------------------------------
@@ -287,15 +305,97 @@ def test_a_loss_of_the_wrong_shape_is_refused() -> None:
     "loss_fn",
     [
         lambda z, y: F.cross_entropy(z, y, weight=torch.tensor([0.2, 5.0, 1.0, 8.0])),
+        lambda z, y: F.cross_entropy(z, y, ignore_index=1),
         lambda z, y: F.cross_entropy(z - z.mean(dim=0), y),
         lambda z, y: F.cross_entropy(z, y).sqrt(),
     ],
-    ids=["class weights", "compares samples", "root of the mean"],
+    ids=["class weights", "ignored class", "compares samples", "root of the mean"],
 )
 def test_a_loss_that_is_no_mean_over_samples_is_refused(loss_fn: Any) -> None:
     model, inputs, targets = small("relu_mlp")
-    with pytest.raises(ValueError, match=r"`loss_fn` to return a mean over samples, but its value on \d+ samples is"):
-        hessian_trace(model, inputs, targets, loss_fn=loss_fn)
+    for chunk_size in (None, 1):
+        with pytest.raises(
+            ValueError, match=r"`loss_fn` to return a mean over samples, but its value on 12 samples is"
+        ):
+            hessian_trace(model, inputs, targets, loss_fn=loss_fn, chunk_size=chunk_size)
+
+
+class SquaredError(torch.autograd.Function):
+    """Mean squared error with a backward pass that cannot be differentiated, and does not say so everywhere."""
+
+    @staticmethod
+    def forward(ctx: Any, outputs: Tensor, targets: Tensor) -> Tensor:
+        ctx.save_for_backward(2 * (outputs - targets) / outputs.numel())
+        return (outputs - targets).square().mean()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad * ctx.saved_tensors[0], None
+
+
+class FusedCrossEntropy(torch.autograd.Function):
+    """Cross-entropy that makes its gradient in the forward pass, as fast kernels do: a constant for autograd."""
+
+    @staticmethod
+    def forward(ctx: Any, outputs: Tensor, targets: Tensor) -> Tensor:
+        ctx.save_for_backward((outputs.softmax(1) - F.one_hot(targets, outputs.shape[1])) / len(outputs))
+        return F.cross_entropy(outputs, targets)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad * ctx.saved_tensors[0], None
+
+
+@by_second_derivatives
+@pytest.mark.parametrize("kind", [SquaredError, FusedCrossEntropy])
+def test_a_loss_without_a_second_derivative_is_refused(kind: Any, estimator: Any) -> None:
+    model, inputs, targets = small("relu_mlp")
+    targets = F.one_hot(targets, 4).float() if kind is SquaredError else targets
+    with pytest.raises(ValueError, match=r"`loss_fn` to be a loss that can be differentiated twice, but its second"):
+        hessian_trace(model, inputs, targets, loss_fn=kind.apply, estimator=estimator)
+
+
+def absolute_error(outputs: Tensor, targets: Tensor) -> Tensor:
+    return (outputs - 0 * targets[:, None]).abs().mean()
+
+
+def in_single_precision(outputs: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(outputs, targets, weight=torch.ones(4), reduction="none")
+
+
+def cubed(outputs: Tensor, targets: Tensor) -> Tensor:
+    return outputs.pow(3).sum(dim=1).mean()
+
+
+@pytest.mark.parametrize(
+    ("loss_fn", "in_double"),
+    [(absolute_error, absolute_error), (in_single_precision, F.cross_entropy), (cubed, cubed)],
+    ids=["kinks", "constants", "cubed"],
+)
+@pytest.mark.parametrize("factor", [0.0, 1.0, 100.0])
+def test_losses_with_kinks_constants_or_a_size_of_their_own_are_not_refused(
+    loss_fn: Any, in_double: Any, factor: float
+) -> None:
+    case = small("tanh_mlp")
+    with torch.no_grad():
+        for parameter in case.model[-1].parameters():
+            parameter.mul_(factor)
+    estimate = hessian_trace(*case, loss_fn=loss_fn, rtol=None, num_probes=16)
+    assert_within(estimate, dense_hessian_traces(*case, in_double), num_stderr=4)
+
+
+@pytest.mark.parametrize(
+    ("loss_fn", "message"),
+    [
+        (nn.MSELoss, "`loss_fn` to be a function or a module, but got the class MSELoss"),
+        ("mse", "`loss_fn` to be a function or a module, but got str"),
+        (lambda z, y: 0.5, "`loss_fn` to return a tensor, but got float"),
+    ],
+)
+def test_what_is_no_loss_is_refused(loss_fn: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        hessian_trace(*small("relu_mlp"), loss_fn=loss_fn)
 
 
 def test_a_loss_that_is_a_sum_over_samples_counts_as_its_mean() -> None:
@@ -323,11 +423,17 @@ def test_probes_are_taken_until_the_standard_error_is_small_enough(generator: Ca
     case = small("tanh_mlp", num_samples=32)
     rough = hessian_trace(*case, rtol=None, num_probes=2, generator=generator())
     share = float(rough.total_stderr / rough.total)
-    precise = hessian_trace(*case, rtol=share / 2, max_probes=400, generator=generator())
+    precise = hessian_trace(*case, rtol=share / 2, num_probes=2, max_probes=400, generator=generator())
     assert precise.total_stderr <= share / 2 * precise.total
     assert 2 < precise.num_probes < 100  # about eight are needed
-    enough = hessian_trace(*case, rtol=1.01 * share, generator=generator())
+    enough = hessian_trace(*case, rtol=1.01 * share, num_probes=2, generator=generator())
     assert enough.num_probes == 2
+
+
+@pytest.mark.parametrize(("num_samples", "num_probes"), [(1, 64), (2, 64), (20, 13), (100, 3), (128, 2), (300, 2)])
+def test_by_default_all_samples_together_see_256_probes(num_samples: int, num_probes: int) -> None:
+    case = small("relu_mlp", num_samples=num_samples)
+    assert hessian_trace(*case, rtol=None).num_probes == num_probes
 
 
 def test_the_number_of_probes_is_never_above_the_largest_allowed() -> None:
@@ -337,7 +443,7 @@ def test_the_number_of_probes_is_never_above_the_largest_allowed() -> None:
     assert hessian_trace(*case, rtol=1e-4, max_probes=3, num_probes=8).num_probes == 3
 
 
-def test_the_number_of_probes_at_most_quadruples_at_once() -> None:
+def test_the_number_of_probes_at_most_doubles_at_once() -> None:
     """The error is known only roughly: a lucky or unlucky first one must not decide on everything."""
     case = small("tanh_mlp")
     taken = [hessian_trace(*case, rtol=1e-6, num_probes=2, max_probes=limit).num_probes for limit in (8, 9)]
@@ -402,13 +508,14 @@ def test_without_a_generator_the_same_samples_give_the_same_numbers(estimator: A
 def test_the_generator_decides_about_everything(estimator: Any) -> None:
     case = small("tanh_mlp")
     first, again, other = (
-        hessian_trace(*case, estimator=estimator, rtol=None, generator=seed(number)) for number in (0, 0, 1)
+        hessian_trace(*case, estimator=estimator, rtol=None, num_probes=2, generator=seed(number))
+        for number in (0, 0, 1)
     )
     assert_same(again, first, rtol=0)
     assert all(other.layers[name] != trace for name, trace in first.layers.items())
     generator = seed(0)
-    hessian_trace(*case, estimator=estimator, rtol=None, generator=generator)
-    second = hessian_trace(*case, estimator=estimator, rtol=None, generator=generator)
+    hessian_trace(*case, estimator=estimator, rtol=None, num_probes=2, generator=generator)
+    second = hessian_trace(*case, estimator=estimator, rtol=None, num_probes=2, generator=generator)
     assert all(second.layers[name] != trace for name, trace in first.layers.items())
 
 
@@ -445,6 +552,21 @@ def test_blocks_are_about_equally_full(inputs: Tensor) -> None:
         counts = torch.tensor(draws.blocks).bincount(minlength=16)
         assert len(counts) == 16
         assert (counts - 100).abs().max() <= 40  # four standard deviations
+
+
+@every_estimator
+def test_as_many_probes_as_classes_can_tell_apart_leave_nothing_to_chance(estimator: Any) -> None:
+    """Three classes have two degrees of freedom, which two probes exhaust; so do three for four classes."""
+    for num_classes, num_probes in ((2, 1), (3, 2), (4, 3), (4, 8)):
+        case = seeded(lambda c=num_classes: relu_mlp(num_classes=c), 5)
+        for generator in (None, seed(0)):
+            estimate = hessian_trace(*case, estimator=estimator, num_probes=num_probes, rtol=None, generator=generator)
+            if estimator != "hutchinson":
+                assert estimate.total_stderr == 0
+                expected = dense_hessian_traces(*case, nn.CrossEntropyLoss())
+                assert {k: float(v) for k, v in estimate.layers.items()} == pytest.approx(expected, rel=1e-4)
+                assert estimate.num_probes == num_probes
+    assert hessian_trace(*small("relu_mlp", num_samples=3), rtol=1e-9, max_probes=5).total_stderr == 0
 
 
 def test_the_search_for_curved_layers_needs_no_more_than_two_samples() -> None:

@@ -15,6 +15,7 @@ from torch.nn.utils import parametrizations, weight_norm
 from torch.utils.checkpoint import checkpoint
 
 from lightning_robust.functional import TraceEstimate, hessian_trace
+from lightning_robust.functional._sample_gradients import SampleGradients
 from tests.helpers import networks
 from tests.helpers.curvature import NETWORKS as SMALL_NETWORKS
 from tests.helpers.curvature import Case, assert_same, assert_within, relu_mlp, seed, seeded, small, tanh_mlp
@@ -376,6 +377,48 @@ def test_the_users_hooks_on_backward_passes_are_not_called_and_stay(estimator: A
     assert calls == ["before it", "backward"]
 
 
+class Renormalises(nn.Module):
+    """Looks vectors up in a table, after bringing them to length one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(6, 4, max_norm=1.0)
+        self.head = nn.Linear(9, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.cat([x, self.table((x[:, 0] > 0).long()).tanh()], dim=1))
+
+
+@every_estimator
+def test_weights_that_a_forward_pass_writes_into_stay_as_they_are(estimator: Any) -> None:
+    case = seeded(Renormalises, 5)
+    with torch.no_grad():
+        case.model.table.weight.mul_(3)
+    before = state_of(case.model)
+    measure(case, estimator=estimator)
+    assert state_of(case.model) == before
+
+
+class KeptElsewhere(nn.Module):
+    """A network that reaches one of its weights through a list, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(5, 5), nn.Linear(5, 3)
+        self.shared = [self.first.weight]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(F.linear(self.first(x).relu(), self.shared[0]))
+
+
+def test_a_network_that_keeps_a_weight_where_no_derivative_reaches_it_is_refused() -> None:
+    case = seeded(KeptElsewhere, 5)
+    with pytest.raises(ValueError, match=r"keeps one of shape \(5, 5\) elsewhere, such as in a list"):
+        measure(case)
+    case.model.first.requires_grad_(False)
+    measure(case)
+
+
 class Averages(nn.Module):
     """Keeps a running average of what it saw, in a buffer and in an attribute, without looking at it."""
 
@@ -465,7 +508,8 @@ def test_a_network_that_can_be_vectorised_is_called_twice_per_chunk() -> None:
     case = small("relu_cnn")
     recorder = Recorder(case.model)
     measure(case._replace(model=recorder), estimator="gauss_newton", chunk_size=4)
-    assert recorder.record.batch_sizes == [4, 1] * 3  # once for outputs, once inside vmap
+    # once for outputs, once inside vmap, and once for a sample by which the latter is checked
+    assert recorder.record.batch_sizes == [4, 1, 1, 4, 1, 4, 1]
     assert not any(recorder.record.any_training)
 
 
@@ -503,7 +547,25 @@ def test_a_network_that_changes_its_input_in_place_can_still_be_vectorised() -> 
     case = small("tanh_mlp")
     recorder = Recorder(DoublesInPlace(case.model))
     measure(case._replace(model=recorder), estimator="gauss_newton", chunk_size=4)
-    assert recorder.record.batch_sizes == [4, 1] * 3
+    assert recorder.record.batch_sizes == [4, 1, 1, 4, 1, 4, 1]
+
+
+def test_a_vectorised_result_is_not_trusted_before_it_agrees_for_one_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = small("tanh_mlp")
+    expected = measure(case)
+    vectorised = SampleGradients._all_at_once
+    monkeypatch.setattr(SampleGradients, "_all_at_once", lambda *arguments: 1.1 * vectorised(*arguments))
+    assert_same(measure(case), expected)
+
+
+@pytest.mark.parametrize("estimator", ["auto", "hutchinson"])
+def test_samples_of_equal_contents_do_not_pass_all_together(estimator: Any) -> None:
+    """They belong to one block, whose Hessian-vector products take the memory of training."""
+    model, inputs, targets = small("tanh_mlp")
+    recorder = Recorder(model)
+    measure(Case(recorder, inputs[:1].expand(64, -1), targets[:1].expand(64)), estimator=estimator)
+    assert max(recorder.record.batch_sizes) == 32
+    assert recorder.record.batch_sizes[-4:] == [16, 16, 16, 16]
 
 
 class Squeezes(nn.Module):

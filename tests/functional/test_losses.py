@@ -16,6 +16,8 @@ from lightning_robust.functional import hessian_trace
 from lightning_robust.functional._losses import SampleLoss, softmax_root
 from tests.helpers.curvature import (
     Case,
+    assert_same,
+    assert_within,
     enumerated,
     enumerated_hessian,
     enumerated_products,
@@ -291,6 +293,52 @@ def test_the_trace_is_that_of_the_hessian_of_the_loss_of_the_batch(case: LossCas
     estimate = hessian_trace(*measured, loss_fn=loss_fn, rtol=None, num_probes=1)
     by_second_derivatives = [name for name, kind in estimate.estimator.items() if kind == "hutchinson"]
     assert len(by_second_derivatives) == (4 if case.has_root else 6)
+
+
+class Renamed(nn.CrossEntropyLoss):
+    """A loss that differs from its parent only in how it is made."""
+
+    def __init__(self, smoothing: float) -> None:
+        super().__init__(weight=CLASS_WEIGHTS, label_smoothing=smoothing)
+
+
+def test_a_subclass_that_computes_the_same_is_known() -> None:
+    case = small("relu_mlp")
+    expected = hessian_trace(*case, loss_fn=nn.CrossEntropyLoss(weight=CLASS_WEIGHTS, label_smoothing=0.2))
+    assert_same(hessian_trace(*case, loss_fn=Renamed(0.2)), expected)
+
+
+def test_a_compiled_loss_is_measured_as_itself_and_stays_as_it_is() -> None:
+    case = small("relu_mlp")
+    loss_fn = nn.CrossEntropyLoss(weight=CLASS_WEIGHTS)
+    compiled = torch.compile(loss_fn, backend="eager")
+    assert_same(hessian_trace(*case, loss_fn=compiled), hessian_trace(*case, loss_fn=loss_fn))
+    outputs = case.model(case.inputs).detach()
+    assert torch.equal(compiled(outputs, case.targets), loss_fn(outputs, case.targets))
+
+
+class Weighted(nn.Module):
+    """A loss of somebody's own with an attribute of torch's, which is theirs to understand."""
+
+    def __init__(self, reduction: str) -> None:
+        super().__init__()
+        self.reduction = reduction
+
+    def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        losses, weights = F.cross_entropy(outputs, targets, reduction="none"), CLASS_WEIGHTS[targets]
+        if self.reduction == "mean":
+            return (losses * weights).sum() / weights.sum()
+        return losses * weights / CLASS_WEIGHTS.mean()
+
+
+def test_an_attribute_by_the_name_of_reduction_is_left_alone() -> None:
+    case = small("tanh_mlp")
+    with pytest.raises(ValueError, match="`loss_fn` to return a mean over samples"):
+        hessian_trace(*case, loss_fn=Weighted("mean"))
+    loss_fn = Weighted("per sample")
+    estimate = hessian_trace(*case, loss_fn=loss_fn, rtol=None, num_probes=16)
+    assert loss_fn.reduction == "per sample"
+    assert_within(estimate, dense_hessian_traces(*case, lambda z, y: loss_fn(z, y).mean()))
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ class Case(NamedTuple):
     targets: Tensor
 
 
-def relu_cnn() -> nn.Module:
+def relu_cnn(num_classes: int = 4) -> nn.Module:
     return nn.Sequential(
         nn.Conv2d(1, 3, 3, padding=1),
         nn.BatchNorm2d(3),
@@ -32,7 +32,7 @@ def relu_cnn() -> nn.Module:
         nn.BatchNorm2d(4),
         nn.ReLU(),
         nn.Flatten(),
-        nn.Linear(16, 4),
+        nn.Linear(16, num_classes),
     )
 
 
@@ -75,6 +75,7 @@ class SelfAttention(nn.Module):
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "relu_mlp": (relu_mlp, (5,)),
     "relu_cnn": (relu_cnn, (1, 6, 6)),
+    "relu_cnn of ten": (lambda: relu_cnn(num_classes=10), (1, 6, 6)),
     "tanh_mlp": (tanh_mlp, (5,)),
     "gelu_attention": (GeluAttention, (3, 8)),
     "self_attention": (SelfAttention, (3, 8)),
@@ -104,6 +105,23 @@ def seeded(
         targets = logits.argmax(dim=1)
         targets[::3] = torch.randint(logits.shape[1], targets[::3].shape)
     return Case(model.train().to(dtype), inputs.to(dtype), targets)
+
+
+def trained(*, num_samples: int) -> Case:
+    """A ReLU network of ten classes that is sure of most samples, so that few of them make most of the trace."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model, centres = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 10)), 2 * torch.randn(10, 6)
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.03)
+        for _ in range(300):
+            targets = torch.randint(10, (128,))
+            loss = nn.functional.cross_entropy(model(centres[targets] + 0.7 * torch.randn(128, 6)), targets)
+            optimizer.zero_grad()
+            torch.autograd.backward(loss)
+            optimizer.step()
+        optimizer.zero_grad()
+        targets = torch.randint(10, (num_samples,))
+        return Case(model, centres[targets] + 0.7 * torch.randn(num_samples, 6), targets)
 
 
 def seed(number: int) -> torch.Generator:

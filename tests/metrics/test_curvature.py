@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from lightning_robust import HessianTrace, Probe, WeightCurvatureIndex
 from lightning_robust.functional import hessian_trace, pgd, weight_curvature_index
 from lightning_robust.metrics._curvature import CurvatureMetric
-from lightning_robust.probe import _CURVED
 from tests.helpers import processes
 from tests.helpers.networks import build
 from tests.helpers.recording import Recorder
@@ -30,7 +29,7 @@ def probe(name: str = "cnn_batchnorm", num_samples: int = 40, **options: Any) ->
 @pytest.mark.parametrize("name", ["cnn_batchnorm", "mlp"])
 def test_the_trace_is_the_functional_estimate(name: str) -> None:
     sample = probe(name)
-    expected = hessian_trace(sample.model, sample.inputs, sample.targets, rtol=None)
+    expected = hessian_trace(sample.model, sample.inputs, sample.targets, rtol=None, num_probes=2)
     values = measured(HessianTrace(), sample)
     assert values["hessian_trace"] == pytest.approx(float(expected.total), rel=1e-6)
     assert values["hessian_trace_stderr"] == pytest.approx(float(expected.total_sample_stderr), rel=1e-5)
@@ -44,7 +43,7 @@ def test_the_trace_is_the_functional_estimate(name: str) -> None:
 def test_the_index_follows_from_norms_and_traces_of_weight_tensors(name: str) -> None:
     sample = probe(name)
     weights = {key: p for key, p in sample.model.named_parameters() if p.ndim > 1}
-    traces = hessian_trace(sample.model, sample.inputs, sample.targets, rtol=None).layers
+    traces = hessian_trace(sample.model, sample.inputs, sample.targets, rtol=None, num_probes=2).layers
     expected = weight_curvature_index(
         torch.stack([p.detach().norm() for p in weights.values()]), torch.stack([traces[key] for key in weights])
     )
@@ -68,22 +67,7 @@ def test_both_metrics_share_one_measurement() -> None:
     assert len(recorder.record.batch_sizes) > passes
 
 
-def test_which_layers_are_piecewise_linear_is_found_out_once_per_network() -> None:
-    sample = probe("mlp")
-    HessianTrace().update(sample)
-    (found,) = _CURVED[sample.model].values()
-    assert found == {"0.weight", "0.bias"}
-    _CURVED[sample.model] = dict.fromkeys(_CURVED[sample.model], frozenset())  # had it not been kept …
-    wrong = measured(HessianTrace(), Probe(sample.model, sample.inputs, sample.targets))
-    right = hessian_trace(sample.model, sample.inputs, sample.targets, estimator="gauss_newton", rtol=None)
-    assert wrong["hessian_trace"] == pytest.approx(float(right.total), rel=1e-6)
-    sample.model[0].bias.requires_grad_(False)  # … and it is found out again for other parameters
-    values = measured(HessianTrace(), Probe(sample.model, sample.inputs, sample.targets))
-    assert "hessian_trace/0.bias" not in values
-    assert len(_CURVED[sample.model]) == 2
-
-
-def test_and_again_when_the_network_is_put_together_otherwise() -> None:
+def test_which_layers_are_curved_is_found_out_anew_at_every_measurement() -> None:
     sample = probe("cnn_batchnorm")
     assert isinstance(sample.model, nn.Sequential)
     measured(HessianTrace(), sample)
@@ -94,15 +78,7 @@ def test_and_again_when_the_network_is_put_together_otherwise() -> None:
     smooth = Probe(sample.model, sample.inputs, sample.targets)
     fresh = Probe(copy.deepcopy(sample.model), sample.inputs, sample.targets)
     assert measured(HessianTrace(), smooth) == pytest.approx(measured(HessianTrace(), fresh), rel=1e-6)
-    assert set().union(*_CURVED[sample.model].values())  # of which there were none before
-
-
-def test_nothing_is_kept_of_a_network_that_is_gone() -> None:
-    sample = probe("mlp")
-    HessianTrace().update(sample)
-    before = len(_CURVED)
-    del sample
-    assert len(_CURVED) == before - 1
+    assert "hutchinson" in hessian_trace(smooth.model, smooth.inputs, smooth.targets).estimator.values()
 
 
 def test_the_adversarial_index_is_that_of_attacked_inputs() -> None:
@@ -229,11 +205,11 @@ def test_a_loss_function_of_one_s_own_is_measured() -> None:
     model, inputs, targets = build("cnn_batchnorm", num_samples=40)
     smoothed = nn.CrossEntropyLoss(label_smoothing=0.1, weight=torch.linspace(0.5, 2, 10))
     values = measured(HessianTrace(), Probe(model, inputs, targets, loss_fn=smoothed))
-    expected = hessian_trace(model, inputs, targets, loss_fn=smoothed, rtol=None)
+    expected = hessian_trace(model, inputs, targets, loss_fn=smoothed, rtol=None, num_probes=2)
     assert values["hessian_trace"] == pytest.approx(float(expected.total), rel=1e-6)
     one_hot = nn.functional.one_hot(targets, 10).float()
     squares = measured(HessianTrace(), Probe(model, inputs, one_hot, loss_fn=nn.MSELoss()))
-    expected = hessian_trace(model, inputs, one_hot, loss_fn=nn.MSELoss(), rtol=None)
+    expected = hessian_trace(model, inputs, one_hot, loss_fn=nn.MSELoss(), rtol=None, num_probes=2)
     assert squares["hessian_trace"] == pytest.approx(float(expected.total), rel=1e-6)
 
 
