@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_robust.functional._batch_norm import affine_batch_norm
+from lightning_robust.functional._hard_sigmoid import plain_hard_sigmoid
 from lightning_robust.functional._leftovers import without_backward_hooks, without_leftovers
 from lightning_robust.functional._weight_norm import plain_weight_norm
 
@@ -74,6 +75,7 @@ def differentiable(*callables: object) -> Iterator[None]:
         stack.enter_context(_shielded_tensors(modules))
         stack.enter_context(affine_batch_norm(modules))
         stack.enter_context(plain_weight_norm(modules))
+        stack.enter_context(plain_hard_sigmoid(modules))
         yield
 
 
@@ -145,6 +147,8 @@ def differentiable_weights(
         )
     with differentiable(model, module, *others), sdpa_kernel(SDPBackend.MATH):
         weights = Weights(module)
+        if any(tensor.is_complex() for tensor in weights.tensors.values()):
+            raise ValueError(f"Expected a model with real weights, but {type(module).__name__} has complex ones.")
         if not weights.tensors:
             raise ValueError(
                 f"Expected a model with weights that are trained, but {type(module).__name__} has none with"

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_robust.functional._checks import check_finite, check_logits, check_targets
-from lightning_robust.functional._loss_checks import check_second_derivative, check_sum
+from lightning_robust.functional._loss_checks import check_mean, check_second_derivative
 
 LossFn = Callable[[Tensor, Tensor], Tensor]
 
@@ -153,8 +153,8 @@ class SampleLoss:
         with torch.no_grad():
             of_batch, of_samples = self._called(outputs, targets), self.values(outputs, targets)
         if of_batch.ndim == 0 and of_batch.isfinite():
-            check_sum(of_batch, of_samples)
-        check_second_derivative(self.values, outputs[:2], targets[:2])
+            check_mean(of_batch, of_samples)
+        check_second_derivative(self.values, outputs, targets)
 
     def num_columns(self, outputs: Tensor) -> int:
         """How many columns of the root can differ from zero."""
@@ -247,7 +247,7 @@ def _as_module(loss_fn: LossFn | None) -> LossFn:
     """The loss that is compiled, if it is; the module that does the same, if there is one in torch."""
     function: Any = loss_fn
     if isinstance(function, nn.Module):
-        return cast(LossFn, function._modules.get("_orig_mod") or function)
+        return cast(LossFn, getattr(function, "_orig_mod", function))
     options = dict[str, Any]()
     if isinstance(function, functools.partial) and not function.args:
         function, options = function.func, function.keywords
@@ -261,8 +261,9 @@ def _is_of_torch(function: object) -> bool:
     """Whether it is a loss module of torch, or of a class that changes nothing but how it is made."""
     if not isinstance(function, nn.Module) or "forward" in vars(function):
         return False
-    return type(function).forward.__module__ == nn.modules.loss.__name__
+    hooked = function._forward_hooks or function._forward_pre_hooks
+    return not hooked and type(function).forward.__module__ == nn.modules.loss.__name__
 
 
 def _is_exactly(function: object, kind: type[nn.Module]) -> bool:
-    return isinstance(function, kind) and type(function).forward is kind.forward
+    return _is_of_torch(function) and isinstance(function, kind) and type(function).forward is kind.forward

@@ -19,16 +19,20 @@ from __future__ import annotations
 import functools
 import itertools
 import operator
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
 
+from lightning_robust.functional._autograd_graph import (
+    Node,
+    in_order_of_computation,
+    is_differentiable_once,
+    kind_of,
+    leaf_of,
+)
 from lightning_robust.functional._checks import outputs_of
 from lightning_robust.functional._grad_mode import Weights, differentiable_weights, full_precision
-
-Node = torch.autograd.graph.Node
 
 # Names of autograd's nodes, without "Backward" and a number.
 _SUMS_AND_PIECES = """
@@ -45,8 +49,8 @@ _SUMS_AND_PIECES = """
     AvgPool2D AvgPool3D AdaptiveAvgPool2D AdaptiveAvgPool3D MkldnnAdaptiveAvgPool2D
     MaxPool2DWithIndices MaxPool3DWithIndices MkldnnMaxPool2D AdaptiveMaxPool2D AdaptiveMaxPool3D
     Max Min Amax Amin Aminmax Maximum Minimum Fmax Fmin Topk Sort Median Kthvalue
-    Relu LeakyRelu Threshold Hardtanh RreluWithNoise Hardsigmoid Hardshrink Softshrink Clamp ClampMin ClampMax Abs
-    Sign Floor Ceil Round Trunc
+    Relu LeakyRelu Threshold Hardtanh RreluWithNoise Hardsigmoid Hardshrink Softshrink Clamp ClampMin ClampMax
+    Floor Ceil Round Trunc
 """
 _PIECEWISE_LINEAR = frozenset(_SUMS_AND_PIECES.split())
 _PRODUCTS = "Mul Div Mm Bmm Mv Dot Linear MkldnnLinear PreluKernel Convolution"
@@ -102,18 +106,19 @@ def _classified(outputs: Tensor, weights: Weights, *, up_to_a_constant: bool) ->
     names = list(weights.tensors)
     bits = {id(tensor): 1 << k for k, tensor in enumerate(weights.tensors.values())}
     start = outputs.grad_fn
-    if up_to_a_constant and _kind(start) == "LogSoftmax" and outputs.ndim == 2:
+    if up_to_a_constant and kind_of(start) == "LogSoftmax" and outputs.ndim == 2:
         start = start.next_functions[0][0]  # type: ignore[union-attr]
     curved = 0
     behind: dict[Node | None, int] = {None: 0}  # which tensors stand behind a node, as bits
-    for node in _in_order_of_computation(start):
-        if hasattr(node, "variable"):
-            _refuse_original(node.variable, weights)
-            behind[node] = bits.get(id(node.variable), 0)
+    for node in in_order_of_computation(start):
+        leaf = leaf_of(node)
+        if leaf is not None:
+            _refuse_original(leaf, weights)
+            behind[node] = bits.get(id(leaf), 0)
             continue
         operands = [behind[below] for below, _ in node.next_functions]
         behind[node] = _union(operands)
-        kind = _kind(node)
+        kind = kind_of(node)
         if kind in _FACTORS:
             factors = operands[_FACTORS[kind]]
             curved |= _union(a & b for a, b in itertools.combinations(factors, 2))
@@ -143,28 +148,6 @@ def _union(masks: Iterable[int]) -> int:
     return functools.reduce(operator.or_, masks, 0)
 
 
-def _kind(node: Node | None) -> str:
-    """What a node differentiates; nothing for a function of somebody's own, whatever its name."""
-    if node is None or hasattr(node, "_forward_cls"):
-        return ""
-    return node.name().rstrip("0123456789").removesuffix("Backward")
-
-
-def _in_order_of_computation(start: Node | None) -> Iterator[Node]:
-    """All nodes below, each after those that it depends on."""
-    stack, entered, done = [start], set[Node](), set[Node]()
-    while stack:
-        node = stack[-1]
-        if node is None or node in done:
-            stack.pop()
-        elif node in entered:
-            done.add(node)
-            yield node
-        else:
-            entered.add(node)
-            stack.extend(below for below, _ in node.next_functions if below not in entered)
-
-
 def refuse_missing_derivatives(outputs: Tensor, weights: Weights) -> None:
     """Raise if a function that can be differentiated only once stands between weights and outputs.
 
@@ -175,18 +158,12 @@ def refuse_missing_derivatives(outputs: Tensor, weights: Weights) -> None:
         ValueError: If there is one.
     """
     names = {id(tensor): name for name, tensor in weights.tensors.items()}
-    for node in _in_order_of_computation(outputs.grad_fn):
+    for node in in_order_of_computation(outputs.grad_fn):
         if is_differentiable_once(node):
-            for below in _in_order_of_computation(node):
-                name = names.get(id(getattr(below, "variable", None)))
+            for below in in_order_of_computation(node):
+                name = names.get(id(leaf_of(below)))
                 if name is not None:
                     raise no_second_derivative(f"in layer {name!r}: {node.name()} is marked with @once_differentiable")
-
-
-def is_differentiable_once(node: Node) -> bool:
-    """Whether a function is marked with ``once_differentiable``."""
-    backward: Any = getattr(getattr(node, "_forward_cls", None), "backward", None)
-    return hasattr(backward, "__wrapped__") and backward.__code__.co_filename == torch.autograd.function.__file__
 
 
 def no_second_derivative(cause: object) -> ValueError:

@@ -27,8 +27,9 @@ class HessianTrace(CurvatureMetric):
     Args:
         estimator: ``"auto"``, ``"gauss_newton"`` or ``"hutchinson"``, see
             :func:`~lightning_robust.functional.hessian_trace`.
-        num_probes: Probes per sample. Two are plenty for piecewise linear networks; on others they leave an error of
-            some 10 to 30 %, the same at every measurement, so that differences along a curve are known better.
+        num_probes: Probes per sample. Two are plenty for piecewise linear networks and 32 samples or more; with fewer
+            samples they are too few for an honest error bar. On other networks they leave an error of some 3 to 30 %,
+            the same at every measurement, so that differences along a curve are known better.
         per_layer: Whether to return the value of each parameter tensor, too.
 
     Raises:

@@ -331,6 +331,20 @@ class Weighted(nn.Module):
         return losses * weights / CLASS_WEIGHTS.mean()
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+def test_a_loss_that_was_tampered_with_is_not_taken_for_torchs() -> None:
+    case = small("tanh_mlp")
+    patched, hooked, prehooked = (nn.CrossEntropyLoss() for _ in range(3))
+    patched.forward = lambda outputs, targets: 3 * F.cross_entropy(outputs, targets)
+    hooked.register_forward_hook(lambda module, inputs, loss: 3 * loss)
+    prehooked.register_forward_pre_hook(lambda module, inputs: (3 * inputs[0], inputs[1]))
+    scripted = torch.jit.script(nn.CrossEntropyLoss(label_smoothing=0.4))
+    for loss_fn in (patched, hooked, prehooked, scripted):
+        assert not SampleLoss(loss_fn).has_root
+        estimate = hessian_trace(*case, loss_fn=loss_fn, rtol=None, num_probes=16)
+        assert_within(estimate, dense_hessian_traces(case.model, *case[1:], copy.deepcopy(loss_fn)))
+
+
 def test_an_attribute_by_the_name_of_reduction_is_left_alone() -> None:
     case = small("tanh_mlp")
     with pytest.raises(ValueError, match="`loss_fn` to return a mean over samples"):

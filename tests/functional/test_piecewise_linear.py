@@ -1,20 +1,16 @@
 """What counts as piecewise linear is so, operation by operation; everything else counts as curved."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_robust.functional._autograd_graph import in_order_of_computation, kind_of
 from lightning_robust.functional._grad_mode import differentiable_weights
-from lightning_robust.functional._piecewise_linear import (
-    _FACTORS,
-    _PIECEWISE_LINEAR,
-    _in_order_of_computation,
-    _kind,
-    curved_layers,
-)
+from lightning_robust.functional._piecewise_linear import _FACTORS, _PIECEWISE_LINEAR, curved_layers
 from tests.helpers.networks import random
 
 Operation = Callable[[Tensor], Tensor]
@@ -146,8 +142,6 @@ OPERATIONS: dict[str, Operation] = {
     "Clamp": lambda h: h.clamp(-0.5, 0.5) + h.clamp(torch.tensor(-0.1)),
     "ClampMin": lambda h: torch.clamp_min(h, 0.1),
     "ClampMax": lambda h: torch.clamp_max(h, 0.1),
-    "Abs": lambda h: h.abs(),
-    "Sign": lambda h: h.sign(),
     "Floor": lambda h: h.floor(),
     "Ceil": lambda h: h.ceil(),
     "Round": lambda h: h.round(),
@@ -198,7 +192,7 @@ def test_an_operation_that_counts_as_piecewise_linear_has_no_second_derivative(n
     model, x = Between(OPERATIONS[name]), random(2, 2, 4, dtype=torch.float32)
     with differentiable_weights(model) as weights:
         out = model(x)
-        assert name in {_kind(node) for node in _in_order_of_computation(out.grad_fn)}
+        assert name in {kind_of(node) for node in in_order_of_computation(out.grad_fn)}
         tensors = list(weights.tensors.values())
         slopes = torch.autograd.grad(out[0, 0], tensors, create_graph=True)
         for slope in slopes:
@@ -223,6 +217,15 @@ class OfMyOwn(torch.autograd.Function):
         return grad
 
 
+class WithVariable(OfMyOwn):
+    """A function that keeps something under the name that leaves of the graph have for their tensor."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor) -> Tensor:
+        ctx.variable = h
+        return h.clone()
+
+
 class Relu(OfMyOwn):
     """A function by the name of one that is known."""
 
@@ -245,7 +248,9 @@ CURVED: dict[str, Operation] = {
     "lerp by itself": lambda h: torch.lerp(torch.ones_like(h), h, h),
     "cdist": lambda h: torch.cdist(h, torch.ones(3, 12)),
     "attention": lambda h: F.scaled_dot_product_attention(row(h), row(h), row(h)),
+    "magnitude of complex numbers": lambda h: (h.to(torch.complex64) * (1 + 1j)).abs(),
     "my own": OfMyOwn.apply,
+    "my own with a variable": WithVariable.apply,
     "my own relu": Relu.apply,
     "saturated": lambda h: F.gelu(1e6 * h),
     "hidden": lambda h: 0 * h.tanh() + h,
