@@ -15,7 +15,7 @@ demo: $(VENV)/.demo  ## train on the embedded digits with the monitor on, and sa
 	$(BIN)/python -W ignore -m recipes.train fit --config configs/digits.yaml
 
 test: $(VENV)/.test  ## run the whole test suite
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
 
 lint: $(VENV)/.test  ## check style and types
 	$(BIN)/ruff check $(SOURCES)

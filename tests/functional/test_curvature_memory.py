@@ -60,7 +60,7 @@ def test_a_measurement_takes_at_most_twice_the_memory_of_a_training_step(name: s
 
 @pytest.mark.parametrize("name", ["cnn_batchnorm", "mlp", "recurrent"])
 def test_nothing_is_left_of_fifty_measurements(name: str) -> None:
-    network, inputs, targets = build(name, num_samples=4)
+    network, inputs, targets = build(name, num_samples=2)
     measure(network, inputs, targets)
     gc.disable()  # what waits for the garbage collector is a leak, too
     try:
