@@ -13,9 +13,9 @@ from lightning_robust.functional._checks import (
     channelwise,
     check_inputs,
     check_logits,
-    check_outputs,
     check_targets,
     check_units,
+    outputs_of,
     unnormalised,
 )
 from lightning_robust.functional._curvature_plan import Estimator, make_plan
@@ -161,7 +161,7 @@ class Probe:
         inputs = self.inputs if attack is None else self.attacked(attack)
         chunk_size = self.chunk_size
         if chunk_size is not None:
-            chunk_size = max(1, chunk_size // self.outputs(inputs[:2])[0].numel())
+            chunk_size = max(1, chunk_size // self.outputs(inputs[:1])[0].numel())
         plan = make_plan(
             self.model,
             inputs,
@@ -192,9 +192,7 @@ class Probe:
     def outputs(self, inputs: Tensor) -> Tensor:
         """The same for outputs of any shape ``(N, ...)``."""
         with differentiable(self.model), torch.no_grad():
-            outputs = self.model(full_precision(inputs).clone())
-        check_outputs(outputs, num_samples=len(inputs))
-        return outputs
+            return outputs_of(self.model, full_precision(inputs))
 
     def select(self, rows: slice) -> Probe:
         """Return a probe of some of the samples, on copies that later changes to the batch do not reach."""

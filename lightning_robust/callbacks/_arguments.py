@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lightning_robust.functional._checks import check_units
+from lightning_robust.functional._losses import LossFn, check_loss_fn
 from lightning_robust.metrics import (
     METRICS,
     FisherSpectralNorm,
@@ -62,6 +63,15 @@ def check_constant(
                 f" per channel, but got {value!r}."
             )
     return numbers if isinstance(plain, tuple | list) else float(numbers[0])
+
+
+def check_loss(value: LossFn | None) -> LossFn | None:
+    """Return the loss function, or raise unless it is one."""
+    try:
+        check_loss_fn(value)
+    except TypeError as error:
+        raise MisconfigurationException(str(error)) from error
+    return value
 
 
 def check_range(

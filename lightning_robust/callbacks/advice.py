@@ -96,7 +96,7 @@ def on_probe(probe: Probe) -> list[str]:
         ValueError: If every number would be wrong, see :func:`~lightning_robust.probe.find_flaws`.
     """
     sentences = find_flaws(probe)
-    outputs = probe.outputs(probe.inputs[:2])
+    outputs = probe.outputs(probe.inputs[:1])
     num_classes = outputs.shape[1] if outputs.ndim == 2 else 0
     if num_classes > _MANY_CLASSES:
         sentences.append(

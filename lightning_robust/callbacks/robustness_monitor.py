@@ -16,7 +16,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lightning_robust.callbacks import advice
-from lightning_robust.callbacks._arguments import as_metrics, check_constant, check_integer, check_range
+from lightning_robust.callbacks._arguments import as_metrics, check_constant, check_integer, check_loss, check_range
 from lightning_robust.callbacks.batches import make_probe
 from lightning_robust.callbacks.measurement import Measurement, Values
 from lightning_robust.callbacks.outcome import Verdict
@@ -122,11 +122,6 @@ class RobustnessMonitor(Callback):
             raise MisconfigurationException(
                 f"Expected argument `probe_fn` to be callable, but got {type(probe_fn).__name__}."
             )
-        if loss_fn is not None and (isinstance(loss_fn, type) or not callable(loss_fn)):
-            came = f"the class {loss_fn.__name__}" if isinstance(loss_fn, type) else type(loss_fn).__name__
-            raise MisconfigurationException(
-                f"Expected argument `loss_fn` to be a function or a module, but got {came}."
-            )
         if not isinstance(log_key_prefix, str) or not log_key_prefix:
             raise MisconfigurationException(
                 f"Expected argument `log_key_prefix` to be a non-empty string, but got {log_key_prefix!r}."
@@ -143,7 +138,7 @@ class RobustnessMonitor(Callback):
             "input_mean": self.input_mean,
             "valid_range": self.valid_range,
             "chunk_size": self.chunk_size,
-            "loss_fn": loss_fn,
+            "loss_fn": check_loss(loss_fn),
         }
         self._last_epoch: int | None = None  # of the last measurement in `fit`
         self._said: set[str] = set()  # what is said once in a run

@@ -24,13 +24,13 @@ class Plan:
         gauss_newton: Layers that have a Gauss–Newton part.
         hutchinson: Layers that have a Hutchinson part.
         residual: Whether the latter is that of the residual ``R``, rather than of the whole Hessian.
-        exact: Whether the sum is the Hessian everywhere.
+        is_hessian: Whether the sum is the Hessian everywhere.
     """
 
     gauss_newton: tuple[str, ...]
     hutchinson: tuple[str, ...]
     residual: bool
-    exact: bool
+    is_hessian: bool
 
     def probes(self, start: int, stop: int) -> tuple[range, range]:
         """The same probes of both kinds, none of one that no layer has."""
@@ -78,14 +78,14 @@ def make_plan(
     with differentiable_weights(model, loss_fn, module=module) as weights:
         names = tuple(weights.tensors)
     if estimator == "gauss_newton":
-        plan = Plan(names, (), residual=True, exact=False)
+        plan = Plan(names, (), residual=True, is_hessian=False)
     elif estimator == "hutchinson" or not loss.has_root:
-        plan = Plan((), names, residual=False, exact=True)
+        plan = Plan((), names, residual=False, is_hessian=True)
     else:
         curved = curved_layers(
             model, inputs, module=module, up_to_a_constant=loss.is_cross_entropy, chunk_size=chunk_size
         )
-        plan = Plan(names, tuple(name for name in names if name in curved), residual=True, exact=True)
+        plan = Plan(names, tuple(name for name in names if name in curved), residual=True, is_hessian=True)
     if targets is None and (plan.hutchinson or loss.root_needs_targets):
         raise ValueError(
             f"Expected argument `targets` to be a tensor, because estimator={estimator!r} needs the loss of this model,"

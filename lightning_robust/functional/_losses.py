@@ -39,6 +39,13 @@ _MODULES: list[tuple[object, type[nn.Module]]] = [
 _ELEMENTWISE = (nn.MSELoss, nn.BCEWithLogitsLoss)
 
 
+def check_loss_fn(loss_fn: LossFn | None) -> None:
+    """Raise a ``TypeError`` unless it can be called with outputs and targets: a class makes a loss, but is none."""
+    if loss_fn is not None and (isinstance(loss_fn, type) or not callable(loss_fn)):
+        came = f"the class {loss_fn.__name__}" if isinstance(loss_fn, type) else type(loss_fn).__name__
+        raise TypeError(f"Expected argument `loss_fn` to be a function or a module, but got {came}.")
+
+
 class SampleLoss:
     """A loss function, evaluated sample by sample.
 
@@ -51,9 +58,7 @@ class SampleLoss:
     """
 
     def __init__(self, loss_fn: LossFn | None) -> None:
-        if loss_fn is not None and (isinstance(loss_fn, type) or not callable(loss_fn)):
-            came = f"the class {loss_fn.__name__}" if isinstance(loss_fn, type) else type(loss_fn).__name__
-            raise TypeError(f"Expected argument `loss_fn` to be a function or a module, but got {came}.")
+        check_loss_fn(loss_fn)
         self._function = _as_module(loss_fn)
         self._reduction = "mean"
         self.is_foreign = not _is_of_torch(self._function)

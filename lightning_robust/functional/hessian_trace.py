@@ -131,7 +131,7 @@ def hessian_trace(
     """
     _check_options(
         estimator,
-        num_probes=2 if num_probes is None else num_probes,
+        num_probes=num_probes,
         rtol=rtol,
         max_probes=max_probes,
         chunk_size=chunk_size,
@@ -198,19 +198,19 @@ def _estimate(sums: CurvatureSums, plan: Plan) -> TraceEstimate:
         total_stderr=total.probe_stderr()[0],
         total_sample_stderr=total.sample_stderr()[0],
         estimator={name: "hutchinson" if name in plan.hutchinson else "gauss_newton" for name in sums.names},
-        matrix=dict.fromkeys(sums.names, "hessian" if plan.exact else "gauss_newton"),
+        matrix=dict.fromkeys(sums.names, "hessian" if plan.is_hessian else "gauss_newton"),
         num_probes=max(len(part) for part in sums.parts),
     )
 
 
 def _check_options(
-    estimator: Estimator, *, num_probes: int, rtol: float | None, max_probes: int, chunk_size: int | None
+    estimator: Estimator, *, num_probes: int | None, rtol: float | None, max_probes: int, chunk_size: int | None
 ) -> None:
     check_estimator(estimator)
-    check_positive_integer("num_probes", num_probes)
     check_positive_integer("max_probes", max_probes)
-    if chunk_size is not None:
-        check_positive_integer("chunk_size", chunk_size)
+    for name, value in (("num_probes", num_probes), ("chunk_size", chunk_size)):
+        if value is not None:
+            check_positive_integer(name, value)
     number: object = rtol
     real = isinstance(number, Real) and not isinstance(number, bool)
     if rtol is not None and not (real and 0 < rtol < math.inf):

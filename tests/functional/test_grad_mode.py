@@ -13,17 +13,11 @@ from torch.nn.utils import parametrizations
 
 from lightning_robust.functional import Linearization, fim_spectral_norm, linearize, linearized_margin
 from lightning_robust.functional._grad_mode import differentiable
+from tests.helpers.contexts import CONTEXTS, every_context
 from tests.helpers.networks import NETWORKS, build, random
 from tests.helpers.recording import Recorder, state_of
 
 every_network = pytest.mark.parametrize("name", NETWORKS)
-CONTEXTS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
-    "plain": nullcontext,
-    "no_grad": torch.no_grad,
-    "inference_mode": torch.inference_mode,
-    "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
-}
-every_context = pytest.mark.parametrize("context", CONTEXTS.values(), ids=CONTEXTS)
 
 
 def assert_equal(actual: Linearization, expected: Linearization) -> None:

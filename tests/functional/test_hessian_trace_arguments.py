@@ -14,7 +14,6 @@ from lightning_robust.functional import hessian_trace
 from lightning_robust.functional._curvature_plan import Plan
 from lightning_robust.functional._curvature_probes import Draws, curvature_sums
 from lightning_robust.functional._curvature_sums import joined
-from lightning_robust.functional._piecewise_linear import curved_layers
 from lightning_robust.functional._signs import sample_signs
 from tests.helpers.curvature import assert_same, assert_within, relu_mlp, seed, seeded, small
 from tests.helpers.oracles import dense_gauss_newton_traces, dense_hessian_traces, hessian_traces_by_differences
@@ -142,13 +141,17 @@ def test_an_error_of_the_network_itself_is_not_taken_for_a_missing_derivative(es
     assert "twice" not in str(raised.value)
 
 
-class OnceTanh(torch.autograd.Function):
-    """A function as extensions write them: its backward pass cannot be differentiated."""
+class Tanh(torch.autograd.Function):
+    """What somebody computes by a function of their own."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
         return x.tanh()
+
+
+class OnceTanh(Tanh):
+    """The function as extensions write it: its backward pass cannot be differentiated."""
 
     @staticmethod
     @once_differentiable
@@ -189,13 +192,8 @@ def test_a_function_that_is_differentiable_once_does_no_harm_below_frozen_layers
     assert_same(hessian_trace(*case, estimator=estimator, rtol=None), expected)
 
 
-class TwiceTanh(torch.autograd.Function):
+class TwiceTanh(Tanh):
     """The same with a backward pass that autograd can follow, under its other name."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x.tanh()
 
     @staticmethod
     def vjp(ctx: Any, grad: Tensor) -> Tensor:
@@ -532,8 +530,8 @@ def test_a_single_probe_knows_no_error_and_goes_on_only_if_one_is_asked_for() ->
 def plan_of(model: nn.Module, estimator: str) -> Plan:
     names = tuple(name for name, _ in model.named_parameters())
     if estimator == "hutchinson":
-        return Plan((), names, residual=False, exact=True)
-    return Plan(names, names[:4] if estimator == "auto" else (), residual=True, exact=estimator == "auto")
+        return Plan((), names, residual=False, is_hessian=True)
+    return Plan(names, names[:4] if estimator == "auto" else (), residual=True, is_hessian=estimator == "auto")
 
 
 @every_estimator
@@ -636,13 +634,6 @@ def test_as_many_probes_as_classes_can_tell_apart_leave_nothing_to_chance(estima
                 assert {k: float(v) for k, v in estimate.layers.items()} == pytest.approx(expected, rel=1e-4)
                 assert estimate.num_probes == num_probes
     assert hessian_trace(*small("relu_mlp", num_samples=3), rtol=1e-9, max_probes=5).total_stderr == 0
-
-
-def test_the_search_for_curved_layers_needs_no_more_than_two_samples() -> None:
-    model, inputs, _ = small("tanh_mlp")
-    expected = {"0.weight", "0.bias", "2.weight", "2.bias"}
-    assert curved_layers(model, inputs) == curved_layers(model, inputs[:1]) == expected
-    assert curved_layers(relu_mlp(), inputs) == set()
 
 
 def test_the_signs_of_weights_depend_on_every_bit_of_the_seed() -> None:

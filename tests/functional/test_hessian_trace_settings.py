@@ -17,19 +17,13 @@ from torch.utils.checkpoint import checkpoint
 from lightning_robust.functional import TraceEstimate, hessian_trace
 from lightning_robust.functional._sample_gradients import SampleGradients
 from tests.helpers import networks
+from tests.helpers.contexts import CONTEXTS, every_context
 from tests.helpers.curvature import NETWORKS as SMALL_NETWORKS
 from tests.helpers.curvature import Case, assert_same, assert_within, relu_mlp, seed, seeded, small, tanh_mlp
 from tests.helpers.oracles import hessian_traces_by_differences
 from tests.helpers.recording import Recorder, state_of
 
 CROSS_ENTROPY = nn.CrossEntropyLoss()
-CONTEXTS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
-    "plain": nullcontext,
-    "no_grad": torch.no_grad,
-    "inference_mode": torch.inference_mode,
-    "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
-}
-every_context = pytest.mark.parametrize("context", CONTEXTS.values(), ids=CONTEXTS)
 every_small_network = pytest.mark.parametrize("name", SMALL_NETWORKS)
 every_estimator = pytest.mark.parametrize("estimator", ["auto", "hutchinson", "gauss_newton"])
 

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from lightning_robust.functional._autograd_graph import in_order_of_computation, kind_of
 from lightning_robust.functional._grad_mode import differentiable_weights
 from lightning_robust.functional._piecewise_linear import _FACTORS, _PIECEWISE_LINEAR, curved_layers
+from tests.helpers.curvature import relu_mlp, tanh_mlp
 from tests.helpers.networks import random
 
 Operation = Callable[[Tensor], Tensor]
@@ -318,6 +319,13 @@ def test_log_probabilities_are_as_good_as_logits_only_where_a_constant_does_not_
     model, x = nn.Sequential(nn.Linear(4, 3), nn.LogSoftmax(dim=1)), random(0, 5, 4, dtype=torch.float32)
     assert curved_layers(model, x) == set()
     assert curved_layers(model, x, up_to_a_constant=False) == {"0.weight", "0.bias"}
+
+
+def test_a_single_sample_is_enough_to_tell() -> None:
+    x = random(0, 12, 5, dtype=torch.float32)
+    expected = {"0.weight", "0.bias", "2.weight", "2.bias"}
+    assert curved_layers(tanh_mlp(), x) == curved_layers(tanh_mlp(), x[:1]) == expected
+    assert curved_layers(relu_mlp(), x) == curved_layers(relu_mlp(), x[:1]) == set()
 
 
 def test_it_takes_one_forward_pass_of_every_sample() -> None:

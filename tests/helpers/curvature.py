@@ -180,7 +180,7 @@ def enumerated_products(case: Case, loss_fn: LossFn | None = None, *, residual: 
     with mock.patch.object(_curvature_probes, "weight_signs", unit_vectors):
         sums = _curvature_probes.curvature_sums(
             *case,
-            plan=Plan(names if residual else (), names, residual=residual, exact=True),
+            plan=Plan(names if residual else (), names, residual=residual, is_hessian=True),
             draws=_curvature_probes.Draws([0] * len(case.inputs), [0] * len(case.inputs)),
             probes=(range(0), range(size)),
             loss_fn=loss_fn,
