@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
@@ -11,27 +10,20 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import CombinedLoader, rank_zero_warn
+from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from lightning_robust.callbacks import advice
+from lightning_robust.callbacks import advice, reporting
 from lightning_robust.callbacks._arguments import as_metrics, check_constant, check_integer, check_loss, check_range
 from lightning_robust.callbacks.batches import make_probe
 from lightning_robust.callbacks.measurement import Measurement, Values
+from lightning_robust.callbacks.notices import Notices
 from lightning_robust.callbacks.outcome import Verdict
 from lightning_robust.callbacks.sample_selection import LoaderShare, SampleCollector
 from lightning_robust.dashboard.tensorboard_layout import write_layout
 from lightning_robust.metrics import ProbeMetric
 from lightning_robust.probe import Probe
-
-
-class RobustnessWarning(UserWarning):
-    """A measurement was skipped, or its numbers need care."""
-
-
-# Python shows a sentence once per process, but the second run of a sweep needs it as much as the first.
-warnings.filterwarnings("always", category=RobustnessWarning, append=True)
 
 
 class RobustnessMonitor(Callback):
@@ -141,7 +133,7 @@ class RobustnessMonitor(Callback):
             "loss_fn": check_loss(loss_fn),
         }
         self._last_epoch: int | None = None  # of the last measurement in `fit`
-        self._said: set[str] = set()  # what is said once in a run
+        self._notices = Notices()
         self._unexamined = True
         self._logged: list[str] = []  # keys of the last measurement
         self._laid_out: set[str] = set()  # directories that have a layout
@@ -170,11 +162,11 @@ class RobustnessMonitor(Callback):
         self._last_epoch = None
         self._targets = None
         self._unexamined = True
-        self._said.clear()
+        self._notices.forget()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say it if nothing will ever be measured, or if a stopper will count what is not."""
-        self._say_once(*advice.before_fit(trainer, prefix=self.log_key_prefix, every_n_epochs=self.every_n_epochs))
+        self._notices.once(*advice.before_fit(trainer, prefix=self.log_key_prefix, every_n_epochs=self.every_n_epochs))
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin a measurement, if one is due."""
@@ -221,7 +213,7 @@ class RobustnessMonitor(Callback):
             return
         loaders = CombinedLoader(trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders).flattened
         if self.dataloader_idx >= len(loaders):
-            self._say_once(
+            self._notices.once(
                 f"RobustnessMonitor was told to measure on `dataloader_idx={self.dataloader_idx}`, but there are"
                 f" {len(loaders)} loaders, so nothing is measured."
             )
@@ -243,7 +235,7 @@ class RobustnessMonitor(Callback):
             num_processes=trainer.world_size,
             seed=self.seed,
         )
-        self._say_once(*advice.on_loader(share, max_samples=self.max_samples))
+        self._notices.once(*advice.on_loader(share, max_samples=self.max_samples))
 
     def _is_due(self, trainer: Trainer) -> bool:
         if trainer.state.fn != TrainerFn.FITTING:
@@ -260,7 +252,7 @@ class RobustnessMonitor(Callback):
                 probe = make_probe(pl_module, batch, probe_fn=self.probe_fn, defaults=self._probe_options)
                 measurement.collector.add(probe)
                 if measurement.collector.irregular:
-                    self._say_once(advice.reservoir(self.max_samples))
+                    self._notices.once(advice.reservoir(self.max_samples))
 
             measurement.attempt(add)
 
@@ -284,40 +276,30 @@ class RobustnessMonitor(Callback):
             self._guard(lambda: self._log(trainer, pl_module, values, verdict), "log a measurement")
         if verdict.causes:
             names = {number: type(metric).__name__ for number, metric in enumerate(self.metrics)}
-            self._warn(advice.skipped(verdict.causes, names, epoch=trainer.current_epoch))
+            self._notices.warn(advice.skipped(verdict.causes, names, epoch=trainer.current_epoch))
 
     def _examine(self, probe: Probe) -> None:
         """Once in a run, say what makes the numbers mean something else than they seem to."""
         if self._unexamined:
-            self._say_once(*advice.on_probe(probe))
+            self._notices.once(*advice.on_probe(probe))
             self._unexamined = False
 
     def _log(self, trainer: Trainer, pl_module: LightningModule, values: Values, verdict: Verdict) -> None:
-        headlines = [next(iter(computed)) for computed in values.values() if computed]
-        flat = {key: float(value) for computed in values.values() for key, value in computed.items()}
-        flat |= {"num_samples": float(verdict.num_samples), "seconds": verdict.seconds}
+        flat = reporting.flattened(values, verdict)
+        headlines = reporting.headlines(values)
         self._logged = [self.log_key_prefix + key for key in flat]
-        for key, value in flat.items():
-            if math.isfinite(value):
-                pl_module.log(
-                    self.log_key_prefix + key,
-                    value,
-                    prog_bar=self.prog_bar and key in headlines,
-                    on_step=False,
-                    on_epoch=True,
-                    sync_dist=True,
-                    batch_size=1,
-                )
-            else:
-                self._say_once(f"`{self.log_key_prefix}{key}` is not finite and is not logged where it is so.")
-        if not any(sentence.startswith("The model ") for sentence in self._said):  # then every number is in doubt
-            self._say_once(*advice.on_values(flat, prefix=self.log_key_prefix))
-        if self.prog_bar and trainer.progress_bar_callback is not None:
-            summary = ", ".join(f"{key} {flat[key]:.4g}" for key in headlines)
-            trainer.progress_bar_callback.print(
-                f"robustness in epoch {trainer.current_epoch}, on {verdict.num_samples} samples: {summary}"
-                f" ({verdict.seconds:.1f} s)"
+        reporting.log(pl_module, flat, prefix=self.log_key_prefix, in_bar=headlines if self.prog_bar else [])
+        self._notices.once(
+            *(
+                f"`{self.log_key_prefix}{key}` is not finite and is not logged where it is so."
+                for key, value in flat.items()
+                if not math.isfinite(value)
             )
+        )
+        if not self._notices.were("The model "):  # then every number is in doubt
+            self._notices.once(*advice.on_values(flat, prefix=self.log_key_prefix))
+        if self.prog_bar:
+            reporting.print_line(trainer, flat, keys=headlines)
 
     def _lay_out(self, trainer: Trainer) -> None:
         """Write one layout for all monitors of the trainer, once per directory of logs; the first monitor does it."""
@@ -334,8 +316,8 @@ class RobustnessMonitor(Callback):
         """Say it if these are other samples than last time."""
         if measurement.collector is not None:
             before, self._targets = self._targets, measurement.collector.targets()
-            if before is not None and before != self._targets and advice.SHUFFLES not in self._said:
-                self._say_once(advice.OTHER_SAMPLES)
+            if before is not None and before != self._targets and not self._notices.were(advice.SHUFFLES):
+                self._notices.once(advice.OTHER_SAMPLES)
 
     def _guard(self, step: Callable[[], None], purpose: str) -> None:
         """Take a step that must not end a run."""
@@ -344,16 +326,9 @@ class RobustnessMonitor(Callback):
         except Exception as error:
             if self.on_error == "raise":
                 raise
-            self._warn(f"RobustnessMonitor could not {purpose}: {type(error).__name__}: {error}. The run goes on.")
-
-    def _say_once(self, *sentences: str) -> None:
-        for sentence in sentences:
-            if sentence not in self._said:
-                self._said.add(sentence)
-                self._warn(sentence)
-
-    def _warn(self, message: str) -> None:
-        rank_zero_warn(message, category=RobustnessWarning)
+            self._notices.warn(
+                f"RobustnessMonitor could not {purpose}: {type(error).__name__}: {error}. The run goes on."
+            )
 
 
 def _device(pl_module: LightningModule) -> torch.device:

@@ -354,9 +354,7 @@ def test_how_the_module_is_called_is_asked_after_errors_of_its_own_only(tmp_path
 
 
 def test_the_second_run_in_a_process_is_warned_as_the_first_was() -> None:
-    script = (
-        "from lightning_robust import RobustnessMonitor\nfor _ in range(2):\n    RobustnessMonitor()._warn('beware')"
-    )
+    script = "from lightning_robust.callbacks.notices import Notices\nfor _ in range(2):\n    Notices().once('beware')"
     errors = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stderr
     assert errors.count("beware") == 2
 
