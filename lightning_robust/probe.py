@@ -198,6 +198,11 @@ class Probe:
         """Return a probe of some of the samples, on copies that later changes to the batch do not reach."""
         return replace(self, inputs=self.inputs[rows].detach().clone(), targets=self.targets[rows].detach().clone())
 
+    def split(self, size: int) -> Iterator[Probe]:
+        """Probes of ``size`` samples each, the last of what is left."""
+        for inputs, targets in zip(*(torch.split(rows, size) for rows in (self.inputs, self.targets)), strict=True):
+            yield replace(self, inputs=inputs, targets=targets)
+
 
 def merge(probes: Iterable[Probe], *, max_samples: int) -> Iterator[Probe]:
     """Join probes of the same network and shape into probes of up to ``max_samples`` samples, in order."""

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 
 from lightning_robust.callbacks.outcome import WHOLE
 from lightning_robust.callbacks.sample_selection import LoaderShare
@@ -22,10 +23,44 @@ OTHER_SAMPLES = (
 )
 
 
+def obstacle(trainer: Trainer) -> str | None:
+    """What keeps every measurement of a run from being made, if anything does."""
+    if trainer.barebones:
+        return "`Trainer(barebones=True)` logs nothing, so RobustnessMonitor measures nothing."
+    strategy, spread = trainer.strategy, None
+    if isinstance(strategy, DeepSpeedStrategy | FSDPStrategy):
+        spread = type(strategy).__name__
+    elif isinstance(strategy, ModelParallelStrategy) and strategy.device_mesh["tensor_parallel"].size() > 1:
+        spread = "tensor parallelism"
+    if spread is None:
+        return None
+    return (
+        f"RobustnessMonitor measures nothing under {spread}, which spreads the weights over processes in a way that it"
+        " cannot undo. It measures under `DDPStrategy`, and under `ModelParallelStrategy(tensor_parallel_size=1)` with"
+        " `torch.distributed.fsdp.fully_shard` in `configure_model`."
+    )
+
+
+def no_such_loader(dataloader_idx: int, *, num_loaders: int) -> str:
+    """The loader to measure on does not exist."""
+    return (
+        f"RobustnessMonitor was told to measure on `dataloader_idx={dataloader_idx}`, but there are {num_loaders}"
+        " loaders, so nothing is measured."
+    )
+
+
+def out_of_memory(samples_at_once: int | None) -> str:
+    """How it goes on after memory has run out."""
+    return (
+        f"RobustnessMonitor ran out of memory, and from now on measures at most {samples_at_once} samples at once. The"
+        " numbers stay the same, and take longer. A `chunk_size` chosen beforehand saves the failed attempt."
+    )
+
+
 def before_fit(trainer: Trainer, *, prefix: str, every_n_epochs: int) -> list[str]:
     """Say it if nothing will ever be measured, or if a stopper will count what is not measured."""
-    if trainer.barebones:
-        return ["`Trainer(barebones=True)` logs nothing, so RobustnessMonitor measures nothing."]
+    if sentence := obstacle(trainer):
+        return [sentence]
     if not trainer.enable_validation:
         return [
             "RobustnessMonitor measures inside the validation loop, but this run has none, so nothing will be"

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Literal
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.memory import is_oom_error
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
 from lightning_robust.callbacks.outcome import WHOLE, Outcome, Verdict
 from lightning_robust.callbacks.sample_selection import SampleCollector
 from lightning_robust.callbacks.undisturbed import undisturbed
+from lightning_robust.functional import gathered_weights
 from lightning_robust.functional._grad_mode import differentiable
 from lightning_robust.metrics import ProbeMetric
 from lightning_robust.probe import Probe
@@ -25,59 +28,109 @@ Values = dict[int, dict[str, Tensor]]  # of each metric, by its number
 class Measurement:
     """Collects samples, shows them to the metrics, and gathers the values.
 
-    Everything that may fail goes through :meth:`attempt`. A failure is kept, later attempts are left out, and
-    :meth:`conclude` issues the same collectives on every process whatever happened on any. What goes wrong in one
-    metric does not stop the others.
+    Everything that may fail goes through :meth:`attempt`. A failure is kept, in words (its traceback would keep tensors
+    alive), later attempts are left out, and :meth:`update` and :meth:`conclude` issue the same collectives on every
+    process whatever happened on any. What goes wrong in one metric does not stop the others.
 
     Args:
-        metrics: What to measure; they are reset.
+        metrics: What to measure.
         on_error: ``"raise"`` lets failures through.
+        samples_at_once: Bound on the samples that pass through the network together, if one is known.
+
+    Attributes:
+        samples_at_once: The same, lower if memory ran out.
     """
 
-    def __init__(self, metrics: Sequence[ProbeMetric], *, on_error: Literal["warn", "raise"]) -> None:
+    def __init__(
+        self,
+        metrics: Sequence[ProbeMetric],
+        *,
+        on_error: Literal["warn", "raise"],
+        samples_at_once: int | None = None,
+    ) -> None:
         self._metrics = metrics
         self._on_error = on_error
-        self._errors: dict[int, Exception] = {}
+        self._errors: dict[int, str] = {}
         self._seconds = 0.0
         self._updated = False
+        self.samples_at_once = samples_at_once
         self.collector: SampleCollector | None = None
         self.last_batch: int | None = None  # index of the loader's last batch, where it is known
-        for metric in metrics:
-            metric.reset()
+        self.attempt(self._reset)
 
-    def attempt(self, step: Callable[[], None]) -> None:
+    def attempt(self, step: Callable[[], object], *, in_any_case: bool = False) -> None:
         """Take a step, against the clock and without a trace in the global random states, unless one has failed."""
-        if WHOLE in self._errors:
+        if WHOLE in self._errors and not in_any_case:
             return
         start = time.perf_counter()
         with isolate_rng():
             self._try(WHOLE, step)
         self._seconds += time.perf_counter() - start
 
-    def _try(self, number: int, step: Callable[[], None]) -> None:
+    def _try(self, number: int, step: Callable[[], object]) -> None:
         try:
             step()
         except Exception as error:
             if self._on_error == "raise":
                 raise
-            self._errors[number] = error
+            self._errors.setdefault(number, f"{type(error).__name__}: {' '.join(str(error).split()) or 'no message'}")
 
     def update(self, pl_module: LightningModule, device: torch.device, *, examine: Callable[[Probe], None]) -> None:
-        """Show the collected samples to the metrics, once, after the first of them have been examined."""
-        if self._updated or self.collector is None:
+        """Show the collected samples to the metrics, once, after the first of them have been examined.
+
+        Sharded weights are gathered by all processes, also by those on which something has failed.
+        """
+        if self._updated:
             return
         self._updated = True
+        with ExitStack() as stack:
+            self.attempt(lambda: stack.enter_context(gathered_weights(pl_module)), in_any_case=True)
+            self.attempt(lambda: self._update(pl_module, device, examine))
+
+    def _update(self, pl_module: LightningModule, device: torch.device, examine: Callable[[Probe], None]) -> None:
+        if self.collector is None:
+            return
         for metric in self._metrics:
             metric.to(device)
+        viewers = {WHOLE: examine} | {number: metric.update for number, metric in enumerate(self._metrics)}
         with undisturbed(pl_module), differentiable(pl_module):
-            for probe in self.collector.probes():
-                examine(probe)
-                for number, metric in enumerate(self._metrics):
-                    if number not in self._errors:
-                        self._try(number, functools.partial(metric.update, probe))
+            for probe in self.collector.probes(at_most=self.samples_at_once):
+                self._show(probe, viewers)
             if not len(self.collector):  # torchmetrics complains about a metric that is computed without an update
                 for metric in self._metrics:
                     metric.update(Probe(pl_module, torch.empty(0), torch.empty(0, dtype=torch.long)))
+
+    def _show(self, probe: Probe, viewers: Mapping[int, Callable[[Probe], object]]) -> None:
+        """Show a probe to those in whom nothing has failed, and its halves from the one on whom memory runs out."""
+        remaining = dict(viewers)
+        for number, view in viewers.items():
+            if WHOLE in self._errors:
+                return
+            if number not in self._errors and not self._fits(probe, number, view):
+                self.samples_at_once = -(-len(probe) // 2)
+                for half in probe.split(self.samples_at_once):
+                    self._show(half, remaining)
+                return
+            del remaining[number]
+
+    def _fits(self, probe: Probe, number: int, view: Callable[[Probe], object]) -> bool:
+        """Show a probe; False if memory ran out and may last for half of the samples.
+
+        A metric is then as before: metrics change their states at the end of an update.
+        """
+        fits = True
+
+        def attempt() -> None:
+            nonlocal fits
+            try:
+                view(probe)
+            except Exception as error:
+                if len(probe) == 1 or not (isinstance(error, torch.OutOfMemoryError) or is_oom_error(error)):
+                    raise
+                fits = False
+
+        self._try(number, attempt)
+        return fits
 
     def conclude(self, device: torch.device) -> tuple[Verdict, Values]:
         """Agree with the other processes; the values of those metrics in which nothing failed on any of them.
@@ -90,8 +143,7 @@ class Measurement:
                 if number not in verdict.causes:  # the same ones on every process, because computing is a collective
                     self._try(number, functools.partial(self._compute, number, metric, values))
             verdict = self._agree(device)
-        for metric in self._metrics:
-            metric.reset()
+        self._try(WHOLE, self._reset)
         return verdict, {number: value for number, value in values.items() if number not in verdict.causes}
 
     def _compute(self, number: int, metric: ProbeMetric, values: Values) -> None:
@@ -109,3 +161,7 @@ class Measurement:
         outcome.update(errors=self._errors, num_samples=num_samples, seconds=self._seconds)
         verdict: Verdict = outcome.compute()
         return verdict
+
+    def _reset(self) -> None:
+        for metric in self._metrics:
+            metric.reset()

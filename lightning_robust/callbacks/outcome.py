@@ -42,14 +42,13 @@ class Outcome(Float64Metric):
         self.add_float64_state("seconds", reduce="max")
         self.add_float64_rows("text")
 
-    def update(self, *, errors: Mapping[int, Exception], num_samples: int = 0, seconds: float = 0.0) -> None:
+    def update(self, *, errors: Mapping[int, str], num_samples: int = 0, seconds: float = 0.0) -> None:
         """Report this process's part."""
         self.num_samples = self.num_samples + num_samples
         self.seconds = torch.full_like(self.seconds, seconds)
         assert isinstance(self.text, list)
         for number, error in errors.items():
-            line = f"{number} {type(error).__name__}: {' '.join(str(error).split()) or 'no message'}\n"
-            self.text.append(code_points(line, like=self.seconds))
+            self.text.append(code_points(f"{number} {error}\n", like=self.seconds))
 
     def compute(self) -> Verdict:
         """Return what all processes reported."""

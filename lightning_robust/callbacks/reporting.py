@@ -23,20 +23,21 @@ def headlines(values: Values) -> list[str]:
     return [next(iter(computed)) for computed in values.values() if computed]
 
 
-def log(pl_module: LightningModule, values: Mapping[str, float], *, prefix: str, in_bar: list[str]) -> None:
-    """Log those of the values that are finite.
+def log(pl_module: LightningModule, values: Mapping[str, float], *, prefix: str, in_bar: list[str]) -> dict[str, float]:
+    """Log those of the values that are finite, and return them by the keys under which they are logged.
 
     All processes hold the same values already, so none travels: a metric that does not synchronise is what Lightning
     takes for that without a warning. It asks for the attribute that holds it, and looks at it nowhere.
     """
-    for key, value in values.items():
-        if math.isfinite(value):
-            agreed = SumMetric(sync_on_compute=False)
-            agreed.update(value)
-            name = prefix + key
-            pl_module.log(
-                name, agreed, metric_attribute=name, prog_bar=key in in_bar, on_step=False, on_epoch=True, batch_size=1
-            )
+    finite = {prefix + key: value for key, value in values.items() if math.isfinite(value)}
+    shown = {prefix + key for key in in_bar}
+    for key, value in finite.items():
+        agreed = SumMetric(sync_on_compute=False)
+        agreed.update(value)
+        pl_module.log(
+            key, agreed, metric_attribute=key, prog_bar=key in shown, on_step=False, on_epoch=True, batch_size=1
+        )
+    return finite
 
 
 def print_line(trainer: Trainer, values: Mapping[str, float], *, keys: list[str]) -> None:

@@ -135,7 +135,8 @@ class RobustnessMonitor(Callback):
         self._last_epoch: int | None = None  # of the last measurement in `fit`
         self._notices = Notices()
         self._unexamined = True
-        self._logged: list[str] = []  # keys of the last measurement
+        self._values: dict[str, float] = {}  # the last ones logged in this run, by the keys under which they are
+        self._samples_at_once: int | None = None  # for which memory has lasted
         self._laid_out: set[str] = set()  # directories that have a layout
         self._measurement: Measurement | None = None  # in progress
         self._targets: list[int] | None = None  # of the last measurement in `fit`
@@ -148,18 +149,20 @@ class RobustnessMonitor(Callback):
         return self._generate_state_key(log_key_prefix=self.log_key_prefix)
 
     def state_dict(self) -> dict[str, Any]:
-        """Epoch of the last measurement, so that a resumed run keeps the cadence."""
-        return {"last_epoch": self._last_epoch}
+        """Epoch of the last measurement, for the cadence, and the last values, which other callbacks go on seeing."""
+        return {"last_epoch": self._last_epoch, "values": dict(self._values)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned."""
         self._last_epoch = state_dict["last_epoch"]
+        self._values = dict(state_dict["values"])
 
     # ---- hooks -------------------------------------------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Begin a new run."""
         self._last_epoch = None
+        self._values = {}
         self._targets = None
         self._unexamined = True
         self._notices.forget()
@@ -167,6 +170,10 @@ class RobustnessMonitor(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say it if nothing will ever be measured, or if a stopper will count what is not."""
         self._notices.once(*advice.before_fit(trainer, prefix=self.log_key_prefix, every_n_epochs=self.every_n_epochs))
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Show the last values to the callbacks of a resumed run, which an uninterrupted one would still show them."""
+        trainer.callback_metrics.update({key: torch.tensor(value) for key, value in self._values.items()})
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin a measurement, if one is due."""
@@ -209,16 +216,16 @@ class RobustnessMonitor(Callback):
 
     def _begin(self, trainer: Trainer) -> None:
         self._measurement = None
-        if trainer.sanity_checking or trainer.barebones or not self._is_due(trainer):
+        if trainer.sanity_checking or not self._is_due(trainer):
             return
         loaders = CombinedLoader(trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders).flattened
-        if self.dataloader_idx >= len(loaders):
-            self._notices.once(
-                f"RobustnessMonitor was told to measure on `dataloader_idx={self.dataloader_idx}`, but there are"
-                f" {len(loaders)} loaders, so nothing is measured."
-            )
+        obstacle = advice.obstacle(trainer)
+        if obstacle is None and self.dataloader_idx >= len(loaders):
+            obstacle = advice.no_such_loader(self.dataloader_idx, num_loaders=len(loaders))
+        if obstacle is not None:
+            self._notices.once(obstacle)
             return
-        measurement = Measurement(self.metrics, on_error=self.on_error)
+        measurement = Measurement(self.metrics, on_error=self.on_error, samples_at_once=self._samples_at_once)
         measurement.attempt(lambda: self._choose(trainer, loaders[self.dataloader_idx], measurement))
         self._measurement = measurement
 
@@ -260,7 +267,7 @@ class RobustnessMonitor(Callback):
         """Measure after the last batch, on the weights that were validated: a later hook may exchange them."""
         measurement = self._measurement
         if measurement is not None and (dataloader_idx, batch_idx) == (self.dataloader_idx, measurement.last_batch):
-            measurement.attempt(lambda: measurement.update(pl_module, _device(pl_module), examine=self._examine))
+            measurement.update(pl_module, _device(pl_module), examine=self._examine)
 
     def _finish(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Agree and log: the same collectives on every process."""
@@ -270,8 +277,11 @@ class RobustnessMonitor(Callback):
         if trainer.state.fn == TrainerFn.FITTING:
             self._last_epoch = trainer.current_epoch
             measurement.attempt(lambda: self._compare(measurement))
-        measurement.attempt(lambda: measurement.update(pl_module, _device(pl_module), examine=self._examine))
+        measurement.update(pl_module, _device(pl_module), examine=self._examine)
         verdict, values = measurement.conclude(_device(pl_module))
+        if measurement.samples_at_once != self._samples_at_once:
+            self._samples_at_once = measurement.samples_at_once
+            self._notices.once(advice.out_of_memory(self._samples_at_once))
         if values:
             self._guard(lambda: self._log(trainer, pl_module, values, verdict), "log a measurement")
         if verdict.causes:
@@ -287,8 +297,8 @@ class RobustnessMonitor(Callback):
     def _log(self, trainer: Trainer, pl_module: LightningModule, values: Values, verdict: Verdict) -> None:
         flat = reporting.flattened(values, verdict)
         headlines = reporting.headlines(values)
-        self._logged = [self.log_key_prefix + key for key in flat]
-        reporting.log(pl_module, flat, prefix=self.log_key_prefix, in_bar=headlines if self.prog_bar else [])
+        in_bar = headlines if self.prog_bar else []
+        self._values |= reporting.log(pl_module, flat, prefix=self.log_key_prefix, in_bar=in_bar)
         self._notices.once(
             *(
                 f"`{self.log_key_prefix}{key}` is not finite and is not logged where it is so."
@@ -304,7 +314,7 @@ class RobustnessMonitor(Callback):
     def _lay_out(self, trainer: Trainer) -> None:
         """Write one layout for all monitors of the trainer, once per directory of logs; the first monitor does it."""
         monitors = _monitors(trainer)
-        keys = {monitor.log_key_prefix: monitor._logged for monitor in monitors if monitor._logged}
+        keys = {monitor.log_key_prefix: list(monitor._values) for monitor in monitors if monitor._values}
         if not keys or self is not monitors[0] or not trainer.is_global_zero:
             return
         for logger in trainer.loggers:

@@ -1,5 +1,6 @@
 """Estimators as pure functions: torch in, torch out, options keyword-only."""
 
+from lightning_robust.functional._sharding import gathered_weights
 from lightning_robust.functional.attacks import pgd
 from lightning_robust.functional.fisher import (
     CalibratedSpectralNorm,
@@ -26,6 +27,7 @@ __all__ = [
     "fim_spectral_norm",
     "fim_trace",
     "fit_temperature",
+    "gathered_weights",
     "hessian_trace",
     "linearize",
     "linearized_accuracy",

@@ -37,6 +37,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from lightning_robust.functional._batch_norm import affine_batch_norm
 from lightning_robust.functional._hard_sigmoid import plain_hard_sigmoid
 from lightning_robust.functional._leftovers import without_backward_hooks, without_leftovers
+from lightning_robust.functional._sharding import refuse_distributed
 from lightning_robust.functional._weight_norm import plain_weight_norm
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -57,8 +58,12 @@ def differentiable(*callables: object) -> Iterator[None]:
     Args:
         callables: Modules, bound methods of modules, partial applications of either, or plain functions. Functions are
             not looked into: networks that they close over must be named beside them, or keep their modes.
+
+    Raises:
+        ValueError: If a pass through one of them is a matter of several processes.
     """
     modules = _modules(callables)
+    refuse_distributed(modules)
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
