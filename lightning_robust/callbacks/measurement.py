@@ -94,22 +94,29 @@ class Measurement:
             metric.to(device)
         viewers = {WHOLE: examine} | {number: metric.update for number, metric in enumerate(self._metrics)}
         with undisturbed(pl_module), differentiable(pl_module):
-            for probe in self.collector.probes(at_most=self.samples_at_once):
+            for probe in self.collector.probes():
                 self._show(probe, viewers)
             if not len(self.collector):  # torchmetrics complains about a metric that is computed without an update
                 for metric in self._metrics:
                     metric.update(Probe(pl_module, torch.empty(0), torch.empty(0, dtype=torch.long)))
 
     def _show(self, probe: Probe, viewers: Mapping[int, Callable[[Probe], object]]) -> None:
-        """Show a probe to those in whom nothing has failed, and its halves from the one on whom memory runs out."""
+        """Show a probe, in parts for which memory lasts, to those in whom nothing has failed."""
+        start = 0
+        while start < len(probe):
+            stop = len(probe) if self.samples_at_once is None else start + self.samples_at_once
+            self._show_at_once(probe.select(slice(start, stop)), viewers)
+            start = stop
+
+    def _show_at_once(self, probe: Probe, viewers: Mapping[int, Callable[[Probe], object]]) -> None:
+        """Show a probe as a whole, and smaller parts from the viewer on whom memory runs out."""
         remaining = dict(viewers)
         for number, view in viewers.items():
             if WHOLE in self._errors:
                 return
             if number not in self._errors and not self._fits(probe, number, view):
                 self.samples_at_once = -(-len(probe) // 2)
-                for half in probe.split(self.samples_at_once):
-                    self._show(half, remaining)
+                self._show(probe, remaining)
                 return
             del remaining[number]
 

@@ -193,7 +193,6 @@ class SampleCollector:
         rows = [self._rows[position].targets for position in self._chosen()]
         return torch.cat(rows).tolist() if rows else []
 
-    def probes(self, *, at_most: int | None = None) -> Iterator[Probe]:
+    def probes(self) -> Iterator[Probe]:
         """The samples in the order of their positions, never more together than the largest batch held."""
-        size = self._largest_batch if at_most is None else min(at_most, self._largest_batch)
-        return merge((self._rows[position] for position in self._chosen()), max_samples=size)
+        return merge((self._rows[position] for position in self._chosen()), max_samples=self._largest_batch)

@@ -28,7 +28,8 @@ def gathered_weights(module: nn.Module) -> Iterator[None]:
     function and metric of this package takes it. Nothing happens to a network that is not sharded. Weights are gathered
     as they are stored, not in the lower precision of a mixed-precision policy.
 
-    Every process must enter, at the same time. Memory: that of all weights, on each process.
+    Every process must enter, at the same time. Memory: that of all weights, on each process. Weights that an earlier
+    pass has left gathered are sharded afterwards, as saving them would do, too.
 
     Args:
         module: The network, sharded over data-parallel processes.

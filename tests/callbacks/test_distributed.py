@@ -1,44 +1,122 @@
-"""The monitor in several processes: the numbers of one, and the same end for all when one fails."""
+"""The monitor in several processes: the numbers of one, little traffic, and the same end for all when one fails."""
 
 import warnings
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_robust import Probe, RobustnessMonitor, RobustnessWarning
 from tests.helpers import processes
+from tests.helpers.recording import Traffic
 from tests.helpers.training import Classifier, History, classifier, loader, samples, trainer
 
 pytestmark = pytest.mark.ddp
-METRICS = [
-    "fisher_spectral_norm",
-    "linearized_accuracy",
-    "adversarial_accuracy",
-    "hessian_trace",
-    "weight_curvature_index",
-]
+INPUT_SIDE = ["fisher_spectral_norm", "linearized_accuracy", "adversarial_accuracy"]
+CURVATURE = ["hessian_trace", "weight_curvature_index"]
+MAX_SAMPLES = 17
 
 
-def validate(rank: int, root: Path, num_processes: int, size: int) -> dict[str, float]:
-    options = {"strategy": "ddp", "devices": num_processes} if num_processes > 1 else {}
-    run = trainer(RobustnessMonitor(METRICS, max_samples=17, on_error="raise"), root=root, **options)
+class Stream(IterableDataset):
+    """The same samples in every process, of a length that nobody knows."""
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return iter(samples(23))
+
+
+LOADERS = {
+    "padded by one": lambda: loader(samples(23), batch_size=4),  # two processes: 24 samples
+    "a shorter last batch": lambda: loader(samples(26), batch_size=4),
+    "one sample more than wanted": lambda: loader(samples(18), batch_size=4),
+    "fewer samples than processes": lambda: loader(samples(1), batch_size=4),
+    "as many samples as processes": lambda: loader(samples(3), batch_size=4),
+    "unshared stream": lambda: DataLoader(Stream(), 4),
+}
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Using `DistributedSampler` with the dataloaders")
-        run.validate(classifier(), loader(samples(size), batch_size=4), verbose=False)
+        warnings.filterwarnings("ignore", category=RobustnessWarning, message=".*cannot tell beforehand")
+        yield
+
+
+def validate(
+    root: Path, num_processes: int, val_loader: DataLoader, metrics: list[str], model: Classifier
+) -> dict[str, float]:
+    distribution = {"strategy": "ddp", "devices": num_processes} if num_processes > 1 else {}
+    monitors = [RobustnessMonitor(metrics, max_samples=MAX_SAMPLES, on_error="raise")] if metrics else []
+    run = trainer(*monitors, root=root, **distribution)
+    with quiet():
+        run.validate(model, val_loader, verbose=False)
     return {key: float(value) for key, value in run.callback_metrics.items() if key.startswith("robust/")}
 
 
-@pytest.mark.parametrize("size", [23, 18, 1])  # 23 is padded to 24; 18 leaves 17 of 18; 1 leaves one process without
-def test_two_processes_give_the_values_of_one(tmp_path: Path, size: int) -> None:
-    alone = validate(0, tmp_path, 1, size)
-    together = processes.run(validate, 2, tmp_path, 2, size)
-    assert together[0] == together[1]
-    assert alone["robust/num_samples"] == min(size, 17)
-    del alone["robust/seconds"], together[0]["robust/seconds"]
-    assert together[0] == pytest.approx(alone, rel=1e-6, abs=1e-7)
+def validate_all(rank: int, root: Path, num_processes: int) -> dict[str, dict[str, float]]:
+    everything = INPUT_SIDE + CURVATURE
+    return {name: validate(root, num_processes, make(), everything, classifier()) for name, make in LOADERS.items()}
+
+
+@pytest.fixture(scope="module")
+def values(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, dict[str, float]]]]:
+    """By the number of processes, then the process, then the loader."""
+    root = tmp_path_factory.mktemp("values")
+    together = {count: processes.run(validate_all, count, root, count) for count in (2, 3)}
+    return {1: [validate_all(0, root, 1)]} | together
+
+
+@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("name", LOADERS)
+def test_processes_log_the_values_of_one(values: dict[int, list[dict[str, Any]]], name: str, count: int) -> None:
+    alone, together = values[1][0][name], [of_process[name] for of_process in values[count]]
+    assert all(of_process == together[0] for of_process in together)  # bit by bit
+    assert alone["robust/num_samples"] == min(MAX_SAMPLES, len(list(iter(LOADERS[name]().dataset))))
+    assert "robust/hessian_trace" in alone
+    without_time = [{k: v for k, v in row.items() if k != "robust/seconds"} for row in (together[0], alone)]
+    assert without_time[0] == pytest.approx(without_time[1], rel=1e-6, abs=1e-7)
+
+
+def network(width: int, depth: int) -> nn.Module:
+    hidden = [layer for _ in range(depth - 1) for layer in (nn.Linear(width, width, bias=False), nn.ReLU())]
+    return nn.Sequential(nn.Flatten(), nn.Linear(16, width), nn.ReLU(), *hidden, nn.Linear(width, 4))
+
+
+def bytes_sent(root: Path, metrics: list[str], *, width: int, depth: int) -> Counter[str]:
+    """What a validation run sends more with a monitor than without, by collectives other than barriers."""
+    sent = []
+    for measured in (metrics, []):
+        with Traffic() as traffic:
+            validate(root, 2, loader(samples(23), batch_size=4), measured, Classifier(network(width, depth)))
+        sent.append(traffic.bytes_sent)
+    sent[0].subtract(sent[1])
+    return Counter({name: count for name, count in sent[0].items() if count and name != "barrier"})
+
+
+def measure_traffic(rank: int, root: Path) -> dict[str, list[Counter[str]]]:
+    sizes = [(8, 1), (64, 1), (64, 4), (64, 7)]
+    return {
+        name: [bytes_sent(root, metrics, width=width, depth=depth) for width, depth in sizes]
+        for name, metrics in (("input side", INPUT_SIDE), ("curvature", CURVATURE))
+    }
+
+
+def test_metric_states_alone_travel_whatever_the_number_of_parameters(tmp_path: Path) -> None:
+    for sent in processes.run(measure_traffic, 2, tmp_path):
+        assert all(counts.keys() == {"allgather_"} for runs in sent.values() for counts in runs)
+        input_side, curvature = ([counts["allgather_"] for counts in sent[name]] for name in sent)
+        assert len(set(input_side)) == 1
+        assert input_side[0] < 5_000
+        narrow, wide, deep, deeper = curvature
+        assert narrow == wide
+        assert 0 < deeper - deep < 1.1 * (deep - wide)  # as many layers more
+        assert (deep - wide) / 3 < 3_000  # a layer, the parameters of which take 16,384 bytes
 
 
 class FailsOnRankOne(Classifier):
@@ -48,34 +126,25 @@ class FailsOnRankOne(Classifier):
         return Probe(self, *batch)
 
 
-def fit(rank: int, root: Path, cls: type[Classifier], monitored: bool) -> tuple[list[Any], list[str], list[Tensor]]:
+def fit(rank: int, root: Path) -> tuple[list[Any], list[str]]:
     history = History()
-    callbacks = [RobustnessMonitor(max_samples=20)] if monitored else []
     torch.manual_seed(0)
-    model = cls(classifier().network)
+    model = FailsOnRankOne(classifier().network)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        trainer(*callbacks, history, root=root, strategy="ddp", devices=2, max_epochs=3).fit(
+        trainer(RobustnessMonitor(max_samples=20), history, root=root, strategy="ddp", devices=2, max_epochs=3).fit(
             model, loader(shuffle=True), loader()
         )
-    said = [str(warning.message) for warning in caught if issubclass(warning.category, RobustnessWarning)]
-    return history.rows, said, [tensor.clone() for tensor in model.state_dict().values()]
+    return history.rows, [str(w.message) for w in caught if issubclass(w.category, RobustnessWarning)]
 
 
 def test_when_one_process_fails_all_skip_the_measurement_and_go_on(tmp_path: Path) -> None:
-    results = processes.run(fit, 2, tmp_path, FailsOnRankOne, True)
-    for rows, _, _ in results:
+    results = processes.run(fit, 2, tmp_path)
+    for rows, _ in results:
         assert rows[1] == rows[0]  # nothing new was logged
         assert rows[2]["robust/num_samples"] == 20
         assert rows[2] != rows[0]
-    (_, said, _), (_, said_elsewhere, _) = results
+    (_, said), (_, said_elsewhere) = results
     assert len(said) == 1
     assert "skipped the measurement in epoch 1: OSError: no such image" in said[0]
     assert said_elsewhere == []
-
-
-def test_training_is_bit_identical_with_and_without_the_monitor(tmp_path: Path) -> None:
-    without = processes.run(fit, 2, tmp_path, Classifier, False)
-    beside = processes.run(fit, 2, tmp_path, Classifier, True)
-    for rank in (0, 1):
-        assert all(torch.equal(a, b) for a, b in zip(without[rank][2], beside[rank][2], strict=True))

@@ -193,7 +193,10 @@ def test_an_operation_that_counts_as_piecewise_linear_has_no_second_derivative(n
     model, x = Between(OPERATIONS[name]), random(2, 2, 4, dtype=torch.float32)
     with differentiable_weights(model) as weights:
         out = model(x)
-        assert name in {kind_of(node) for node in in_order_of_computation(out.grad_fn)}
+        kinds = {kind_of(node) for node in in_order_of_computation(out.grad_fn)}
+        if "NotImplemented" in kinds:
+            pytest.skip(f"torch {torch.__version__} has no derivative of it")
+        assert name in kinds
         tensors = list(weights.tensors.values())
         slopes = torch.autograd.grad(out[0, 0], tensors, create_graph=True)
         for slope in slopes:

@@ -15,7 +15,7 @@ import torch.multiprocessing
 _TIMEOUT_S = 120
 
 
-def run(function: Callable[..., Any], num_processes: int, *args: Any) -> list[Any]:
+def run(function: Callable[..., Any], num_processes: int, *args: Any, timeout_s: float = _TIMEOUT_S) -> list[Any]:
     """Call ``function(rank, *args)`` in each process; the results by rank.
 
     ``function`` must be importable. The group is not yet initialised when it is called: Lightning does that itself,
@@ -28,14 +28,14 @@ def run(function: Callable[..., Any], num_processes: int, *args: Any) -> list[An
         context = torch.multiprocessing.spawn(
             _process, (function, num_processes, port, folder, args), nprocs=num_processes, join=False
         )
-        deadline = time.monotonic() + _TIMEOUT_S
+        deadline = time.monotonic() + timeout_s
         while not context.join(timeout=1):  # true when all have ended; raises when one has failed
             if time.monotonic() > deadline:
                 alive = [rank for rank, process in enumerate(context.processes) if process.is_alive()]
                 for process in context.processes:
                     process.kill()
-                raise TimeoutError(f"Processes {alive} of {num_processes} did not end within {_TIMEOUT_S} s.")
-        return [torch.load(Path(folder) / f"{rank}.pt") for rank in range(num_processes)]
+                raise TimeoutError(f"Processes {alive} of {num_processes} did not end within {timeout_s} s.")
+        return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(num_processes)]
 
 
 def join_group() -> None:

@@ -1,13 +1,14 @@
 """Watching what is done to a network: passes through it, the state it is left in, and the memory they take."""
 
 import weakref
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 
 class Record:
@@ -86,3 +87,27 @@ class PeakMemory(TorchDispatchMode):
     def _forget(self, key: int, size: int) -> None:
         self._known.discard(key)
         self.live -= size
+
+
+class Traffic(TorchDispatchMode):
+    """Counts what this process sends to others inside it.
+
+    Attributes:
+        calls: How often, by the name of the collective.
+        bytes_sent: What it put into them, likewise.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+        self.bytes_sent: Counter[str] = Counter()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func.namespace == "c10d":
+            name = func._schema.name.removeprefix("c10d::")
+            self.calls[name] += 1
+            sent = args[1] if "gather" in name else args[0]  # gathering names where to put the result first
+            self.bytes_sent[name] += sum(tensor.nbytes for tensor in tree_leaves(sent) if isinstance(tensor, Tensor))
+        return func(*args, **(kwargs or {}))

@@ -1,0 +1,133 @@
+"""Out of memory: half of the samples at once, the same numbers, and the size is remembered."""
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_robust import (
+    AdversarialAccuracy,
+    FisherSpectralNorm,
+    HessianTrace,
+    LinearizedAccuracy,
+    RobustnessMonitor,
+    WeightCurvatureIndex,
+)
+from lightning_robust.metrics import ProbeMetric
+from tests.helpers.recording import Record
+from tests.helpers.training import Classifier, History, classifier, loader, robustness_warnings, trainer
+
+CUDA = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+CPU = RuntimeError("[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory: you")
+
+
+def metrics() -> list[ProbeMetric]:
+    return [
+        FisherSpectralNorm(),
+        LinearizedAccuracy(),
+        AdversarialAccuracy([0.05], steps=2),
+        HessianTrace(),
+        WeightCurvatureIndex(),
+    ]
+
+
+class Small(Classifier):
+    """On a device on which `room` samples have room with gradients, and any number without."""
+
+    room = 10**9
+    error: Exception = CUDA
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and not self.training:
+            self.record.batch_sizes.append(len(x))
+            if len(x) > self.room:
+                raise self.error
+        return super().forward(x)
+
+
+def fit(root: Path, room: int, error: Exception = CUDA) -> tuple[list[dict[str, float]], list[str], list[list[int]]]:
+    """What was logged and said, and how many samples were tried together in each measurement."""
+    model = Small(classifier().network)
+    model.room, model.error = room, error
+    tried: list[list[int]] = []
+
+    class Tried(History):
+        def on_validation_epoch_start(self, *args: Any) -> None:
+            model.record = Record()
+            tried.append(model.record.batch_sizes)
+
+    history = Tried()
+    torch.manual_seed(0)
+    with robustness_warnings() as messages:
+        run = trainer(RobustnessMonitor(metrics()), history, root=root, num_sanity_val_steps=0)
+        run.fit(model, loader(), loader(batch_size=32))
+    return history.rows, messages, tried
+
+
+@pytest.mark.parametrize(("room", "size"), [(5, 4), (12, 8)])  # eight samples are examined before anything else
+@pytest.mark.parametrize("error", [CUDA, CPU], ids=["cuda", "cpu"])
+def test_the_numbers_are_those_of_a_larger_memory_and_the_size_is_remembered(
+    tmp_path: Path, error: Exception, room: int, size: int
+) -> None:
+    expected, messages, tried = fit(tmp_path, 10**9)
+    assert messages == []
+    assert max(tried[0]) == 32
+    rows, messages, tried = fit(tmp_path, room, error)
+    assert len(messages) == 1
+    assert f"ran out of memory, and from now on measures at most {size} samples at once" in messages[0]
+    assert max(tried[0]) > room
+    assert max(tried[1]) == size
+    for row, reference in zip(rows, expected, strict=True):
+        del row["robust/seconds"], reference["robust/seconds"]
+        assert row == pytest.approx(reference, rel=1e-4, abs=1e-5)
+
+
+def test_where_not_even_one_sample_has_room_the_cause_is_named(tmp_path: Path) -> None:
+    rows, messages, tried = fit(tmp_path, 0)
+    assert rows == [{}, {}]
+    assert [message.startswith("RobustnessMonitor skipped the measurement") for message in messages].count(True) == 2
+    assert "OutOfMemoryError: CUDA out of memory" in messages[-1]
+    assert all(min(of_measurement) == 1 for of_measurement in tried)
+    assert len(tried[1]) < 10  # it does not try every sample in turn
+
+
+LIMITED = """
+import resource, sys, torch
+from pathlib import Path
+from torch import nn
+from lightning_robust import RobustnessMonitor
+from tests.helpers.training import Classifier, loader, robustness_warnings, trainer
+
+torch.manual_seed(0)
+wide = nn.Sequential(nn.Flatten(), nn.Linear(16, 2**16), *[nn.GELU()] * 8, nn.Linear(2**16, 4))
+run = trainer(RobustnessMonitor(["fisher_spectral_norm"]), root=Path(sys.argv[1]))
+if len(sys.argv) > 2:
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + int(sys.argv[2]) * 2**20, resource.RLIM_INFINITY))
+with robustness_warnings() as messages:
+    run.validate(Classifier(wide), loader(batch_size=120), verbose=False)
+for message in messages:
+    print(message)
+print("value", float(run.callback_metrics["robust/fim_spectral_norm"]))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="address space is limited through Linux's /proc")
+def test_a_real_shortage_of_memory_is_survived(tmp_path: Path) -> None:
+    def value(*limit: str) -> tuple[str, float]:
+        command = [sys.executable, "-W", "ignore", "-c", LIMITED, str(tmp_path), *limit]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-2000:]
+        *said, last = done.stdout.splitlines()
+        return " ".join(said), float(last.removeprefix("value "))
+
+    said, expected = value()
+    assert "out of memory" not in said
+    said, measured = value("175")  # 30 MB for the activations of each layer, kept for a backward pass only
+    assert "RobustnessMonitor ran out of memory" in said
+    assert math.isclose(measured, expected, rel_tol=1e-4)
