@@ -1,0 +1,89 @@
+"""A run that was killed and resumed logs, and stops, as one that was not."""
+
+import json
+import signal
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from lightning_robust import RobustnessMonitor
+from tests.helpers.interrupted import CASES, KEY, MAX_EPOCHS
+from tests.helpers.training import classifier, loader, trainer
+
+STATES = Path(__file__).parent / "states"
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """For each case an uninterrupted run, a killed one, and its continuation."""
+    root = tmp_path_factory.mktemp("interrupted")
+    command = [sys.executable, "-W", "ignore", "-m", "tests.helpers.interrupted", str(root)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    ends = [int(line) for line in done.stdout.splitlines() if line.lstrip("-").isdigit()]
+    assert ends == [0, -signal.SIGKILL, 0] * len(CASES), done.stderr[-3000:]
+    return root
+
+
+def diary(path: Path) -> dict[int, dict[str, Any]]:
+    """The last line of each step: Lightning repeats the validation after which it saved, and stops after the last."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return {line["step"]: line for line in lines}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_a_killed_run_is_continued_with_the_same_curves_and_the_same_stop(runs: Path, case: str) -> None:
+    whole, killed, resumed = (diary(runs / case / f"{name}.jsonl") for name in ("whole", "killed", "broken"))
+    assert max(killed) < max(whole)
+    assert resumed == whole
+    assert 3 <= len({line[KEY] for line in whole.values()}) < len(whole)  # most validations see an old value
+    assert whole[max(whole)]["stops"]
+    assert max(whole) < 4 * MAX_EPOCHS
+
+
+def test_a_checkpoint_of_this_version_is_loaded_with_weights_only_and_continued(tmp_path: Path) -> None:
+    checkpoint = ModelCheckpoint(tmp_path, save_last=True)
+    run = trainer(RobustnessMonitor(), checkpoint, root=tmp_path, enable_checkpointing=True)
+    run.fit(classifier(), loader(), loader())
+    callbacks = torch.load(tmp_path / "last.ckpt", weights_only=True)["callbacks"]
+    (state,) = (state for key, state in callbacks.items() if key.startswith("RobustnessMonitor"))
+    assert state["last_epoch"] == 1
+    logged = {key: float(value) for key, value in run.callback_metrics.items() if key.startswith("robust/")}
+    assert state["values"] == pytest.approx(logged, rel=1e-6)
+    monitor = RobustnessMonitor()
+    monitor.load_state_dict(state)
+    assert monitor.state_dict() == state
+
+
+@pytest.mark.parametrize("path", sorted(STATES.glob("*.pt")), ids=lambda path: path.stem)
+def test_states_of_every_version_are_continued(tmp_path: Path, path: Path) -> None:
+    """A run that had measured epoch 3 last, every second epoch, is resumed in epoch 4."""
+    stored = torch.load(path, weights_only=True)
+
+    monitor = RobustnessMonitor(["linearized_accuracy"], every_n_epochs=2)
+    assert monitor.state_key == stored["state_key"]
+    seen: list[dict[str, float]] = []
+
+    class Resumes(Callback):
+        def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            monitor.load_state_dict(stored["state"])
+
+        def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            seen.append({key: float(value) for key, value in trainer.callback_metrics.items() if "robust" in key})
+
+    run = trainer(Resumes(), monitor, root=tmp_path, max_epochs=6, num_sanity_val_steps=0)
+    run.fit_loop.epoch_progress.current.processed = run.fit_loop.epoch_progress.current.completed = 4
+    run.fit(classifier(), loader(), loader())
+    assert seen[0] == pytest.approx(stored["values"], rel=1e-6)  # in epoch 4, old values
+    assert seen[1]["robust/num_samples"] == 120  # in epoch 5, new ones
+
+
+def test_a_state_of_the_current_version_is_stored() -> None:
+    assert (STATES / f"{version('lightning-robust')}.pt").exists()

@@ -1,0 +1,115 @@
+"""A run that a robustness key stops, and that can be killed on the way: ``python -m tests.helpers.interrupted``."""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from torch.utils.data import ConcatDataset
+
+from lightning_robust import RobustnessMonitor
+from tests.helpers.training import Classifier, classifier, loader, samples, trainer
+
+KEY = "robust/linearized_margin_linf"
+CASES: dict[str, dict[str, Any]] = {  # settings of the Trainer
+    "once per epoch": {},
+    "twice per epoch": {"val_check_interval": 0.5},
+    "every second epoch": {"check_val_every_n_epoch": 2},
+}
+KILLED_IN = {"once per epoch": 8, "twice per epoch": 4, "every second epoch": 8}  # epochs
+CADENCE = 3  # epochs from one measurement to the next: most validations see an old value
+PATIENCE = 5
+MAX_EPOCHS = 60
+
+
+class Repeatable(Classifier):
+    """Draws the same dropout in a step whether or not the earlier ones were made in the same process."""
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        torch.manual_seed(self.global_step)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
+
+
+class Diary(Callback):
+    """Appends a line per validation, and one at the end: the callback metrics, and what the stopper makes of them."""
+
+    def __init__(self, path: Path, stopper: EarlyStopping) -> None:
+        self.path, self.stopper = path, stopper
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._write(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._write(trainer)
+
+    def _write(self, trainer: Trainer) -> None:
+        metrics = {key: float(value) for key, value in trainer.callback_metrics.items() if key != "robust/seconds"}
+        line = metrics | {"step": trainer.global_step, "waited": self.stopper.wait_count}
+        with self.path.open("a") as file:
+            file.write(json.dumps(line | {"best": float(self.stopper.best_score), "stops": trainer.should_stop}) + "\n")
+
+
+class Killer(Callback):
+    """SIGKILL in the middle of an epoch: nothing is cleaned up."""
+
+    def __init__(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        if trainer.current_epoch == self.epoch and trainer.global_step % 4 == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def run(root: Path, case: str, *, name: str, killed_in: int | None = None, resumed: bool = False) -> None:
+    """Train; the diary is ``<name>.jsonl``, the checkpoint ``<name>/last.ckpt``."""
+    stopper = EarlyStopping(KEY, mode="max", patience=PATIENCE, min_delta=0.002)
+    checkpoint = ModelCheckpoint(root / name, save_last=True, save_top_k=1, monitor=KEY, mode="max")
+    monitor = RobustnessMonitor(["linearized_accuracy"], every_n_epochs=CADENCE, max_samples=40)
+    diary = Diary(root / f"{name}.jsonl", stopper)
+    killer = [] if killed_in is None else [Killer(killed_in)]
+    trainer(
+        monitor,
+        stopper,
+        diary,
+        checkpoint,
+        *killer,
+        root=root,
+        max_epochs=MAX_EPOCHS,
+        num_sanity_val_steps=0,
+        enable_checkpointing=True,
+        **CASES[case],
+    ).fit(
+        Repeatable(classifier().network),
+        loader(ConcatDataset([samples(30)] * 4), batch_size=30),  # a resumed epoch begins with the first batch again
+        loader(samples(60, seed=1)),
+        ckpt_path=str(root / name / "last.ckpt") if resumed else None,
+        weights_only=True,
+    )
+
+
+def in_a_process_of_its_own(*args: Any, **options: Any) -> None:
+    """Call :func:`run`, which may not survive it, and print how it ended: an exit status, or minus a signal."""
+    child = os.fork()  # everything is imported, and nothing has been computed yet
+    if child == 0:
+        torch.set_num_threads(1)
+        run(*args, **options)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    print(os.waitstatus_to_exitcode(status))
+
+
+if __name__ == "__main__":
+    for case in CASES:
+        root = Path(sys.argv[1]) / case
+        root.mkdir()
+        in_a_process_of_its_own(root, case, name="whole")
+        in_a_process_of_its_own(root, case, name="broken", killed_in=KILLED_IN[case])
+        (root / "killed.jsonl").write_text((root / "broken.jsonl").read_text())
+        in_a_process_of_its_own(root, case, name="broken", resumed=True)
