@@ -9,8 +9,16 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
+from lightning_robust.functional._arguments import (
+    as_number,
+    as_numbers,
+    check_function,
+    check_kind,
+    check_positive_integer,
+)
 from lightning_robust.functional._checks import (
     channelwise,
+    check_input_type,
     check_inputs,
     check_logits,
     check_targets,
@@ -22,7 +30,7 @@ from lightning_robust.functional._curvature_plan import Estimator, make_plan
 from lightning_robust.functional._curvature_probes import Draws, curvature_sums
 from lightning_robust.functional._curvature_sums import CurvatureSums
 from lightning_robust.functional._grad_mode import differentiable, full_precision
-from lightning_robust.functional._losses import LossFn
+from lightning_robust.functional._losses import LossFn, check_loss_fn
 from lightning_robust.functional.attacks import Norm, pgd
 from lightning_robust.functional.linearization import Linearization, linearize
 
@@ -64,9 +72,10 @@ class Probe:
         module: The network with whose weights curvature has to do, if ``model`` is a plain function that calls it.
 
     Raises:
-        TypeError: If ``inputs`` or ``targets`` are not tensors.
-        ValueError: If there is not one class index (one target, with a ``loss_fn``) per input, or a valid range of
-            normalised inputs comes without their mean.
+        TypeError: If ``inputs`` or ``targets`` are not tensors, the inputs not floating point, ``model`` or ``loss_fn``
+            cannot be called, or ``module`` is none.
+        ValueError: If an option has a wrong value, there is not one class index (one target, with a ``loss_fn``) per
+            input, or a valid range of normalised inputs comes without their mean.
     """
 
     model: Callable[[Tensor], Tensor]
@@ -82,10 +91,12 @@ class Probe:
     _done: dict[tuple[object, ...], object] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.inputs, Tensor):
-            raise TypeError(
-                f"Expected argument `inputs` to be a tensor (N, ...), but got {type(self.inputs).__name__}."
-            )
+        check_function("model", self.model)
+        check_loss_fn(self.loss_fn)
+        check_kind("module", self.module, nn.Module)
+        if self.chunk_size is not None:
+            check_positive_integer("chunk_size", self.chunk_size)
+        check_input_type(self.inputs)
         if self.inputs.ndim == 0:
             raise ValueError("Expected argument `inputs` to be a tensor (N, ...), but got a single number.")
         if self.loss_fn is None:
@@ -198,11 +209,6 @@ class Probe:
         """Return a probe of some of the samples, on copies that later changes to the batch do not reach."""
         return replace(self, inputs=self.inputs[rows].detach().clone(), targets=self.targets[rows].detach().clone())
 
-    def split(self, size: int) -> Iterator[Probe]:
-        """Probes of ``size`` samples each, the last of what is left."""
-        for inputs, targets in zip(*(torch.split(rows, size) for rows in (self.inputs, self.targets)), strict=True):
-            yield replace(self, inputs=inputs, targets=targets)
-
 
 def merge(probes: Iterable[Probe], *, max_samples: int) -> Iterator[Probe]:
     """Join probes of the same network and shape into probes of up to ``max_samples`` samples, in order."""
@@ -278,7 +284,12 @@ def _alike(first: Probe, second: Probe) -> bool:
 
 
 def _equal(a: object, b: object) -> bool:
-    return a is b or (a is not None and b is not None and torch.equal(torch.as_tensor(a), torch.as_tensor(b)))
+    return a is b or (a is not None and b is not None and _entries(a) == _entries(b))
+
+
+def _entries(constant: object) -> list[float]:
+    numbers = as_numbers(constant)
+    return [as_number(constant)] if numbers is None else numbers
 
 
 def _joined(probes: list[Probe]) -> Probe:

@@ -11,17 +11,19 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import CombinedLoader
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lightning_robust.callbacks import advice, reporting
-from lightning_robust.callbacks._arguments import as_metrics, check_constant, check_integer, check_loss, check_range
+from lightning_robust.callbacks._arguments import as_constant, as_metrics, misconfiguration
 from lightning_robust.callbacks.batches import make_probe
 from lightning_robust.callbacks.measurement import Measurement, Values
 from lightning_robust.callbacks.notices import Notices
 from lightning_robust.callbacks.outcome import Verdict
 from lightning_robust.callbacks.sample_selection import LoaderShare, SampleCollector
 from lightning_robust.dashboard.tensorboard_layout import write_layout
+from lightning_robust.functional._arguments import check_boolean, check_choice, check_function, check_integer, refusal
+from lightning_robust.functional._checks import check_units, check_valid_range
+from lightning_robust.functional._losses import check_loss_fn
 from lightning_robust.metrics import ProbeMetric
 from lightning_robust.probe import Probe
 
@@ -100,37 +102,33 @@ class RobustnessMonitor(Callback):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self.metrics = as_metrics(metrics)
-        self.every_n_epochs = check_integer("every_n_epochs", every_n_epochs, at_least=1)
-        self.max_samples = check_integer("max_samples", max_samples, at_least=1)
-        self.chunk_size = None if chunk_size is None else check_integer("chunk_size", chunk_size, at_least=1)
-        self.dataloader_idx = check_integer("dataloader_idx", dataloader_idx, at_least=0)
-        self.seed = check_integer("seed", seed, at_least=0)
-        if on_error not in ("warn", "raise"):
-            raise MisconfigurationException(
-                f"Expected argument `on_error` to be 'warn' or 'raise', but got {on_error!r}."
-            )
-        if probe_fn is not None and not callable(probe_fn):
-            raise MisconfigurationException(
-                f"Expected argument `probe_fn` to be callable, but got {type(probe_fn).__name__}."
-            )
-        if not isinstance(log_key_prefix, str) or not log_key_prefix:
-            raise MisconfigurationException(
-                f"Expected argument `log_key_prefix` to be a non-empty string, but got {log_key_prefix!r}."
-            )
-        self.log_key_prefix = log_key_prefix
-        self.input_std = check_constant("input_std", input_std, positive=True)
-        self.input_mean = check_constant("input_mean", input_mean)
-        self.valid_range = check_range(valid_range, input_std=self.input_std, input_mean=self.input_mean)
-        self.probe_fn = probe_fn
-        self.prog_bar = prog_bar
-        self.on_error = on_error
+        with misconfiguration():
+            self.metrics = as_metrics(metrics)
+            self.every_n_epochs = check_integer("every_n_epochs", every_n_epochs, at_least=1)
+            self.max_samples = check_integer("max_samples", max_samples, at_least=1)
+            if not isinstance(log_key_prefix, str) or not log_key_prefix:
+                raise ValueError(refusal("log_key_prefix", "a non-empty string", log_key_prefix))
+            self.log_key_prefix = log_key_prefix
+            self.input_std = as_constant("input_std", input_std)
+            self.input_mean = as_constant("input_mean", input_mean, positive=False)
+            self.valid_range = check_valid_range(valid_range)
+            check_units(input_std=self.input_std, input_mean=self.input_mean, valid_range=self.valid_range)
+            if probe_fn is not None:
+                check_function("probe_fn", probe_fn)
+            self.probe_fn = probe_fn
+            check_loss_fn(loss_fn)
+            self.chunk_size = None if chunk_size is None else check_integer("chunk_size", chunk_size, at_least=1)
+            self.dataloader_idx = check_integer("dataloader_idx", dataloader_idx, at_least=0)
+            self.prog_bar = check_boolean("prog_bar", prog_bar)
+            check_choice("on_error", on_error, ("warn", "raise"))
+            self.on_error = on_error
+            self.seed = check_integer("seed", seed, at_least=0)
         self._probe_options = {
             "input_std": self.input_std,
             "input_mean": self.input_mean,
             "valid_range": self.valid_range,
             "chunk_size": self.chunk_size,
-            "loss_fn": check_loss(loss_fn),
+            "loss_fn": loss_fn,
         }
         self._last_epoch: int | None = None  # of the last measurement in `fit`
         self._notices = Notices()

@@ -1,12 +1,14 @@
-"""Argument checks that several estimators share. Each says what was expected and what came."""
+"""Checks of tensors and units that several estimators share. Each says what was expected and what came."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from lightning_robust.functional._arguments import as_number, as_numbers, check_floating, class_of, plain, refusal
 from lightning_robust.functional._grad_mode import full_precision
 
 _WRAP = "Wrap the model so that it does (in a callback, through `probe_fn`)."
@@ -23,19 +25,30 @@ def channelwise(
     """
     if value is None:
         return None
-    constant = torch.as_tensor(value, dtype=full_precision(inputs[:0]).dtype, device=inputs.device).detach()
+    entries = as_numbers(value)
+    shape = () if entries is None else tuple(getattr(value, "shape", (len(entries),)))
     channels = inputs.shape[1] if inputs.ndim > 1 else 1
-    if constant.ndim > 1 or constant.numel() not in (1, channels):
+    if len(shape) > 1 or shape not in ((), (1,), (channels,)):
         raise ValueError(
             f"Expected argument `{name}` to be one number or one per channel, {channels} for inputs of"
-            f" shape {tuple(inputs.shape)} (channels are dimension 1), but got shape {tuple(constant.shape)}."
+            f" shape {tuple(inputs.shape)} (channels are dimension 1), but got shape {shape}."
         )
-    if not constant.isfinite().all() or (positive and not (constant > 0).all()):
-        raise ValueError(
-            f"Expected argument `{name}` to be finite{' and positive' if positive else ''}, but got"
-            f" {constant.tolist()}."
-        )
-    return constant.reshape(1, -1, *(1,) * (inputs.ndim - 2)) if inputs.ndim > 1 else constant.reshape(-1)
+    numbers = check_constant(name, value, positive=positive)
+    constant = torch.tensor(numbers, dtype=full_precision(inputs[:0]).dtype)
+    check_constant(name, constant, positive=positive)  # as it was rounded
+    constant = constant.to(inputs.device)
+    return constant.reshape(1, -1, *(1,) * (inputs.ndim - 2)) if inputs.ndim > 1 else constant
+
+
+def check_constant(name: str, value: float | Sequence[float] | Tensor, *, positive: bool = True) -> list[float]:
+    """Return the entries, or raise unless they are a finite (positive) number or a list of them."""
+    entries = as_numbers(value)
+    numbers = [as_number(plain(value))] if entries is None else entries
+    finite = all(map(math.isfinite, numbers))
+    if not numbers or not finite or (positive and min(numbers) <= 0):
+        expected = f"a {'positive' if positive and finite else 'finite'} number, or a list of one per channel"
+        raise ValueError(refusal(name, expected, value))
+    return numbers
 
 
 def unnormalised(inputs: Tensor, std: Tensor | None, mean: Tensor | None) -> Tensor:
@@ -44,10 +57,14 @@ def unnormalised(inputs: Tensor, std: Tensor | None, mean: Tensor | None) -> Ten
     return raw if mean is None else raw + mean
 
 
-def check_valid_range(valid_range: tuple[float, float] | None) -> None:
-    """Raise unless ``valid_range`` is None or two numbers in ascending order."""
-    if valid_range is not None and not (len(valid_range) == 2 and valid_range[0] < valid_range[1]):
-        raise ValueError(f"Expected argument `valid_range` to be (low, high) with low < high, but got {valid_range}.")
+def check_valid_range(valid_range: tuple[float, float] | None) -> tuple[float, float] | None:
+    """Return ``valid_range`` in floats, or raise unless it is None or two numbers in ascending order."""
+    if valid_range is None:
+        return None
+    ends = as_numbers(valid_range) if isinstance(valid_range, tuple | list) else None
+    if ends is None or len(ends) != 2 or not ends[0] < ends[1]:
+        raise ValueError(refusal("valid_range", "(low, high) with low < high", valid_range))
+    return ends[0], ends[1]
 
 
 def check_units(
@@ -56,7 +73,11 @@ def check_units(
     input_mean: float | Sequence[float] | Tensor | None,
     valid_range: tuple[float, float] | None,
 ) -> None:
-    """Raise unless ``valid_range`` is sound, and comes with the mean of inputs that are normalised."""
+    """Raise unless all are sound, and ``valid_range`` comes with the mean of inputs that are normalised."""
+    if input_std is not None:
+        check_constant("input_std", input_std)
+    if input_mean is not None:
+        check_constant("input_mean", input_mean, positive=False)
     check_valid_range(valid_range)
     if valid_range is not None and input_std is not None and input_mean is None:
         raise ValueError(
@@ -65,9 +86,21 @@ def check_units(
         )
 
 
+def check_given_logits(logits: Tensor) -> None:
+    """Raise unless logits that the caller gives are a finite tensor (N, C) with N ≥ 1 and C ≥ 2."""
+    check_floating("logits", logits, "(N, C)")
+    if logits.ndim != 2 or logits.shape[1] < 2 or len(logits) == 0:
+        raise ValueError(
+            "Expected argument `logits` to be of shape (N, C) with at least one sample and C ≥ 2 classes, but got"
+            f" shape {tuple(logits.shape)}."
+        )
+    check_finite(logits, "logits")
+
+
 def check_gram(logits: Tensor, gram: Tensor) -> None:
     """Raise unless ``gram`` is finite and of shape (N, C, C) beside logits (N, C)."""
-    check_logits(logits, num_samples=len(logits))
+    check_given_logits(logits)
+    check_floating("gram", gram, "(N, C, C)")
     expected = (*logits.shape, logits.shape[1])
     if gram.shape != expected:
         raise ValueError(
@@ -79,19 +112,24 @@ def check_gram(logits: Tensor, gram: Tensor) -> None:
 
 def check_inputs(inputs: Tensor) -> None:
     """Raise unless ``inputs`` are finite floating-point samples ``(N, ...)`` with N ≥ 1."""
-    if not isinstance(inputs, Tensor):
-        raise TypeError(f"Expected argument `inputs` to be a tensor (N, ...), but got {type(inputs).__name__}.")
-    if not inputs.is_floating_point():
+    check_input_type(inputs)
+    if inputs.ndim < 1 or inputs.numel() == 0:
+        raise ValueError(
+            "Expected argument `inputs` to hold at least one sample, and no empty ones, but got shape"
+            f" {tuple(inputs.shape)}."
+        )
+    check_finite(inputs, "inputs")
+
+
+def check_input_type(inputs: Tensor) -> None:
+    """Raise a ``TypeError`` unless ``inputs`` are a tensor of floating-point numbers."""
+    if isinstance(inputs, Tensor) and not inputs.is_floating_point():
         raise TypeError(
             f"Expected argument `inputs` to be floating point, but got {inputs.dtype}: integers, such as token ids or"
             " raw bytes, have no derivative. Scale bytes to floats; for token ids make the model start at its"
             " embeddings and pass those (in a callback, through `probe_fn`)."
         )
-    if inputs.ndim < 1 or len(inputs) == 0:
-        raise ValueError(
-            f"Expected argument `inputs` to hold at least one sample, but got shape {tuple(inputs.shape)}."
-        )
-    check_finite(inputs, "inputs")
+    check_floating("inputs", inputs, "(N, ...)")
 
 
 def check_logits(logits: object, *, num_samples: int) -> None:
@@ -135,7 +173,7 @@ def outputs_of(model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 def check_targets(targets: Tensor, *, num_samples: int, num_classes: int | None = None) -> Tensor:
     """Return ``targets`` in int64; raise unless they are ``num_samples`` classes, below ``num_classes`` if given."""
     if not isinstance(targets, Tensor):
-        raise TypeError(f"Expected argument `targets` to be a tensor (N,), but got {type(targets).__name__}.")
+        raise TypeError(f"Expected argument `targets` to be a tensor (N,), but got {class_of(targets)}.")
     integer = not (targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool)
     if not integer or targets.shape != (num_samples,):
         raise ValueError(
@@ -144,18 +182,13 @@ def check_targets(targets: Tensor, *, num_samples: int, num_classes: int | None 
             " column, `.argmax(dim=1)` of one-hot rows, `.long()` of classes in floating point. Where there are no"
             " classes, only curvature can be measured, with its `loss_fn`."
         )
-    if num_classes is not None and num_samples and not (targets.min() >= 0 and targets.max() < num_classes):
+    labels = full_precision(targets).long()
+    if num_classes is not None and num_samples and not (labels.min() >= 0 and labels.max() < num_classes):
         raise ValueError(
             f"Expected argument `targets` to lie between 0 and {num_classes - 1}, one of the {num_classes} classes of"
-            f" the logits, but got values from {int(targets.min())} to {int(targets.max())}."
+            f" the logits, but got values from {int(labels.min())} to {int(labels.max())}."
         )
-    return full_precision(targets).long()
-
-
-def check_positive_integer(name: str, value: int) -> None:
-    """Raise unless ``value`` is an integer of at least 1."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"Expected argument `{name}` to be a positive integer, but got {value!r}.")
+    return labels
 
 
 def check_finite(values: Tensor, what: str) -> None:

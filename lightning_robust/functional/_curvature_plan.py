@@ -8,6 +8,7 @@ from typing import Literal, get_args
 
 from torch import Tensor, nn
 
+from lightning_robust.functional._arguments import check_choice
 from lightning_robust.functional._checks import check_inputs
 from lightning_robust.functional._grad_mode import differentiable_weights
 from lightning_robust.functional._losses import LossFn, SampleLoss
@@ -96,8 +97,7 @@ def make_plan(
 
 def check_estimator(estimator: Estimator) -> Estimator:
     """Return ``estimator``, or raise a ``ValueError`` if it is unknown."""
-    if estimator not in get_args(Estimator):
-        raise ValueError(f"Expected argument `estimator` to be one of {get_args(Estimator)}, but got {estimator!r}.")
+    check_choice("estimator", estimator, get_args(Estimator))
     return estimator
 
 

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_robust.functional._arguments import check_function
 from lightning_robust.functional._checks import check_finite, check_logits, check_targets
 from lightning_robust.functional._loss_checks import check_mean, check_second_derivative
 
@@ -40,10 +41,9 @@ _ELEMENTWISE = (nn.MSELoss, nn.BCEWithLogitsLoss)
 
 
 def check_loss_fn(loss_fn: LossFn | None) -> None:
-    """Raise a ``TypeError`` unless it can be called with outputs and targets: a class makes a loss, but is none."""
-    if loss_fn is not None and (isinstance(loss_fn, type) or not callable(loss_fn)):
-        came = f"the class {loss_fn.__name__}" if isinstance(loss_fn, type) else type(loss_fn).__name__
-        raise TypeError(f"Expected argument `loss_fn` to be a function or a module, but got {came}.")
+    """Raise a ``TypeError`` unless it is None or can be called with outputs and targets."""
+    if loss_fn is not None:
+        check_function("loss_fn", loss_fn)
 
 
 class SampleLoss:

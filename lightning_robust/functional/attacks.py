@@ -14,11 +14,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_robust.functional._arguments import (
+    as_number,
+    check_choice,
+    check_function,
+    check_kind,
+    check_positive_integer,
+    refusal,
+)
 from lightning_robust.functional._checks import (
     channelwise,
     check_inputs,
     check_logits,
-    check_positive_integer,
     check_targets,
     check_valid_range,
     unnormalised,
@@ -71,12 +78,16 @@ def pgd(
 
     Source: arXiv 1706.06083.
     """
-    _check_options(epsilon=epsilon, steps=steps, norm=norm, step_size=step_size, valid_range=valid_range)
+    _check_options(epsilon=epsilon, steps=steps, norm=norm, step_size=step_size)
+    valid_range = check_valid_range(valid_range)
+    check_function("model", model)
+    check_kind("generator", generator, torch.Generator)
     check_inputs(inputs)
     labels = check_targets(targets, num_samples=len(inputs))
     std = channelwise(input_std, inputs, name="input_std")
     mean = channelwise(input_mean, inputs, name="input_mean", positive=False)
-    size = 2.5 * epsilon / steps if step_size is None else step_size
+    epsilon = as_number(epsilon)
+    size = 2.5 * epsilon / steps if step_size is None else as_number(step_size)
 
     def into_ball_and_range(delta: Tensor) -> Tensor:
         delta = _project(delta, epsilon, norm)
@@ -104,6 +115,12 @@ def pgd(
             delta = into_ball_and_range(delta + size * _steepest(gradient, norm))
         attacked: Tensor = clean + (delta if std is None else delta / std)
     return attacked.detach()
+
+
+def check_norm(norm: Norm) -> Norm:
+    """Return ``norm``, or raise a ``ValueError`` if it is unknown."""
+    check_choice("norm", norm, get_args(Norm))
+    return norm
 
 
 def _steepest(gradient: Tensor, norm: Norm) -> Tensor:
@@ -134,14 +151,10 @@ def _norms(values: Tensor) -> Tensor:
     return norms.reshape(-1, *(1,) * (values.ndim - 1))
 
 
-def _check_options(
-    *, epsilon: float, steps: int, norm: str, step_size: float | None, valid_range: tuple[float, float] | None
-) -> None:
-    if not 0 <= epsilon < math.inf:
-        raise ValueError(f"Expected argument `epsilon` to be a finite number ≥ 0, but got {epsilon}.")
+def _check_options(*, epsilon: float, steps: int, norm: Norm, step_size: float | None) -> None:
+    if not 0 <= as_number(epsilon) < math.inf:
+        raise ValueError(refusal("epsilon", "a finite number ≥ 0", epsilon))
     check_positive_integer("steps", steps)
-    if norm not in get_args(Norm):
-        raise ValueError(f"Expected argument `norm` to be one of {get_args(Norm)}, but got {norm!r}.")
-    if step_size is not None and not 0 < step_size < math.inf:
-        raise ValueError(f"Expected argument `step_size` to be a positive number or None, but got {step_size}.")
-    check_valid_range(valid_range)
+    check_norm(norm)
+    if step_size is not None and not 0 < as_number(step_size) < math.inf:
+        raise ValueError(refusal("step_size", "a positive number or None", step_size))

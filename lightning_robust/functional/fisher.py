@@ -24,7 +24,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_robust.functional._checks import check_gram, check_logits, check_targets
+from lightning_robust.functional._arguments import as_number, refusal
+from lightning_robust.functional._checks import check_given_logits, check_gram, check_targets
 from lightning_robust.functional.linearization import widen
 
 # A sample counts as saturated above this probability of its predicted class: there λ is at least 250 times smaller than
@@ -101,7 +102,7 @@ def saturated(logits: Tensor) -> Tensor:
 
     Source: ours.
     """
-    check_logits(logits, num_samples=len(logits))
+    check_given_logits(logits)
     return widen(logits).softmax(dim=1).amax(dim=1).gt(_SATURATED_ABOVE).to(logits.device)
 
 
@@ -127,7 +128,7 @@ def fit_temperature(logits: Tensor, targets: Tensor) -> Tensor:
 
     Source: Guo et al. 2017, arXiv 1706.04599; the treatment of separable samples is ours.
     """
-    check_logits(logits, num_samples=len(logits))
+    check_given_logits(logits)
     y = check_targets(targets, num_samples=len(logits), num_classes=logits.shape[1])
     z = widen(logits)
     y = y.to(z.device)
@@ -177,9 +178,10 @@ def calibrated_fim_spectral_norm(logits: Tensor, gram: Tensor, targets: Tensor) 
 
 def _class_information(logits: Tensor, gram: Tensor, temperature: float | Tensor) -> Tensor:
     """``F K Fᵀ / T²``, (N, C, C) in float64."""
-    scale = float(temperature)
-    if not 0 < scale < math.inf:
-        raise ValueError(f"Expected argument `temperature` to be positive and finite, but got {scale}.")
+    one = temperature.item() if isinstance(temperature, Tensor) and temperature.numel() == 1 else temperature
+    scale = as_number(one)
+    if not (scale > 0 and 0 < scale * scale < math.inf):
+        raise ValueError(refusal("temperature", "positive and finite, as its square must be", temperature))
     c = logits.shape[1]
     probs = (widen(logits) / scale).softmax(dim=1)
     factor = probs.sqrt()[:, :, None] * (torch.eye(c, dtype=probs.dtype, device=probs.device) - probs[:, None, :])

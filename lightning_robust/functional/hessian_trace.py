@@ -30,12 +30,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from numbers import Real
 
 import torch
 from torch import Tensor, nn
 
-from lightning_robust.functional._checks import check_positive_integer
+from lightning_robust.functional._arguments import (
+    as_number,
+    check_function,
+    check_kind,
+    check_positive_integer,
+    refusal,
+)
 from lightning_robust.functional._curvature_plan import Estimator, Plan, check_estimator, make_plan
 from lightning_robust.functional._curvature_probes import Draws, curvature_sums
 from lightning_robust.functional._curvature_sums import CurvatureSums, joined
@@ -136,10 +141,12 @@ def hessian_trace(
         max_probes=max_probes,
         chunk_size=chunk_size,
     )
-    for name, value, kind in (("targets", targets, Tensor), ("generator", generator, torch.Generator)):
-        if value is not None and not isinstance(value, kind):
-            raise TypeError(f"Expected argument `{name}` to be a {kind.__name__}, but got {type(value).__name__}.")
+    check_function("model", model)
+    check_kind("targets", targets, Tensor)
+    check_kind("module", module, nn.Module)
+    check_kind("generator", generator, torch.Generator)
     plan = make_plan(model, inputs, targets, estimator=estimator, loss_fn=loss_fn, module=module, chunk_size=chunk_size)
+    rtol = None if rtol is None else as_number(rtol)
     draws = Draws.of(inputs) if generator is None else Draws.random(len(inputs), generator)
 
     def measured(probes: tuple[range, range]) -> CurvatureSums:
@@ -211,7 +218,5 @@ def _check_options(
     for name, value in (("num_probes", num_probes), ("chunk_size", chunk_size)):
         if value is not None:
             check_positive_integer(name, value)
-    number: object = rtol
-    real = isinstance(number, Real) and not isinstance(number, bool)
-    if rtol is not None and not (real and 0 < rtol < math.inf):
-        raise ValueError(f"Expected argument `rtol` to be a positive number or None, but got {rtol!r}.")
+    if rtol is not None and not 0 < as_number(rtol) < math.inf:
+        raise ValueError(refusal("rtol", "a positive number or None", rtol))

@@ -23,12 +23,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_robust.functional._arguments import check_function, check_positive_integer
 from lightning_robust.functional._checks import (
     channelwise,
     check_finite,
     check_inputs,
     check_logits,
-    check_positive_integer,
     check_valid_range,
     unnormalised,
 )
@@ -104,8 +104,9 @@ def linearize(
     """
     if chunk_size is not None:
         check_positive_integer("chunk_size", chunk_size)
+    check_function("model", model)
     check_inputs(inputs)
-    check_valid_range(valid_range)
+    valid_range = check_valid_range(valid_range)
     std = channelwise(input_std, inputs, name="input_std")
     mean = channelwise(input_mean, inputs, name="input_mean", positive=False)
     with differentiable(model):

@@ -19,7 +19,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_robust.functional._checks import check_finite, check_gram, check_logits, check_targets
+from lightning_robust.functional._arguments import as_numbers, check_floating, refusal
+from lightning_robust.functional._checks import check_finite, check_given_logits, check_gram, check_targets
 from lightning_robust.functional.linearization import widen
 
 
@@ -66,6 +67,7 @@ def linearized_margin_linf(logits: Tensor, gap_l1: Tensor, targets: Tensor) -> T
     Source: arXiv 1511.04599, arXiv 1705.08475.
     """
     y = _check(logits, targets)
+    check_floating("gap_l1", gap_l1, "(N, C)")
     if gap_l1.shape != logits.shape:
         raise ValueError(
             f"Expected argument `gap_l1` of shape {tuple(logits.shape)}, as the logits, got {tuple(gap_l1.shape)}."
@@ -89,18 +91,20 @@ def linearized_accuracy(margins: Tensor, epsilons: Sequence[float] | Tensor) -> 
 
     Source: ours.
     """
+    check_floating("margins", margins, "(N,)")
     if margins.ndim != 1 or len(margins) == 0 or margins.isnan().any():
         raise ValueError(
             f"Expected argument `margins` to be a non-empty vector without NaN, but got shape {tuple(margins.shape)}."
         )
-    eps = torch.as_tensor(epsilons, dtype=margins.dtype, device=margins.device)
-    if eps.ndim != 1 or not (eps >= 0).all():
-        raise ValueError(f"Expected argument `epsilons` to be a vector of numbers ≥ 0, but got {eps.tolist()}.")
+    numbers = as_numbers(epsilons)
+    if numbers is None or not all(number >= 0 for number in numbers):
+        raise ValueError(refusal("epsilons", "a vector of numbers ≥ 0", epsilons))
+    eps = torch.tensor(numbers, dtype=margins.dtype, device=margins.device)
     return (margins[None, :] > eps[:, None]).to(margins.dtype).mean(dim=1)
 
 
 def _check(logits: Tensor, targets: Tensor) -> Tensor:
-    check_logits(logits, num_samples=len(logits))
+    check_given_logits(logits)
     return check_targets(targets, num_samples=len(logits), num_classes=logits.shape[1])
 
 

@@ -13,11 +13,13 @@ Source: arXiv 2410.07719. The standard error is ours.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from lightning_robust.functional._arguments import FLOATING, as_numbers, refusal
 from lightning_robust.functional._grad_mode import differentiable_weights
 
 
@@ -38,15 +40,12 @@ def weight_curvature_index(weight_norms: Tensor | Sequence[float], traces: Tenso
 
     Source: arXiv 2410.07719.
     """
-    norms, values = torch.as_tensor(weight_norms), torch.as_tensor(traces)
-    if norms.shape != values.shape or norms.ndim != 1:
+    norms = _of_layers("weight_norms", weight_norms, "one finite number ≥ 0 per layer", at_least=0)
+    values = _of_layers("traces", traces, "one finite number per layer", at_least=-math.inf)
+    if norms.shape != values.shape:
         raise ValueError(
             "Expected arguments `weight_norms` and `traces` of one number per layer each, but got shapes"
             f" {tuple(norms.shape)} and {tuple(values.shape)}."
-        )
-    if not (norms.isfinite().all() and values.isfinite().all() and (norms >= 0).all()):
-        raise ValueError(
-            f"Expected finite norms ≥ 0 and finite traces, but got {norms.tolist()} and {values.tolist()}."
         )
     return curvature_terms(norms, values).sum()
 
@@ -60,6 +59,15 @@ def weight_norms(model: Callable[[Tensor], Tensor], *, module: nn.Module | None 
     """
     with differentiable_weights(model, module=module) as weights, torch.no_grad():
         return {name: tensor.norm() for name, tensor in weights.tensors.items() if tensor.ndim > 1}
+
+
+def _of_layers(name: str, values: Tensor | Sequence[float], expected: str, *, at_least: float) -> Tensor:
+    numbers = as_numbers(values)
+    if numbers is None or not all(at_least <= number and math.isfinite(number) for number in numbers):
+        raise ValueError(refusal(name, expected, values))
+    if isinstance(values, Tensor) and values.dtype not in FLOATING:
+        return values.float()
+    return torch.as_tensor(values if all(isinstance(value, float | Tensor) for value in values) else numbers)
 
 
 def curvature_terms(weight_norms: Tensor, traces: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torchmetrics.utilities import dim_zero_cat
 
-from lightning_robust.functional._checks import check_positive_integer
+from lightning_robust.functional._arguments import check_boolean, check_positive_integer
 from lightning_robust.functional._curvature_plan import Estimator, check_estimator
 from lightning_robust.functional._curvature_sums import NUM_BLOCKS, CurvatureSums
 from lightning_robust.functional.weight_curvature_index import weight_norms
@@ -41,7 +41,7 @@ class CurvatureMetric(ProbeMetric):
         per_layer: Whether to return the value of each layer, too.
 
     Raises:
-        ValueError: If ``estimator`` is unknown or ``num_probes`` is not positive.
+        ValueError: If ``estimator`` is unknown or ``num_probes`` is not positive, or ``per_layer`` no boolean.
     """
 
     higher_is_better = False
@@ -53,7 +53,7 @@ class CurvatureMetric(ProbeMetric):
         self.estimator = check_estimator(estimator)
         check_positive_integer("num_probes", num_probes)
         self.num_probes = num_probes
-        self.per_layer = per_layer
+        self.per_layer = check_boolean("per_layer", per_layer)
         self.attack: Attack | None = None
         self.add_float64_rows("rows")
         self.add_float64_rows("text")

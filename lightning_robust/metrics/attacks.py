@@ -7,10 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_robust.functional._checks import check_positive_integer
-from lightning_robust.functional.attacks import Norm
+from lightning_robust.functional._arguments import check_positive_integer
+from lightning_robust.functional._checks import check_targets
+from lightning_robust.functional.attacks import Norm, check_norm
 from lightning_robust.metrics._base import ProbeMetric, error_bar_of_share
-from lightning_robust.metrics.linearized_margin import accuracy_key, check_epsilons, check_norm
+from lightning_robust.metrics.linearized_margin import accuracy_key, check_epsilons
 from lightning_robust.probe import Attack, Probe
 
 
@@ -55,10 +56,10 @@ class AdversarialAccuracy(ProbeMetric):
         self.add_float64_state("num_samples")
 
     def _add(self, probe: Probe) -> None:
-        correct = []
+        correct, targets = [], check_targets(probe.targets, num_samples=len(probe))
         for epsilon in self.epsilons:
             attacked = probe.attacked(Attack(epsilon, self.norm, self.steps))
-            correct.append((probe.logits(attacked).argmax(dim=1) == probe.targets).sum())
+            correct.append((probe.logits(attacked).argmax(dim=1) == targets).sum())
         self.correct = self.correct + torch.stack(correct).to(self.correct)
         self.num_samples = self.num_samples + len(probe)
 

@@ -33,7 +33,7 @@ class HessianTrace(CurvatureMetric):
         per_layer: Whether to return the value of each parameter tensor, too.
 
     Raises:
-        ValueError: If ``estimator`` is unknown or ``num_probes`` is not positive.
+        ValueError: If ``estimator`` is unknown or ``num_probes`` is not positive, or ``per_layer`` no boolean.
 
     Source: Hutchinson 1989; PyHessian (arXiv 1912.07145); the estimator is ours.
     """

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from numbers import Real
-from typing import Any, get_args
 
 from torch import Tensor
 
-from lightning_robust.functional.attacks import Norm
+from lightning_robust.functional._arguments import as_numbers, refusal
+from lightning_robust.functional.attacks import Norm, check_norm
 from lightning_robust.functional.linearized_margin import (
     linearized_accuracy,
     linearized_margin,
@@ -97,16 +96,9 @@ def accuracy_key(kind: str, norm: str, epsilon: float) -> str:
 
 def check_epsilons(epsilons: Sequence[float]) -> tuple[float, ...]:
     """Return ``epsilons`` as a tuple, or raise a ``ValueError``."""
-    values: list[Any] = list(epsilons) if isinstance(epsilons, tuple | list) else []
-    if not values or not all(isinstance(value, Real) and 0 <= float(value) < math.inf for value in values):
-        raise ValueError(f"Expected argument `epsilons` to be a list of at least one number ≥ 0, but got {epsilons}.")
-    if len({f"{epsilon:.4g}" for epsilon in epsilons}) < len(epsilons):
+    values = [value + 0.0 for value in as_numbers(epsilons) or []]  # -0.0 would have a key of its own
+    if not values or not all(0 <= value < math.inf for value in values):
+        raise ValueError(refusal("epsilons", "a list of at least one number ≥ 0", epsilons))
+    if len({f"{value:.4g}" for value in values}) < len(values):
         raise ValueError(f"Expected argument `epsilons` to differ in their first four digits, but got {epsilons}.")
-    return tuple(float(epsilon) for epsilon in epsilons)
-
-
-def check_norm(norm: Norm) -> Norm:
-    """Return ``norm``, or raise a ``ValueError``."""
-    if norm not in get_args(Norm):
-        raise ValueError(f"Expected argument `norm` to be one of {get_args(Norm)}, but got {norm!r}.")
-    return norm
+    return tuple(values)

@@ -7,13 +7,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_robust.functional._checks import check_positive_integer
+from lightning_robust.functional._arguments import check_positive_integer, refusal
 from lightning_robust.functional._curvature_plan import Estimator
-from lightning_robust.functional.attacks import Norm
+from lightning_robust.functional.attacks import Norm, check_norm
 from lightning_robust.functional.weight_curvature_index import curvature_slopes, curvature_terms
 from lightning_robust.metrics._base import error_bar
 from lightning_robust.metrics._curvature import CurvatureMetric, stderr_of_probes
-from lightning_robust.metrics.linearized_margin import check_epsilons, check_norm
+from lightning_robust.metrics.linearized_margin import check_epsilons
 from lightning_robust.probe import Attack
 
 
@@ -67,12 +67,13 @@ class WeightCurvatureIndex(CurvatureMetric):
         steps: int = 10,
     ) -> None:
         super().__init__(estimator, num_probes, per_layer)
-        if attack not in (None, "pgd", "fgsm"):
-            raise ValueError(f"Expected argument `attack` to be 'pgd', 'fgsm' or None, but got {attack!r}.")
+        if attack is not None and not (isinstance(attack, str) and attack in ("pgd", "fgsm")):
+            raise ValueError(refusal("attack", "'pgd', 'fgsm' or None", attack))
         check_positive_integer("steps", steps)
+        (size,) = check_epsilons([epsilon])
+        check_norm(norm)
         if attack is not None:
-            (size,) = check_epsilons([epsilon])
-            self.attack = Attack(size, check_norm(norm), steps if attack == "pgd" else 1)
+            self.attack = Attack(size, norm, steps if attack == "pgd" else 1)
 
     def compute(self) -> dict[str, Tensor]:
         """Return the index over all samples, as the class docstring lists it."""

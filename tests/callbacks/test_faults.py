@@ -179,7 +179,7 @@ def test_inputs_beyond_their_valid_range_are_named_once(tmp_path: Path) -> None:
         Quiet(classifier().network), normalised, tmp_path, input_std=0.2, input_mean=0.0, valid_range=(0, 1)
     )
     assert len(messages) == 1
-    assert "range from -0.5 to 0.5 before normalisation, beyond the `valid_range` (0, 1)" in messages[0]
+    assert "range from -0.5 to 0.5 before normalisation, beyond the `valid_range` (0.0, 1.0)" in messages[0]
     options = {"input_std": 0.2, "input_mean": 0.5, "valid_range": (0, 1)}
     assert fit(Quiet(classifier().network), normalised, tmp_path, **options)[0] == []
 
@@ -434,10 +434,10 @@ def test_a_barebones_trainer_is_told_that_nothing_is_measured(tmp_path: Path) ->
         ({"input_std": "0.2"}, "`input_std` .* but got '0.2'"),
         ({"input_mean": float("nan")}, "`input_mean` to be a finite number"),
         ({"log_key_prefix": ""}, "`log_key_prefix` to be a non-empty string"),
-        ({"on_error": "ignore"}, "`on_error` to be 'warn' or 'raise', but got 'ignore'"),
+        ({"on_error": "ignore"}, r"`on_error` to be one of \('warn', 'raise'\), but got 'ignore'"),
         ({"valid_range": [1, 0]}, r"`valid_range` to be \(low, high\) with low < high, but got \[1, 0\]"),
         ({"valid_range": [0, 1], "input_std": 0.2}, "`input_mean` beside `input_std` and `valid_range`, .* got None"),
-        ({"probe_fn": 3}, "`probe_fn` to be callable, but got int"),
+        ({"probe_fn": 3}, "`probe_fn` to be a function or a module, but got int"),
         ({"loss_fn": 3}, "`loss_fn` to be a function or a module, but got int"),
         ({"loss_fn": nn.MSELoss}, "`loss_fn` to be a function or a module, but got the class MSELoss"),
         ({"metrics": []}, "`metrics` to be a non-empty list"),
