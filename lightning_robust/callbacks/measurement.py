@@ -63,8 +63,14 @@ class Measurement:
         if WHOLE in self._errors and not in_any_case:
             return
         start = time.perf_counter()
-        with isolate_rng():
-            self._try(WHOLE, step)
+        passing: BaseException | None = None
+        with isolate_rng():  # restores nothing if an exception passes through it
+            try:
+                self._try(WHOLE, step)
+            except BaseException as error:
+                passing = error
+        if passing is not None:
+            raise passing
         self._seconds += time.perf_counter() - start
 
     def _try(self, number: int, step: Callable[[], object]) -> None:

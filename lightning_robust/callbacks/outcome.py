@@ -58,5 +58,5 @@ class Outcome(Float64Metric):
             number, _, cause = line.partition(" ")
             causes.setdefault(int(number), cause)
         if not num_samples:
-            causes.setdefault(WHOLE, "The validation loop saw no samples.")
+            causes.setdefault(WHOLE, "ValueError: Expected at least one validation sample, but the loop saw none.")
         return Verdict(causes, num_samples, float(self.seconds))

@@ -116,7 +116,8 @@ class LoaderShare:
         if not isinstance(samples, Sized) or not isinstance(batch_size, int):
             return cls(size=None, shuffled=shuffled)
         size = int(min(len(samples), total))
-        if num_batches != math.inf:
+        drops = getattr(loader.batch_sampler, "drop_last", loader.drop_last)
+        if num_batches < len(loader) or drops:  # otherwise all samples come, in batches of any size
             size = min(size, int(num_batches) * batch_size * stride)
         return cls(size, first, stride, shuffled, distributed, batch_size)
 

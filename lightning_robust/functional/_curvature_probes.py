@@ -35,7 +35,7 @@ class Draws:
     @classmethod
     def of(cls, inputs: Tensor) -> Draws:
         """By the contents of the samples."""
-        keys = keys_of(inputs)
+        keys = keys_of(full_precision(inputs))
         return cls(keys, [key % NUM_BLOCKS for key in keys])
 
     @classmethod

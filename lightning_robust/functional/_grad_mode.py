@@ -9,10 +9,12 @@ handed may be compiled, in half precision, in train mode, or hold tensors that w
 - every module is in eval mode, each by its own flag (``.eval()`` would call user overrides of ``train``, and would
   un-freeze a frozen BatchNorm on the way back);
 - every parameter is replaced by a detached view of itself, so that no derivative can reach a weight or its ``.grad``;
-  every buffer by a copy, so that a forward pass that counts or averages leaves no trace. Half-precision tensors become
-  float32 copies, tensors born under inference mode ordinary ones. The user's own tensors are put back, untouched;
+  every buffer, and every untrained parameter of less than two dimensions, by a copy, so that a forward pass that
+  counts or averages leaves no trace. Half-precision tensors become float32 copies, tensors born under inference mode
+  ordinary ones. The user's own tensors are put back, untouched;
 - what a forward pass leaves behind in attributes of modules (features, attention maps, counts, also in lists and
   dictionaries) is taken away again: it would keep a graph alive, and hand the training one that leads to the stand-ins;
+  the network's own random generators are set back;
 - compiled networks run eagerly: a second grad mode and batch size would trigger recompilation, and AOT autograd has no
   double backward (pytorch#91469);
 - networks with recurrent layers run without cuDNN, whose RNNs refuse a backward pass in eval mode (pytorch#5878).
@@ -243,7 +245,8 @@ _ORIGINAL = "_stands_in_for"
 
 
 def _shield(parameter: Tensor, *, copied: bool) -> Tensor:
-    stand_in = _copy(parameter) if copied else full_precision(parameter)
+    statistic = parameter.ndim < 2 and not parameter.requires_grad
+    stand_in = _copy(parameter) if copied or statistic else full_precision(parameter)
     setattr(stand_in, _ORIGINAL, _original(parameter))
     return stand_in
 

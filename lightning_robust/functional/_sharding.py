@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from lightning_robust.functional._arguments import class_of
+
 _FULLY_SHARD, _TENSOR_PARALLEL = "torch.distributed.fsdp", "torch.distributed.tensor"
 
 
@@ -35,10 +37,13 @@ def gathered_weights(module: nn.Module) -> Iterator[None]:
         module: The network, sharded over data-parallel processes.
 
     Raises:
+        TypeError: If ``module`` is none.
         ValueError: If the weights are spread in another way: tensor parallelism, FullyShardedDataParallel, ZeRO-3.
 
     Source: ours.
     """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"Expected argument `module` to be a Module, but got {class_of(module)}.")
     modules = list(module.modules())
     sharded = [owner for owner in modules if _hooks_of(owner, _FULLY_SHARD)]
     _refuse_others(modules)

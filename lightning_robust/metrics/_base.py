@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from abc import ABC, abstractmethod
 from typing import Any, Literal
@@ -25,6 +26,10 @@ class Float64Metric(Metric, ABC):
         """Add a tensor of zeros that is summed over processes, or of which the largest counts."""
         self.add_state(name, torch.zeros(shape, dtype=torch.float64), dist_reduce_fx=reduce)
 
+    def set_dtype(self, dst_type: str | torch.dtype) -> Float64Metric:
+        """Change nothing: sums of lower precision would depend on how samples are spread."""
+        return self
+
     def add_float64_rows(self, name: str) -> None:
         """Add a list of one-dimensional tensors that is joined over processes."""
         self.add_state(name, [], dist_reduce_fx="cat")
@@ -44,6 +49,15 @@ class ProbeMetric(Float64Metric, ABC):
     """
 
     is_differentiable = False
+
+    def add_configuration(self, *options: object) -> None:
+        """Add a state that tells apart metrics of one class with different options.
+
+        torchmetrics lets the metrics of a ``MetricCollection`` whose states are equal after the first update share one
+        state from then on; those of different options may be equal by chance.
+        """
+        digest = hashlib.blake2b(repr(options).encode(), digest_size=8).digest()
+        self.add_state("configuration", torch.tensor(list(digest), dtype=torch.float64), dist_reduce_fx="max")
 
     def update(self, probe: Probe) -> None:
         """Add the samples of ``probe``. A probe without samples is valid and adds nothing.

@@ -55,6 +55,7 @@ class CurvatureMetric(ProbeMetric):
         self.num_probes = num_probes
         self.per_layer = check_boolean("per_layer", per_layer)
         self.attack: Attack | None = None
+        self.add_configuration(estimator, num_probes)
         self.add_float64_rows("rows")
         self.add_float64_rows("text")
 

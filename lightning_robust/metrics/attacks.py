@@ -52,6 +52,7 @@ class AdversarialAccuracy(ProbeMetric):
         self.epsilons = check_epsilons(epsilons)
         self.norm = check_norm(norm)
         self.steps = steps
+        self.add_configuration(self.epsilons, norm, steps)
         self.add_float64_state("correct", len(self.epsilons))
         self.add_float64_state("num_samples")
 

@@ -54,6 +54,7 @@ class LinearizedAccuracy(ProbeMetric):
         super().__init__()
         self.epsilons = check_epsilons(epsilons)
         self.norm = check_norm(norm)
+        self.add_configuration(self.epsilons, norm)
         self.add_float64_state("robust", len(self.epsilons) + 1)  # the last one at 0
         for name in ("margin", "margin_square", "clipped", "clipped_square", "num_samples"):
             self.add_float64_state(name)

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from lightning_robust.functional._arguments import check_positive_integer, refusal
+from lightning_robust.functional._arguments import as_number, check_positive_integer, refusal
 from lightning_robust.functional._curvature_plan import Estimator
 from lightning_robust.functional.attacks import Norm, check_norm
 from lightning_robust.functional.weight_curvature_index import curvature_slopes, curvature_terms
 from lightning_robust.metrics._base import error_bar
 from lightning_robust.metrics._curvature import CurvatureMetric, stderr_of_probes
-from lightning_robust.metrics.linearized_margin import check_epsilons
 from lightning_robust.probe import Attack
 
 
@@ -70,10 +70,13 @@ class WeightCurvatureIndex(CurvatureMetric):
         if attack is not None and not (isinstance(attack, str) and attack in ("pgd", "fgsm")):
             raise ValueError(refusal("attack", "'pgd', 'fgsm' or None", attack))
         check_positive_integer("steps", steps)
-        (size,) = check_epsilons([epsilon])
+        size = as_number(epsilon)
+        if not 0 <= size < math.inf:
+            raise ValueError(refusal("epsilon", "a number ≥ 0", epsilon))
         check_norm(norm)
         if attack is not None:
             self.attack = Attack(size, norm, steps if attack == "pgd" else 1)
+            self.add_configuration(estimator, num_probes, self.attack)
 
     def compute(self) -> dict[str, Tensor]:
         """Return the index over all samples, as the class docstring lists it."""

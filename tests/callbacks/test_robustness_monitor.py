@@ -1,9 +1,7 @@
-import random
 import re
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -13,7 +11,6 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 
 from lightning_robust import (
-    AdversarialAccuracy,
     FisherSpectralNorm,
     HessianTrace,
     LinearizedAccuracy,
@@ -104,52 +101,6 @@ def test_csv_logger_holds_every_key_at_the_steps_of_accuracy(tmp_path: Path) -> 
     assert len(rows) == 3
     assert set(header) >= DOCUMENTED
     assert all(row[header.index(key)] for row in rows for key in DOCUMENTED)
-
-
-class Fingerprint(Callback):
-    """Everything at the end of training that a guest must not have changed."""
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        optimizer = trainer.optimizers[0].state_dict()["state"]
-        self.tensors = [
-            *(tensor.clone() for tensor in pl_module.state_dict().values()),
-            *(value.clone() for state in optimizer.values() for value in state.values()),
-            *(p.grad.clone() for p in pl_module.parameters() if p.grad is not None),
-            torch.get_rng_state(),
-        ]
-        self.others = (
-            random.getstate(),
-            np.random.get_state()[1].tolist(),  # noqa: NPY002
-            [module.training for module in pl_module.modules()],
-            [parameter.requires_grad for parameter in pl_module.parameters()],
-        )
-
-
-@pytest.mark.parametrize("options", [{}, {"accumulate_grad_batches": 3}, {"val_check_interval": 0.5}])
-@pytest.mark.filterwarnings("ignore:Found 1 module")
-def test_training_is_bit_identical_with_and_without_the_monitor(tmp_path: Path, options: dict[str, Any]) -> None:
-    fingerprints = []
-    everything = [
-        FisherSpectralNorm(),
-        LinearizedAccuracy(),
-        LinearizedAccuracy(norm="l2"),
-        AdversarialAccuracy(steps=3),
-    ]
-    for callbacks in ([], [RobustnessMonitor(everything, on_error="raise")]):
-        torch.manual_seed(7)
-        random.seed(7)
-        np.random.seed(7)  # noqa: NPY002
-        fingerprint = Fingerprint()
-        model = classifier()
-        model.network[1].eval()  # a frozen BatchNorm must stay frozen
-        trainer(*callbacks, fingerprint, root=tmp_path, max_epochs=3, **options).fit(
-            model, loader(shuffle=True), loader()
-        )
-        fingerprints.append(fingerprint)
-    without, beside = fingerprints
-    assert len(without.tensors) == len(beside.tensors)
-    assert all(torch.equal(a, b) for a, b in zip(without.tensors, beside.tensors, strict=True))
-    assert without.others == beside.others
 
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
