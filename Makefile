@@ -3,19 +3,27 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+PARALLEL := --numprocesses auto --maxprocesses 4
+OLDEST := .venv-oldest
 SOURCES := lightning_robust recipes tests
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format clean
+.PHONY: help demo test test-long test-oldest lint format clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 demo: $(VENV)/.demo  ## train on the embedded digits with the monitor on, and say how to see the curves
 	$(BIN)/python -W ignore -m recipes.train fit --config configs/digits.yaml
 
 test: $(VENV)/.test  ## run the whole test suite
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(PARALLEL) --dist loadfile $(PYTEST_ARGS)
+
+test-long: $(VENV)/.test  ## run what takes minutes more: a thousand fault schedules
+	$(BIN)/python -m pytest $(PARALLEL) -m long $(PYTEST_ARGS)
+
+test-oldest: $(OLDEST)/.test  ## run the suite with the oldest versions that are supported
+	$(OLDEST)/bin/python -m pytest $(PARALLEL) --dist loadfile $(PYTEST_ARGS)
 
 lint: $(VENV)/.test  ## check style and types
 	$(BIN)/ruff check $(SOURCES)
@@ -27,7 +35,7 @@ format: $(VENV)/.test  ## rewrite the sources in the house style
 	$(BIN)/ruff format $(SOURCES)
 
 clean:  ## remove the virtual environment and what the tools left
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed, this is " + sys.version.split()[0])'
@@ -42,4 +50,11 @@ $(VENV)/.test: pyproject.toml constraints.txt requirements-peers.txt | $(BIN)/py
 	@echo "Installing into $(VENV); the first time this takes a few minutes."
 	@$(PIP) --editable '.[test]'
 	@$(PIP) --no-deps --requirement requirements-peers.txt
+	@touch $@
+
+$(OLDEST)/.test: pyproject.toml constraints-oldest.txt requirements-peers.txt
+	@$(PYTHON) -m venv $(OLDEST)
+	@echo "Installing into $(OLDEST): gigabytes, where the index has this torch for CUDA only."
+	@$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-oldest.txt --editable '.[test]'
+	@$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement requirements-peers.txt
 	@touch $@

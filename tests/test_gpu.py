@@ -17,7 +17,7 @@ from lightning_robust.functional import (
 )
 from lightning_robust.metrics import METRICS
 from tests.helpers.networks import NETWORKS, build
-from tests.helpers.training import classifier, loader, trainer
+from tests.helpers.training import Classifier, classifier, loader, robustness_warnings, trainer
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -85,3 +85,31 @@ def test_the_monitor_runs_there_and_leaves_its_random_state_alone(tmp_path: Path
         states.append(torch.cuda.get_rng_state())
     assert run.callback_metrics["robust/num_samples"] == 120
     assert torch.equal(*states)
+
+
+@pytest.mark.filterwarnings("ignore:.*deterministic")
+def test_deterministic_algorithms_are_enough(tmp_path: Path) -> None:
+    monitor = RobustnessMonitor(on_error="raise")
+    try:
+        trainer(monitor, root=tmp_path, accelerator="gpu", deterministic=True).fit(classifier(), loader(), loader())
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_a_real_shortage_of_memory_is_survived(tmp_path: Path) -> None:
+    wide = torch.nn.Sequential(
+        torch.nn.Flatten(), torch.nn.Linear(16, 2**20), *[torch.nn.GELU()] * 8, torch.nn.Linear(2**20, 4)
+    )
+    values = []
+    total = torch.cuda.get_device_properties(0).total_memory
+    for megabytes in (None, 3000):  # 480 MB for the activations of each layer, kept for a backward pass only
+        torch.cuda.empty_cache()
+        if megabytes:
+            torch.cuda.set_per_process_memory_fraction(megabytes * 2**20 / total)
+        run = trainer(RobustnessMonitor(["fisher_spectral_norm"]), root=tmp_path, accelerator="gpu")
+        with robustness_warnings() as messages:
+            run.validate(Classifier(wide), loader(batch_size=120), verbose=False)
+        assert bool(megabytes) == any("ran out of memory" in message for message in messages)
+        values.append(float(run.callback_metrics["robust/fim_spectral_norm"]))
+    torch.cuda.set_per_process_memory_fraction(1.0)
+    assert values[1] == pytest.approx(values[0], rel=1e-4)

@@ -203,6 +203,10 @@ class RobustnessMonitor(Callback):
         """Lay out TensorBoard's Custom Scalars page, once."""
         self._guard(lambda: self._lay_out(trainer), "lay out TensorBoard's page")
 
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Let go of the samples of a measurement that will not be finished."""
+        self._measurement = None
+
     # a test run is measured as a validation run is
     on_test_epoch_start = on_validation_epoch_start
     on_test_batch_start = on_validation_batch_start

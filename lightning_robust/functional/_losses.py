@@ -238,14 +238,21 @@ def softmax_root(logits: Tensor, signs: Tensor) -> Tensor:
         ``(M, N, C)``, float64.
     """
     p, order = logits.detach().double().softmax(dim=1).sort(dim=1, descending=True)
-    tails = p.flip(1).cumsum(dim=1).flip(1)
+    tails = _cumulated(p.flip(1)).flip(1)
     after = torch.cat([tails[:, 1:], torch.zeros_like(tails[:, :1])], dim=1)
     slopes = (p / (tails * after)).sqrt()
     slopes = torch.where((tails * after > 0) & slopes.isfinite(), slopes, 0)
     weighted = signs.to(slopes) * slopes  # (M, N, C)
-    before = weighted.cumsum(dim=2) - weighted
+    before = _cumulated(weighted) - weighted
     in_order = weighted * after - p * before
     return torch.zeros_like(in_order).scatter_(2, order.expand_as(in_order), in_order)
+
+
+def _cumulated(values: Tensor) -> Tensor:
+    """Cumulative sums along the last dimension; on the CPU where the device's own are refused as not reproducible."""
+    if values.is_cuda and torch.are_deterministic_algorithms_enabled():
+        return values.cpu().cumsum(dim=-1).to(values.device)
+    return values.cumsum(dim=-1)
 
 
 def _as_module(loss_fn: LossFn | None) -> LossFn:
