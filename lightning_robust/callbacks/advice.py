@@ -17,6 +17,11 @@ SHUFFLES = (
     "The validation loader shuffles, so RobustnessMonitor measures other samples at every measurement, and its curves"
     " carry the noise of that. Pass `shuffle=False` to the validation DataLoader."
 )
+UNSHARED = (
+    "Each process sees other validation samples, without a `DistributedSampler`, so RobustnessMonitor cannot tell which"
+    " of them others see, too. In each of n processes it measures one in n of those that it would measure there alone,"
+    " so fewer than `max_samples`, maybe some of them twice. Lightning's own distributed sampler avoids it."
+)
 OTHER_SAMPLES = (
     "RobustnessMonitor found other samples in the validation loader than at the last measurement, so its curves carry"
     " the noise of that. A loader that yields the same samples in the same order avoids it."
@@ -92,15 +97,25 @@ def reservoir(max_samples: int) -> str:
 
 
 def on_values(values: Mapping[str, float], *, prefix: str) -> list[str]:
-    """Say it if an index of weight curvature is worth nothing, because layers of negative curvature count as 0."""
-    return [
-        f"`{prefix}{key}` is not to be trusted: on this network the curvature of {values[f'{key}_negative_layers']:.0f}"
-        " layers is negative, in truth or by the noise of probes, and counts as 0."
-        " `WeightCurvatureIndex(estimator='gauss_newton')` is never negative; more `num_probes`"
-        f"{' or a smaller `epsilon`' if key == 'adversarial_wci' else ''} may help, too."
-        for key in ("wci", "adversarial_wci")
-        if values.get(f"{key}_negative_layers", 0) > 0 and values.get(f"{key}_stderr", 0) > 0.5 * values[key]
-    ]
+    """Say it if curvature is worth little, being noise of probes, or the sum of layers of which most count as 0."""
+    sentences = []
+    trace, noise = values.get("hessian_trace", 0.0), values.get("hessian_trace_stderr_probes", 0.0)
+    if noise > abs(trace):
+        sentences.append(
+            f"`{prefix}hessian_trace` is mostly noise of random probes ({trace:.2g} ± {noise:.2g}), the same at every"
+            " measurement. `HessianTrace(num_probes=32)` has a quarter of it. Losses of torch (modules, functions and"
+            " `functools.partial` of them, but not lambdas) need fewer probes than one's own."
+        )
+    for key, remedy in (("wci", ""), ("adversarial_wci", " or a smaller `epsilon`")):
+        negative, stderr = values.get(f"{key}_negative_layers", 0.0), values.get(f"{key}_stderr", 0.0)
+        if negative > 0 and stderr > 0.5 * values[key]:
+            sentences.append(
+                f"`{prefix}{key}` is not to be trusted: the curvature of some layers of this network ({negative:.0f})"
+                " is negative, in truth or by the noise of probes, and counts as 0."
+                f" `WeightCurvatureIndex(estimator='gauss_newton')` is never negative; more `num_probes`{remedy} may"
+                " help, too."
+            )
+    return sentences
 
 
 def skipped(causes: Mapping[int, str], names: Mapping[int, str], *, epoch: int) -> str:
@@ -112,16 +127,20 @@ def skipped(causes: Mapping[int, str], names: Mapping[int, str], *, epoch: int) 
         epoch: Of the measurement.
     """
     if WHOLE in causes or causes.keys() >= names.keys():
-        what = f"the measurement in epoch {epoch}: {causes[min(causes)].rstrip('.')}."
+        what = f"the measurement in epoch {epoch}: {_ended(causes[min(causes)])}"
     else:
         by_cause: dict[str, list[str]] = {}
         for number, cause in sorted(causes.items()):
-            by_cause.setdefault(cause.rstrip("."), []).append(names[number])
-        parts = [f"{' and '.join(metrics)}: {cause}." for cause, metrics in by_cause.items()]
+            by_cause.setdefault(_ended(cause), []).append(names[number])
+        parts = [f"{' and '.join(metrics)}: {cause}" for cause, metrics in by_cause.items()]
         what = f"in epoch {epoch} {' '.join(parts)}"
     ours = all(cause.partition(": ")[2].startswith("Expected ") for cause in causes.values())
     hint = "" if ours else " If the module is not called as `pl_module(inputs)`, pass `probe_fn`."
     return f"RobustnessMonitor skipped {what} The run goes on.{hint} `on_error='raise'` stops with a traceback instead."
+
+
+def _ended(sentence: str) -> str:
+    return sentence if sentence.endswith(("?", "!")) else f"{sentence.rstrip('.')}."
 
 
 def on_probe(probe: Probe) -> list[str]:

@@ -10,6 +10,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
+from lightning_robust.callbacks.undisturbed import undisturbed
 from lightning_robust.functional._grad_mode import owner_of
 from lightning_robust.functional._losses import LossFn
 from lightning_robust.probe import Probe
@@ -38,9 +39,11 @@ def make_probe(
     """
     method = getattr(pl_module, "robustness_probe", None)
     if probe_fn is not None:
-        probe = probe_fn(pl_module, batch)
+        with undisturbed(pl_module):
+            probe = probe_fn(pl_module, batch)
     elif callable(method):
-        probe = method(batch)
+        with undisturbed(pl_module):
+            probe = method(batch)
     else:
         probe = _default_probe(pl_module, batch, defaults.get("loss_fn"))
     if not isinstance(probe, Probe):

@@ -23,6 +23,9 @@ from lightning_robust.metrics import ProbeMetric
 from lightning_robust.probe import Probe
 
 Values = dict[int, dict[str, Tensor]]  # of each metric, by its number
+_LONGEST = 1000  # characters of an error that travel, and are shown in a warning
+# beside those that Lightning knows
+_SHORTAGES = ("out of memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
 
 
 class Measurement:
@@ -79,7 +82,7 @@ class Measurement:
         except Exception as error:
             if self._on_error == "raise":
                 raise
-            self._errors.setdefault(number, f"{type(error).__name__}: {' '.join(str(error).split()) or 'no message'}")
+            self._errors.setdefault(number, in_words(error))
 
     def update(self, pl_module: LightningModule, device: torch.device, *, examine: Callable[[Probe], None]) -> None:
         """Show the collected samples to the metrics, once, after the first of them have been examined.
@@ -138,7 +141,7 @@ class Measurement:
             try:
                 view(probe)
             except Exception as error:
-                if len(probe) == 1 or not (isinstance(error, torch.OutOfMemoryError) or is_oom_error(error)):
+                if len(probe) == 1 or not ran_out_of_memory(error):
                     raise
                 fits = False
 
@@ -171,10 +174,29 @@ class Measurement:
     def _agree(self, device: torch.device) -> Verdict:
         outcome = Outcome().to(device)
         num_samples = 0 if self.collector is None else len(self.collector)
-        outcome.update(errors=self._errors, num_samples=num_samples, seconds=self._seconds)
+        key = self.collector.key() if self.collector is not None and self.collector.presumes else None
+        outcome.update(errors=self._errors, num_samples=num_samples, seconds=self._seconds, key=key)
         verdict: Verdict = outcome.compute()
         return verdict
 
     def _reset(self) -> None:
         for metric in self._metrics:
+            if metric._is_synced:  # an error within `compute` leaves it so
+                metric.unsync()
             metric.reset()
+
+
+def in_words(error: Exception) -> str:
+    """An error on one line of reasonable length."""
+    try:
+        message = str(error)
+    except Exception:
+        message = "its message cannot be written"
+    text = " ".join(f"{type(error).__name__}: {message.strip() or 'no message'}".split())
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} …"
+
+
+def ran_out_of_memory(error: Exception) -> bool:
+    """Whether half as much at once might have gone well."""
+    known = isinstance(error, torch.OutOfMemoryError | MemoryError) or is_oom_error(error)
+    return known or any(phrase in in_words(error) for phrase in _SHORTAGES)

@@ -29,6 +29,10 @@ class Notices:
         """Say it."""
         rank_zero_warn(sentence, category=RobustnessWarning)
 
+    def warn_here(self, sentence: str) -> None:
+        """Say what happened in this process, whichever it is, and may have happened in no other."""
+        warnings.warn(sentence, category=RobustnessWarning, stacklevel=2)
+
     def once(self, *sentences: str) -> None:
         """Say each of them that has not been said in this run."""
         for sentence in sentences:

@@ -22,11 +22,13 @@ class Verdict(NamedTuple):
             did.
         num_samples: Samples over all processes.
         seconds: Wall time of the slowest process.
+        disagree: Whether the processes see other samples where their choice presumes the same ones.
     """
 
     causes: dict[int, str]
     num_samples: int
     seconds: float
+    disagree: bool
 
 
 class Outcome(Float64Metric):
@@ -35,18 +37,25 @@ class Outcome(Float64Metric):
     num_samples: Tensor
     seconds: Tensor
     text: list[Tensor] | Tensor
+    keys: list[Tensor] | Tensor
 
     def __init__(self) -> None:
         super().__init__()
         self.add_float64_state("num_samples")
         self.add_float64_state("seconds", reduce="max")
         self.add_float64_rows("text")
+        self.add_float64_rows("keys")
 
-    def update(self, *, errors: Mapping[int, str], num_samples: int = 0, seconds: float = 0.0) -> None:
-        """Report this process's part."""
+    def update(
+        self, *, errors: Mapping[int, str], num_samples: int = 0, seconds: float = 0.0, key: int | None = None
+    ) -> None:
+        """Report this process's part; ``key`` tells its samples from others where all processes should see the same."""
         self.num_samples = self.num_samples + num_samples
         self.seconds = torch.full_like(self.seconds, seconds)
         assert isinstance(self.text, list)
+        assert isinstance(self.keys, list)
+        if key is not None:
+            self.keys.append(torch.full_like(self.seconds, key).flatten())
         for number, error in errors.items():
             self.text.append(code_points(f"{number} {error}\n", like=self.seconds))
 
@@ -59,4 +68,5 @@ class Outcome(Float64Metric):
             causes.setdefault(int(number), cause)
         if not num_samples:
             causes.setdefault(WHOLE, "ValueError: Expected at least one validation sample, but the loop saw none.")
-        return Verdict(causes, num_samples, float(self.seconds))
+        keys = set(dim_zero_cat(self.keys).tolist()) if len(self.keys) else set()
+        return Verdict(causes, num_samples, float(self.seconds), len(keys) > 1)

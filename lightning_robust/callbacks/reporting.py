@@ -34,8 +34,15 @@ def log(pl_module: LightningModule, values: Mapping[str, float], *, prefix: str,
     for key, value in finite.items():
         agreed = SumMetric(sync_on_compute=False)
         agreed.update(value)
-        pl_module.log(
-            key, agreed, metric_attribute=key, prog_bar=key in shown, on_step=False, on_epoch=True, batch_size=1
+        LightningModule.log(  # whatever the module makes of its own
+            pl_module,
+            key,
+            agreed,
+            metric_attribute=key,
+            prog_bar=key in shown,
+            on_step=False,
+            on_epoch=True,
+            batch_size=1,
         )
     return finite
 

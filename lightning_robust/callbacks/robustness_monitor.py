@@ -11,12 +11,12 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import CombinedLoader
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_robust.callbacks import advice, reporting
 from lightning_robust.callbacks._arguments import as_constant, as_metrics, misconfiguration
 from lightning_robust.callbacks.batches import make_probe
-from lightning_robust.callbacks.measurement import Measurement, Values
+from lightning_robust.callbacks.measurement import Measurement, Values, in_words
 from lightning_robust.callbacks.notices import Notices
 from lightning_robust.callbacks.outcome import Verdict
 from lightning_robust.callbacks.sample_selection import LoaderShare, SampleCollector
@@ -94,7 +94,7 @@ class RobustnessMonitor(Callback):
         input_mean: float | Sequence[float] | None = None,
         valid_range: tuple[float, float] | None = None,
         probe_fn: Callable[[LightningModule, Any], Probe] | None = None,
-        loss_fn: Callable[[Tensor, Tensor], Tensor] | None = None,
+        loss_fn: nn.Module | Callable[[Tensor, Tensor], Tensor] | None = None,
         chunk_size: int | None = None,
         dataloader_idx: int = 0,
         prog_bar: bool = False,
@@ -152,8 +152,8 @@ class RobustnessMonitor(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned."""
-        self._last_epoch = state_dict["last_epoch"]
-        self._values = dict(state_dict["values"])
+        self._last_epoch = state_dict.get("last_epoch")
+        self._values = dict(state_dict.get("values", {}))
 
     # ---- hooks -------------------------------------------------------------------------------------------------------
 
@@ -228,15 +228,15 @@ class RobustnessMonitor(Callback):
             self._notices.once(obstacle)
             return
         measurement = Measurement(self.metrics, on_error=self.on_error, samples_at_once=self._samples_at_once)
-        measurement.attempt(lambda: self._choose(trainer, loaders[self.dataloader_idx], measurement))
-        self._measurement = measurement
-
-    def _choose(self, trainer: Trainer, loader: Iterable[object], measurement: Measurement) -> None:
-        """Choose the samples of this loader that will be measured."""
         num_batches = trainer.num_test_batches if trainer.testing else trainer.num_val_batches
         limit = num_batches[self.dataloader_idx] if isinstance(num_batches, list) else num_batches
-        share = LoaderShare.of(loader, num_batches=limit)
         measurement.last_batch = None if limit == math.inf else int(limit) - 1
+        measurement.attempt(lambda: self._choose(trainer, loaders[self.dataloader_idx], limit, measurement))
+        self._measurement = measurement
+
+    def _choose(self, trainer: Trainer, loader: Iterable[object], num_batches: float, measurement: Measurement) -> None:
+        """Choose the samples of this loader that will be measured."""
+        share = LoaderShare.of(loader, num_batches=num_batches)
         measurement.collector = SampleCollector(
             share,
             max_samples=self.max_samples,
@@ -284,6 +284,8 @@ class RobustnessMonitor(Callback):
         if measurement.samples_at_once != self._samples_at_once:
             self._samples_at_once = measurement.samples_at_once
             self._notices.once(advice.out_of_memory(self._samples_at_once))
+        if verdict.disagree:
+            self._notices.once(advice.UNSHARED)
         if values:
             self._guard(lambda: self._log(trainer, pl_module, values, verdict), "log a measurement")
         if verdict.causes:
@@ -338,9 +340,7 @@ class RobustnessMonitor(Callback):
         except Exception as error:
             if self.on_error == "raise":
                 raise
-            self._notices.warn(
-                f"RobustnessMonitor could not {purpose}: {type(error).__name__}: {error}. The run goes on."
-            )
+            self._notices.warn_here(f"RobustnessMonitor could not {purpose}: {in_words(error)}. The run goes on.")
 
 
 def _device(pl_module: LightningModule) -> torch.device:

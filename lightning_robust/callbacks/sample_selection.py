@@ -19,6 +19,7 @@ from typing import Protocol
 
 import torch
 from torch.utils.data import (
+    BatchSampler,
     DataLoader,
     DistributedSampler,
     IterableDataset,
@@ -27,6 +28,8 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
+from lightning_robust.functional._grad_mode import full_precision
+from lightning_robust.functional._signs import keys_of
 from lightning_robust.probe import Probe, merge
 
 _SHUFFLING = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
@@ -89,7 +92,8 @@ class LoaderShare:
         first: Position, among the samples of all processes, of this one's first.
         stride: Distance between the positions of two successive samples of this process.
         shuffled: Whether the order of the samples changes from one pass to the next.
-        distributed: Whether positions and size are those of all processes together. If not, they are this one's.
+        distributed: Whether this process sees samples that no other one does; then positions and size, if known, are
+            those of all processes together. If not, they are this one's.
         batch_size: Number of samples in all batches but the last.
     """
 
@@ -106,6 +110,8 @@ class LoaderShare:
         if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
             return cls(size=None)
         sampler = getattr(loader.batch_sampler, "sampler", loader.sampler)
+        if isinstance(sampler, DistributedSampler) and type(loader.batch_sampler) is not BatchSampler:
+            return cls(size=None, shuffled=sampler.shuffle, distributed=True)  # in whatever order
         batch_size = getattr(loader.batch_sampler, "batch_size", loader.batch_size)
         samples: object = sampler
         total = math.inf
@@ -137,7 +143,8 @@ class SampleCollector:
         max_samples: How many samples are wanted over all processes.
         rank: Number of this process.
         num_processes: Number of processes. Where no distributed sampler shares the samples out among them, each takes
-            every ``num_processes``-th of those selected: all of them together, if they see the same loader.
+            every ``num_processes``-th of those selected: all of them together, if they see the same loader. Where one
+            does, but positions are not known, each selects its share of ``max_samples``.
         seed: Chooses the samples.
 
     Attributes:
@@ -149,7 +156,8 @@ class SampleCollector:
         self, share: LoaderShare, *, max_samples: int, rank: int = 0, num_processes: int = 1, seed: int
     ) -> None:
         self._share = share
-        self._reservoir = ReservoirSelection(max_samples, seed=seed)
+        own = len(range(rank, max_samples, num_processes)) if share.distributed else max_samples
+        self._reservoir = ReservoirSelection(own, seed=seed)
         self._selection: Selection = self._reservoir
         if share.size is not None:
             self._selection = StratifiedSelection(share.size, max_samples, seed=seed)
@@ -185,9 +193,17 @@ class SampleCollector:
 
     def _chosen(self) -> list[int]:
         positions = sorted(self._rows)
-        if self._share.distributed and not self.irregular:
-            return positions
-        return positions[self._rank :: self._num_processes]
+        return positions if self._share.distributed else positions[self._rank :: self._num_processes]
+
+    @property
+    def presumes(self) -> bool:
+        """Whether the choice presumes that all processes see the same samples."""
+        return not self._share.distributed and self._num_processes > 1
+
+    def key(self) -> int:
+        """A number that depends on the contents of the first sample that was offered and is kept; -1 without one."""
+        first = min(self._rows, default=None)
+        return -1 if first is None else keys_of(full_precision(self._rows[first].inputs))[0]
 
     def targets(self) -> list[int]:
         """Classes of the samples, in order: another list at another time means other samples."""

@@ -73,7 +73,7 @@ def check_integer(name: str, value: int, *, at_least: int, expected: str | None 
     integer = isinstance(value, int) and not isinstance(value, bool)
     expected = expected or f"an integer of at least {at_least}"
     if integer and value > _LARGEST_INTEGER:
-        expected += f" of at most {_LARGEST_INTEGER}"
+        expected += f" and at most {_LARGEST_INTEGER}"
     if not integer or not at_least <= value <= _LARGEST_INTEGER:
         raise ValueError(refusal(name, expected, value))
     return value

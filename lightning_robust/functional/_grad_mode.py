@@ -43,6 +43,7 @@ from lightning_robust.functional._sharding import refuse_distributed
 from lightning_robust.functional._weight_norm import plain_weight_norm
 
 _HALF = (torch.float16, torch.bfloat16)
+_MANY = 1000  # a container of more items is none of networks
 
 
 def full_precision(tensor: Tensor) -> Tensor:
@@ -66,6 +67,7 @@ def differentiable(*callables: object) -> Iterator[None]:
     """
     modules = _modules(callables)
     refuse_distributed(modules)
+    modules = _with_hidden(modules)
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
@@ -105,7 +107,7 @@ class Weights:
                 if tensor is None or not _original(tensor).requires_grad:
                     continue
                 self._originals.add(id(_original(tensor)))
-                name = names.setdefault(id(tensor), f"{prefix}.{key}".lstrip(".").replace("_orig_mod.", ""))
+                name = names.setdefault(id(tensor), _without_wrappers(f"{prefix}.{key}"))
                 self._places.setdefault(name, []).append((owner._parameters, key))
                 self.tensors[name] = tensor.requires_grad_()
 
@@ -164,6 +166,12 @@ def differentiable_weights(
         yield weights
 
 
+def _without_wrappers(name: str) -> str:
+    for wrapper in ("_orig_mod.", "_checkpoint_wrapped_module."):  # of compiled and checkpointed modules
+        name = name.replace(wrapper, "")
+    return name.lstrip(".")
+
+
 def owner_of(function: Callable[..., object]) -> nn.Module | None:
     """The module that a callable is or belongs to, if any."""
     owner = _owner(function)
@@ -173,6 +181,18 @@ def owner_of(function: Callable[..., object]) -> nn.Module | None:
 def _modules(callables: tuple[object, ...]) -> list[nn.Module]:
     owners = [owner for owner in map(_owner, callables) if isinstance(owner, nn.Module)]
     return list({id(module): module for owner in owners for module in owner.modules()}.values())
+
+
+def _with_hidden(modules: list[nn.Module]) -> list[nn.Module]:
+    """The modules, and those that they keep in lists and the like, where their own ``modules()`` does not find them."""
+    found = {id(module): module for module in modules}
+    for module in modules:
+        for value in vars(module).values():
+            if isinstance(value, dict | list | tuple | set) and len(value) <= _MANY:
+                items = value.values() if isinstance(value, dict) else value
+                hidden = [inner for item in items if isinstance(item, nn.Module) for inner in item.modules()]
+                found |= {id(inner): inner for inner in hidden}
+    return list(found.values())
 
 
 def _owner(function: object) -> object:
@@ -247,6 +267,7 @@ _ORIGINAL = "_stands_in_for"
 def _shield(parameter: Tensor, *, copied: bool) -> Tensor:
     statistic = parameter.ndim < 2 and not parameter.requires_grad
     stand_in = _copy(parameter) if copied or statistic else full_precision(parameter)
+    vars(stand_in).update(vars(parameter))
     setattr(stand_in, _ORIGINAL, _original(parameter))
     return stand_in
 

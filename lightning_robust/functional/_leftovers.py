@@ -3,71 +3,114 @@
 from __future__ import annotations
 
 import random
+import sys
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
+from operator import is_
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 _INTERNALS = frozenset(vars(nn.Module()))
+_CONTAINERS = (dict, list, set, deque)
+_MANY_ITEMS = 10_000  # what holds more is data rather than something that a forward pass keeps
+_MANY_ELEMENTS = 2**24
+_deeply: set[int] = set()  # modules whose nested contents are being looked after
 
 
 @contextmanager
 def without_leftovers(modules: list[nn.Module]) -> Iterator[None]:
-    """Take back what forward passes do to buffers and attributes of these modules, and to what attributes hold.
+    """Take back what forward passes do to these modules.
 
-    That is what they assign to attributes, write into tensors that are attributes, put into lists, dictionaries and the
-    like, nested or not, and draw from generators. Parameters are not looked after here.
+    That is what they assign to buffers, submodules and attributes, and what they put into lists, dictionaries and the
+    like among these. The outermost of several contexts also takes back what they write into tensors and arrays that are
+    attributes, do to nested containers, and draw from generators (of up to 10,000 items and 2²⁴ elements each). What it
+    does not look into: objects of other classes, and parameters.
     """
-    places = [attributes for module in modules for attributes in (vars(module), module._buffers)]
-    before = [dict(attributes.items()) for attributes in places]  # of a scripted module they are no dictionaries
-    kept = [value for module in modules for key, value in vars(module).items() if key not in _INTERNALS]
-    tensors = [value for value in kept if type(value) is Tensor and not value.is_inference()]
-    contents = [(tensor, tensor._version, tensor.detach().clone()) for tensor in tensors]
-    seen: set[int] = set()
-    undo = [step for value in kept for step in _undoing(value, seen)]
-    try:
+    with ExitStack() as undo:
+        for module in modules:
+            for attributes in (vars(module), module._buffers, module._modules):
+                undo.callback(_assign, attributes, dict(attributes.items()))  # of a scripted module no dictionaries
+            for key, value in vars(module).items():
+                if key not in _INTERNALS and isinstance(value, _CONTAINERS):
+                    undo.callback(_refill, value, _contents(value))
+        new = [module for module in modules if id(module) not in _deeply]
+        _deeply.update(map(id, new))
+        undo.callback(_deeply.difference_update, set(map(id, new)))
+        for step in _deep_steps(value for m in new for key, value in vars(m).items() if key not in _INTERNALS):
+            undo.callback(step)
         yield
-    finally:
-        for attributes, earlier in zip(places, before, strict=True):
-            now = dict(attributes.items())
-            for key in {*now, *earlier}:
-                if key not in earlier:
-                    del attributes[key]
-                elif key not in now or now[key] is not earlier[key]:
-                    attributes[key] = earlier[key]
-        for step in undo:
-            step()
-        for tensor, version, copy in contents:
-            if tensor._version != version:
-                tensor.detach().copy_(copy)
 
 
-def _undoing(value: Any, seen: set[int]) -> Iterator[Callable[[], object]]:
-    """Steps that give a container the items, and a generator the state, that it has now."""
-    if isinstance(value, dict | list | set | deque | tuple):
-        if id(value) in seen:
-            return
+def _assign(attributes: Any, earlier: dict[str, Any]) -> None:
+    now = dict(attributes.items())
+    for key in {*now, *earlier}:
+        if key not in earlier:
+            del attributes[key]
+        elif key not in now or now[key] is not earlier[key]:
+            attributes[key] = earlier[key]
+
+
+def _deep_steps(values: Iterable[Any]) -> Iterator[Callable[[], object]]:
+    """Steps that give containers within containers, tensors, arrays and generators the contents that they have now."""
+    numpy: Any = sys.modules.get("numpy")
+    pending, seen = list(values), set[int]()
+    while pending:
+        value = pending.pop()
+        if isinstance(value, str | int | float) or value is None or id(value) in seen:
+            continue
         seen.add(id(value))
-        if not isinstance(value, tuple):
-            yield partial(_refill, value, value.copy())
-        for item in value.values() if isinstance(value, dict) else value:
-            if not isinstance(item, str | int | float | Tensor):
-                yield from _undoing(item, seen)
-    elif isinstance(value, torch.Generator):
-        yield partial(value.set_state, value.get_state())
-    elif isinstance(value, random.Random):
-        yield partial(value.setstate, value.getstate())
-    elif hasattr(type(value), "bit_generator"):  # of NumPy, which need not be there
-        yield partial(setattr, value.bit_generator, "state", value.bit_generator.state)
+        if isinstance(value, (*_CONTAINERS, tuple)):
+            if len(value) <= _MANY_ITEMS:
+                items = dict.values(value) if isinstance(value, dict) else value
+                yield from (partial(_refill, item, _contents(item)) for item in items if isinstance(item, _CONTAINERS))
+                pending.extend(items)
+        elif isinstance(value, Tensor):
+            if not (isinstance(value, nn.Parameter) or value.is_inference() or value.numel() > _MANY_ELEMENTS):
+                yield partial(_rewrite, value.detach(), value.detach().clone())
+        elif isinstance(value, torch.Generator):
+            yield partial(value.set_state, value.get_state())
+        elif isinstance(value, random.Random):
+            yield partial(value.setstate, value.getstate())
+        elif numpy is not None and isinstance(value, numpy.random.Generator):
+            yield partial(setattr, value.bit_generator, "state", value.bit_generator.state)
+        elif numpy is not None and isinstance(value, numpy.ndarray) and value.size <= _MANY_ELEMENTS:
+            yield partial(value.__setitem__, ..., value.copy())
 
 
-def _refill(container: Any, contents: Any) -> None:
-    container.clear()
-    container.extend(contents) if isinstance(container, list | deque) else container.update(contents)
+def _contents(container: Any) -> list[Any]:
+    return list(dict.items(container)) if isinstance(container, dict) else list(container)
+
+
+def _refill(container: Any, contents: list[Any]) -> None:
+    """Put the contents back, if they are others, by the methods of the class underneath: its own may refuse."""
+    now = _contents(container)
+    if isinstance(container, dict):
+        if len(now) != len(contents) or not all(
+            a is c and b is d for (a, b), (c, d) in zip(now, contents, strict=True)
+        ):
+            base: Any = OrderedDict if isinstance(container, OrderedDict) else dict
+            base.clear(container)
+            for key, value in contents:
+                base.__setitem__(container, key, value)
+    elif len(now) == len(contents) and all(map(is_, now, contents)):
+        return
+    elif isinstance(container, list):
+        list.__setitem__(container, slice(None), contents)
+    elif isinstance(container, set):
+        set.clear(container)
+        set.update(container, contents)
+    else:
+        deque.clear(container)
+        deque.extend(container, contents)
+
+
+def _rewrite(tensor: Tensor, contents: Tensor) -> None:
+    if not torch.equal(tensor, contents):
+        tensor.copy_(contents)
 
 
 @contextmanager

@@ -13,7 +13,13 @@ from torch import Tensor
 from lightning_robust.functional._autograd_graph import in_order_of_computation, is_custom, is_differentiable_once
 
 _NUM_SAMPLES = 32
+_SLOPE_SLACK = 2e-2  # a loss may be computed in half precision
 _STEP = 1e-2  # of differences, in units of the outputs' size: a loss may round to single precision
+_MEAN = "Expected argument `loss_fn` to return a mean over samples"
+_REMEDY = (
+    "Class weights or an ignored class go into `nn.CrossEntropyLoss(weight=..., ignore_index=...)`; any other loss may"
+    " return one value per sample."
+)
 _TWICE = "Expected argument `loss_fn` to be a loss that can be differentiated twice"
 
 
@@ -27,10 +33,25 @@ def check_mean(of_batch: Tensor, of_samples: Tensor) -> None:
     slack = max(3e-3, 4 * torch.finfo(of_batch.dtype).eps) * float(of_samples.abs().mean())
     if not abs(float(of_samples.mean() - of_batch)) <= slack:
         raise ValueError(
-            f"Expected argument `loss_fn` to return a mean over samples, but its value on {len(of_samples)} samples is"
-            f" {float(of_batch):.6g} where the mean of its values on each is {float(of_samples.mean()):.6g}. Class"
-            " weights or an ignored class go into `nn.CrossEntropyLoss(weight=..., ignore_index=...)`; any other loss"
-            " may return one value per sample."
+            f"{_MEAN}, but its value on {len(of_samples)} samples is {float(of_batch):.6g} where the mean of its values"
+            f" on each is {float(of_samples.mean()):.6g}. {_REMEDY}"
+        )
+
+
+def check_weights(of_batch: Tensor, of_samples: Tensor) -> None:
+    """Raise unless all samples weigh the same in a loss.
+
+    An untrained network has about the same loss on all of them, whatever they weigh, and the mean does not tell.
+
+    Args:
+        of_batch: ``(N, ...)``, gradient of the loss of N samples together with respect to the outputs.
+        of_samples: ``(N, ...)``, gradients of the losses of each alone with respect to its own.
+    """
+    size, apart = float(of_samples.norm()), float((of_batch * len(of_samples) - of_samples).norm())
+    if apart > _SLOPE_SLACK * size:
+        raise ValueError(
+            f"{_MEAN}, but its gradient on {len(of_samples)} samples is {apart / max(size, 1e-30):.2g} of its size away"
+            f" from the mean of its gradients on each. {_REMEDY}"
         )
 
 

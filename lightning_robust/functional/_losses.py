@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from lightning_robust.functional._arguments import check_function
 from lightning_robust.functional._checks import check_finite, check_logits, check_targets
-from lightning_robust.functional._loss_checks import check_mean, check_second_derivative
+from lightning_robust.functional._loss_checks import check_mean, check_second_derivative, check_weights
 
 LossFn = Callable[[Tensor, Tensor], Tensor]
 
@@ -155,10 +155,14 @@ class SampleLoss:
             outputs: ``(N, ...)``, all that will be measured.
             targets: As the loss takes them.
         """
-        with torch.no_grad():
-            of_batch, of_samples = self._called(outputs, targets), self.values(outputs, targets)
+        leaf = outputs.detach().clone().requires_grad_()
+        of_batch = self._called(leaf, targets)
         if of_batch.ndim == 0 and of_batch.isfinite():
-            check_mean(of_batch, of_samples)
+            with torch.no_grad():
+                check_mean(of_batch.detach(), self.values(outputs, targets))
+            if of_batch.requires_grad:
+                (slope,) = torch.autograd.grad(of_batch, leaf, materialize_grads=True)
+                check_weights(slope, self.gradients(outputs, targets))
         check_second_derivative(self.values, outputs, targets)
 
     def num_columns(self, outputs: Tensor) -> int:

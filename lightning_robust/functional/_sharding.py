@@ -11,13 +11,16 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_robust.functional._arguments import class_of
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 _FULLY_SHARD, _TENSOR_PARALLEL = "torch.distributed.fsdp", "torch.distributed.tensor"
 
@@ -64,6 +67,8 @@ def gathered_weights(module: nn.Module) -> Iterator[None]:
             if parameter is not None and _is_piece(parameter)
         ]
         whole: dict[int, nn.Parameter] = {}  # by identity, so that tied weights stay tied
+        if places:
+            _agree_on_room(list({id(parameter): parameter for _, _, parameter in places}.values()))
         with torch.no_grad():
             for parameters, name, parameter in places:
                 if id(parameter) not in whole:
@@ -80,6 +85,24 @@ def gathered_weights(module: nn.Module) -> Iterator[None]:
         for registry, original in zip(hooks, before, strict=True):
             registry.clear()
             registry.update(original)
+
+
+def _agree_on_room(parameters: list[Tensor]) -> None:
+    """Raise, on all processes, if any has no room for all weights: the others would wait for it amid the gathering."""
+    failure: Exception | None = None
+    try:
+        room = [
+            torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device) for parameter in parameters
+        ]
+        del room
+    except Exception as error:
+        failure = error
+    mesh: DeviceMesh = parameters[0].device_mesh  # type: ignore[attr-defined]
+    failed = torch.tensor(float(failure is not None), device=parameters[0].device)
+    for dimension in range(mesh.ndim):
+        distributed.all_reduce(failed, op=distributed.ReduceOp.MAX, group=mesh.get_group(dimension))
+    if failed:
+        raise failure or torch.OutOfMemoryError("Another process has no room for the weights of the whole network.")
 
 
 def refuse_distributed(modules: list[nn.Module]) -> None:

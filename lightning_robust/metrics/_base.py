@@ -35,10 +35,11 @@ class Float64Metric(Metric, ABC):
         self.add_state(name, [], dist_reduce_fx="cat")
 
     def sync(self, *args: Any, **kwargs: Any) -> None:
-        """Gather the states of all processes; one that has no rows yet sends none, in the same type as the others."""
+        """Gather the states of all processes, rows in one type; a process that has no rows yet sends none of them."""
         for name, default in self._defaults.items():
-            if isinstance(default, list) and not getattr(self, name):
-                setattr(self, name, [torch.zeros(0, dtype=torch.float64, device=self.device)])
+            if isinstance(default, list):
+                rows = getattr(self, name) or [torch.zeros(0, device=self.device)]
+                setattr(self, name, [row.to(torch.float64).flatten() for row in rows])
         super().sync(*args, **kwargs)
 
 

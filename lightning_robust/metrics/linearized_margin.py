@@ -99,7 +99,7 @@ def check_epsilons(epsilons: Sequence[float]) -> tuple[float, ...]:
     """Return ``epsilons`` as a tuple, or raise a ``ValueError``."""
     values = [value + 0.0 for value in as_numbers(epsilons) or []]  # -0.0 would have a key of its own
     if not values or not all(0 <= value < math.inf for value in values):
-        raise ValueError(refusal("epsilons", "a list of at least one number ≥ 0", epsilons))
+        raise ValueError(refusal("epsilons", "a list of at least one finite number ≥ 0", epsilons))
     if len({f"{value:.4g}" for value in values}) < len(values):
         raise ValueError(f"Expected argument `epsilons` to differ in their first four digits, but got {epsilons}.")
     return tuple(values)

@@ -72,7 +72,7 @@ class WeightCurvatureIndex(CurvatureMetric):
         check_positive_integer("steps", steps)
         size = as_number(epsilon)
         if not 0 <= size < math.inf:
-            raise ValueError(refusal("epsilon", "a number ≥ 0", epsilon))
+            raise ValueError(refusal("epsilon", "a finite number ≥ 0", epsilon))
         check_norm(norm)
         if attack is not None:
             self.attack = Attack(size, norm, steps if attack == "pgd" else 1)

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset, Sampler
 
 from lightning_robust import Probe, RobustnessMonitor, RobustnessWarning
 from tests.helpers import processes
 from tests.helpers.recording import Traffic
-from tests.helpers.training import Classifier, History, classifier, loader, samples, trainer
+from tests.helpers.training import Classifier, History, classifier, loader, robustness_warnings, samples, trainer
 
 pytestmark = pytest.mark.ddp
 INPUT_SIDE = ["fisher_spectral_norm", "linearized_accuracy", "adversarial_accuracy"]
@@ -81,6 +81,54 @@ def test_processes_log_the_values_of_one(values: dict[int, list[dict[str, Any]]]
     assert "robust/hessian_trace" in alone
     without_time = [{k: v for k, v in row.items() if k != "robust/seconds"} for row in (together[0], alone)]
     assert without_time[0] == pytest.approx(without_time[1], rel=1e-6, abs=1e-7)
+
+
+class EveryOther(Sampler):
+    """Shares the samples out by itself."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.rank, 23, 2))
+
+    def __len__(self) -> int:
+        return len(range(self.rank, 23, 2))
+
+
+class LargestFirst(BatchSampler):
+    """Batches in another order than their sampler's, as of samples sorted by length."""
+
+    def __iter__(self) -> Iterator[list[int]]:
+        indices = sorted(self.sampler, reverse=True)
+        return (indices[i : i + self.batch_size] for i in range(0, len(indices), self.batch_size))
+
+
+def validate_odd_shares(rank: int, root: Path) -> list[tuple[float, list[str]]]:
+    results = []
+    dataset = samples(23)
+    for options in (
+        {"sampler": EveryOther(rank), "batch_size": 4},
+        {"batch_sampler": LargestFirst(DistributedSampler(dataset, 2, rank, shuffle=False), 4, drop_last=False)},
+    ):
+        monitor = RobustnessMonitor(["linearized_accuracy"], max_samples=MAX_SAMPLES, on_error="raise")
+        run = trainer(monitor, root=root, strategy="ddp", devices=2, use_distributed_sampler=False)
+        with robustness_warnings() as messages:
+            run.validate(classifier(), DataLoader(dataset, **options), verbose=False)
+        results.append((float(run.callback_metrics["robust/num_samples"]), messages))
+    return results
+
+
+def test_shares_that_are_not_known_are_told_or_split_by_another_rule(tmp_path: Path) -> None:
+    results = processes.run(validate_odd_shares, 2, tmp_path)
+    (own, said), (reordered, said_too) = results[0]
+    assert own < MAX_SAMPLES
+    assert len(said) == 1
+    assert said[0].startswith("Each process sees other validation samples, without a `DistributedSampler`")
+    assert reordered == MAX_SAMPLES
+    assert len(said_too) == 1
+    assert "uniformly random subset" in said_too[0]
+    assert [messages for _, messages in results[1]] == [[], []]
 
 
 def network(width: int, depth: int) -> nn.Module:

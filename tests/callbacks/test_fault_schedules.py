@@ -32,7 +32,10 @@ def test_a_fault_of_each_kind_takes_what_it_must_and_the_next_measurement_works(
     check(schedule, run(schedule, tmp_path, num_epochs=NUM_EPOCHS), reference)
 
 
-@pytest.mark.parametrize("seeds", [range(20), pytest.param(range(20, 1020), marks=pytest.mark.long)], ids=str)
+MANY = [pytest.param(range(first, first + 250), marks=pytest.mark.long) for first in range(20, 1020, 250)]
+
+
+@pytest.mark.parametrize("seeds", [range(20), *MANY], ids=str)
 @pytest.mark.timeout(900)
 def test_random_schedules_lose_nothing_but_what_fails(reference: Outcome, tmp_path: Path, seeds: range) -> None:
     for seed in seeds:

@@ -24,6 +24,7 @@ from tests.helpers.training import Classifier, History, classifier, loader, robu
 
 CUDA = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 CPU = RuntimeError("[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory: you")
+MPS = RuntimeError("MPS backend out of memory (MPS allocated: 17.00 GB, other allocations: 1.02 GB).")
 
 
 def metrics() -> list[ProbeMetric]:
@@ -69,8 +70,11 @@ def fit(root: Path, room: int, error: Exception = CUDA) -> tuple[list[dict[str, 
     return history.rows, messages, tried
 
 
-@pytest.mark.parametrize(("room", "size"), [(5, 4), (12, 8)])  # eight samples are examined before anything else
-@pytest.mark.parametrize("error", [CUDA, CPU], ids=["cuda", "cpu"])
+@pytest.mark.parametrize(
+    ("error", "room", "size"),
+    [(CUDA, 12, 8), (CUDA, 5, 4), (CPU, 5, 4), (MPS, 5, 4), (MemoryError(), 5, 4)],  # eight samples are examined first
+    ids=str,
+)
 def test_the_numbers_are_those_of_a_larger_memory_and_the_size_is_remembered(
     tmp_path: Path, error: Exception, room: int, size: int
 ) -> None:

@@ -365,7 +365,7 @@ SETTINGS = {
     ),
     "deterministic algorithms": Setting(options={"deterministic": True}),
     "recurrence": Setting(on_network(Recurrent), says="is not to be trusted"),
-    "attention": Setting(on_network(attention)),
+    "attention": Setting(on_network(attention), says="is mostly noise of random probes"),
     "parametrised weights": Setting(on_network(parametrised)),
     "gradient checkpointing": Setting(on_network(Checkpointed)),
     "metrics inside the module": Setting(WithMetrics),
@@ -455,6 +455,14 @@ class Remembering(nn.Module):
         return self.linear(x.flatten(1)) * (1 + 1e-3 * float(self.remember(self)))
 
 
+class Stubborn(dict[int, int]):
+    def clear(self) -> None:
+        raise TypeError("not this one")
+
+    def update(self, *args: Any, **kwargs: Any) -> None:
+        raise TypeError("not this one")
+
+
 MEMORIES: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
     "a buffer": (lambda: nn.Buffer(torch.zeros(())), lambda network: network.kept.add_(1)),
     "a weight that is not trained": (
@@ -467,6 +475,22 @@ MEMORIES: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
         lambda network: vars(network).update(kept=network.kept + 1) or network.kept,
     ),
     "a tensor that is written to": (lambda: torch.zeros(()), lambda network: network.kept.add_(1)),
+    "a tensor that is written to unnoticed": (
+        lambda: torch.zeros(()),
+        lambda network: network.kept.data.add_(1),
+    ),
+    "a list of tensors": (lambda: [torch.zeros(())], lambda network: network.kept[0].add_(1)),
+    "tensors deep inside": (lambda: {"k": ([torch.zeros(())],)}, lambda network: network.kept["k"][0][0].add_(1)),
+    "an array": (lambda: np.zeros(1), lambda network: float(network.kept.__iadd__(1)[0])),
+    "a dictionary that refuses": (Stubborn, lambda network: dict.__setitem__(network.kept, len(network.kept), 0) or 1),
+    "a module in a list": (
+        lambda: [nn.BatchNorm1d(1)],
+        lambda network: network.kept[0](torch.randn(4, 1)).detach().sum(),
+    ),
+    "a module that is made": (
+        nn.ModuleList,
+        lambda network: network.kept.append(nn.Identity()) and len(network.kept),
+    ),
     "a list": (list, lambda network: network.kept.append(0) or len(network.kept)),
     "a list in a dictionary": (lambda: {0: []}, lambda network: network.kept[0].append(0) or len(network.kept[0])),
     "a queue": (collections.deque, lambda network: network.kept.append(0) or len(network.kept)),

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from jsonargparse import ArgumentParser
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
@@ -361,6 +362,17 @@ def test_what_a_forward_pass_records_is_not_disturbed(tmp_path: Path) -> None:
         run.fit(Recorder(classifier().network), loader(), loader())
         values.append({key: float(run.callback_metrics[key]) for key in ("activation", "metric", "val_acc")})
     assert values[0] == values[1]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the method's name, which the oldest version has
+def test_a_loss_of_torch_can_be_named_in_a_configuration() -> None:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(RobustnessMonitor, "monitor")
+    loss = {"class_path": "torch.nn.CrossEntropyLoss", "init_args": {"label_smoothing": 0.1}}
+    for given in (loss, "torch.nn.functional.cross_entropy"):
+        monitor = parser.instantiate_classes(parser.parse_object({"monitor": {"loss_fn": given}})).monitor
+        named = monitor._probe_options["loss_fn"]
+        assert named is torch.nn.functional.cross_entropy or named.label_smoothing == 0.1
 
 
 def test_nothing_is_kept_between_measurements(tmp_path: Path) -> None:

@@ -327,6 +327,16 @@ def test_the_gauss_newton_trace_of_cross_entropy_needs_no_targets(name: str, est
         assert_same(hessian_trace(model, inputs, **options), with_targets)
 
 
+def test_class_weights_are_refused_where_all_samples_have_the_same_loss() -> None:
+    _, inputs, targets = small("relu_mlp")
+    model = nn.Sequential(nn.Flatten(), nn.Linear(inputs[0].numel(), 4, dtype=inputs.dtype))
+    nn.init.zeros_(model[1].weight)
+    nn.init.zeros_(model[1].bias)
+    weight = torch.tensor([1.0, 2.0, 1.0, 3.0], dtype=inputs.dtype)
+    with pytest.raises(ValueError, match="`loss_fn` to return a mean over samples, but its gradient on 12 samples is"):
+        hessian_trace(model, inputs, targets, loss_fn=lambda z, y: F.cross_entropy(z, y, weight=weight.to(z)))
+
+
 def test_a_loss_of_the_wrong_shape_is_refused() -> None:
     model, inputs, targets = small("relu_mlp")
     with pytest.raises(ValueError, match=r"`loss_fn` to return one loss per sample, .*but got shape \(4,\)"):

@@ -95,6 +95,10 @@ def test_each_process_measures_its_own_samples_on_gathered_weights(how: str, res
         assert trains
 
 
+def exhausted(*args: Any, **options: Any) -> Tensor:
+    raise torch.OutOfMemoryError("CUDA out of memory.")
+
+
 def refused(rank: int) -> list[str]:
     processes.join_group()
     _, inputs, targets = build("mlp")
@@ -116,6 +120,12 @@ def refused(rank: int) -> list[str]:
         with pytest.raises(ValueError, match="Expected") as caught:
             attempt()
         sentences.append(str(caught.value))
+    with pytest.MonkeyPatch.context() as patch:
+        if rank == 1:
+            patch.setattr(torch, "empty", exhausted)
+        with pytest.raises(torch.OutOfMemoryError) as full:
+            inside(network)
+    sentences.append(str(full.value))
     with pytest.raises(KeyboardInterrupt), gathered_weights(network):
         raise KeyboardInterrupt
     is_sharded = all(type(p).__name__ == "DTensor" for p in network.parameters()) and network._forward_pre_hooks
@@ -124,7 +134,12 @@ def refused(rank: int) -> list[str]:
 
 @pytest.mark.ddp
 def test_what_a_process_cannot_call_on_its_own_is_refused_and_an_interrupt_leaves_it_sharded() -> None:
-    for sentences in processes.run(refused, 2):
+    results = processes.run(refused, 2)
+    assert [sentences.pop(5) for sentences in results] == [
+        "Another process has no room for the weights of the whole network.",
+        "CUDA out of memory.",
+    ]
+    for sentences in results:
         assert all("`with lightning_robust.functional.gathered_weights(network):`" in said for said in sentences[:2])
         assert all("spread over processes by tensor parallelism" in said for said in sentences[2:4])
         assert "Pass its `.module`" in sentences[4]

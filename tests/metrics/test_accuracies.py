@@ -66,10 +66,10 @@ def test_the_attack_is_the_same_at_every_measurement() -> None:
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"epsilons": [-0.1]}, r"`epsilons` to be a list of at least one number ≥ 0, but got \[-0.1\]"),
+        ({"epsilons": [-0.1]}, r"`epsilons` to be a list of at least one finite number ≥ 0, but got \[-0.1\]"),
         ({"epsilons": []}, r"`epsilons` .* but got \[\]"),
         ({"epsilons": [float("nan")]}, r"`epsilons` .* but got \[nan\]"),
-        ({"epsilons": 0.1}, r"`epsilons` to be a list of at least one number ≥ 0, but got 0.1"),
+        ({"epsilons": 0.1}, r"`epsilons` to be a list of at least one finite number ≥ 0, but got 0.1"),
         ({"epsilons": [8 / 255, 0.03137]}, "`epsilons` to differ in their first four digits"),
         ({"norm": "l1"}, r"`norm` to be one of \('linf', 'l2'\), but got 'l1'"),
     ],

@@ -249,7 +249,7 @@ def test_the_index_does_not_change_when_layers_are_rescaled_against_each_other()
         ({"num_probes": 0}, "`num_probes` to be a positive integer, but got 0"),
         ({"attack": "cw"}, "`attack` to be 'pgd', 'fgsm' or None, but got 'cw'"),
         ({"attack": "pgd", "steps": 0}, "`steps` to be a positive integer"),
-        ({"attack": "pgd", "epsilon": -1}, "`epsilon` to be a number ≥ 0, but got -1"),
+        ({"attack": "pgd", "epsilon": -1}, "`epsilon` to be a finite number ≥ 0, but got -1"),
         ({"attack": "pgd", "norm": "l1"}, "`norm` to be one of"),
     ],
 )
