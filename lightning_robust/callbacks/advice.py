@@ -13,6 +13,7 @@ from lightning_robust.callbacks.sample_selection import LoaderShare
 from lightning_robust.probe import Probe, find_flaws
 
 _MANY_CLASSES = 200
+_FEW = 10  # fewer samples tell little by any estimator
 SHUFFLES = (
     "The validation loader shuffles, so RobustnessMonitor measures other samples at every measurement, and its curves"
     " carry the noise of that. Pass `shuffle=False` to the validation DataLoader."
@@ -100,7 +101,7 @@ def on_values(values: Mapping[str, float], *, prefix: str) -> list[str]:
     """Say it if curvature is worth little, being noise of probes, or the sum of layers of which most count as 0."""
     sentences = []
     trace, noise = values.get("hessian_trace", 0.0), values.get("hessian_trace_stderr_probes", 0.0)
-    if noise > abs(trace):
+    if noise > abs(trace) and values.get("num_samples", 0) >= _FEW:
         sentences.append(
             f"`{prefix}hessian_trace` is mostly noise of random probes ({trace:.2g} ± {noise:.2g}), the same at every"
             " measurement. `HessianTrace(num_probes=32)` has a quarter of it. Losses of torch (modules, functions and"
