@@ -103,7 +103,7 @@ def on_values(values: Mapping[str, float], *, prefix: str) -> list[str]:
     trace, noise = values.get("hessian_trace", 0.0), values.get("hessian_trace_stderr_probes", 0.0)
     if noise > abs(trace) and values.get("num_samples", 0) >= _FEW:
         sentences.append(
-            f"`{prefix}hessian_trace` is mostly noise of random probes ({trace:.2g} ± {noise:.2g}), the same at every"
+            f"`{prefix}hessian_trace` is mostly noise of random probes (`…_stderr_probes`), the same at every"
             " measurement. `HessianTrace(num_probes=32)` has a quarter of it. Losses of torch (modules, functions and"
             " `functools.partial` of them, but not lambdas) need fewer probes than one's own."
         )
@@ -111,8 +111,8 @@ def on_values(values: Mapping[str, float], *, prefix: str) -> list[str]:
         negative, stderr = values.get(f"{key}_negative_layers", 0.0), values.get(f"{key}_stderr", 0.0)
         if negative > 0 and stderr > 0.5 * values[key]:
             sentences.append(
-                f"`{prefix}{key}` is not to be trusted: the curvature of some layers of this network ({negative:.0f})"
-                " is negative, in truth or by the noise of probes, and counts as 0."
+                f"`{prefix}{key}` is not to be trusted: the curvature of some layers of this network"
+                " (`…_negative_layers`) is negative, in truth or by the noise of probes, and counts as 0."
                 f" `WeightCurvatureIndex(estimator='gauss_newton')` is never negative; more `num_probes`{remedy} may"
                 " help, too."
             )

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_robust import FisherSpectralNorm, HessianTrace, LinearizedAccuracy, Probe, RobustnessMonitor
+from lightning_robust.callbacks import advice
 from lightning_robust.functional import hessian_trace
 from tests.helpers.training import Classifier, History, classifier, loader, robustness_warnings, samples, trainer
 
@@ -290,6 +291,17 @@ def test_the_second_of_two_metrics_that_log_the_same_key_is_left_out(tmp_path: P
     assert len(messages) == 2
     assert "skipped in epoch 0 LinearizedAccuracy: ValueError: Expected each metric to log its own keys" in messages[0]
     assert "two log ['linearized_accuracy_linf_0'" in messages[0]
+
+
+def test_curvature_that_is_noise_is_named_in_the_same_words_at_every_measurement() -> None:
+    def said(trace: float, noise: float, num_samples: int = 120) -> list[str]:
+        values = {"hessian_trace": trace, "hessian_trace_stderr_probes": noise, "num_samples": float(num_samples)}
+        return advice.on_values(values, prefix="robust/")
+
+    (sentence,) = said(1.0, 2.0)
+    assert sentence.startswith("`robust/hessian_trace` is mostly noise of random probes")
+    assert said(-1.5, 2.0) == [sentence]
+    assert said(2.5, 2.0) == said(1.0, 2.0, num_samples=3) == []
 
 
 class Once(torch.autograd.Function):
