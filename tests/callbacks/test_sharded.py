@@ -13,6 +13,7 @@ from lightning_robust import LinearizedAccuracy, Probe, RobustnessMonitor, Robus
 from tests.helpers import processes
 from tests.helpers.training import Classifier, History, classifier, loader, robustness_warnings, samples, trainer
 
+on_cpu = pytest.mark.skipif(not processes.CAN_SHARD, reason=f"torch {torch.__version__} shards on accelerators only")
 METRICS = ["fisher_spectral_norm", "linearized_accuracy", "hessian_trace", "weight_curvature_index"]
 VALIDATION = samples(23)
 
@@ -113,6 +114,7 @@ def values(row: dict[str, float]) -> dict[str, float]:
     return {key: value for key, value in row.items() if key != "robust/seconds"}
 
 
+@on_cpu
 @pytest.mark.ddp
 def test_sharded_weights_give_the_values_of_whole_ones_in_one_process(
     results: list[dict[str, Any]], tmp_path: Path
@@ -131,6 +133,7 @@ def test_sharded_weights_give_the_values_of_whole_ones_in_one_process(
     assert values(rows[-1]) == pytest.approx(values(expected), rel=1e-5, abs=1e-6)
 
 
+@on_cpu
 @pytest.mark.ddp
 def test_sharded_training_is_bit_identical_with_and_without_the_monitor(results: list[dict[str, Any]]) -> None:
     for result in results:
@@ -138,6 +141,7 @@ def test_sharded_training_is_bit_identical_with_and_without_the_monitor(results:
             assert all(torch.equal(a, b) for a, b in zip(result[run][2], result["alone"][2], strict=True))
 
 
+@on_cpu
 @pytest.mark.ddp
 @pytest.mark.parametrize("name", ["failing", "talking"])  # after the weights are gathered, and before
 def test_when_one_process_fails_all_gather_and_go_on(results: list[dict[str, Any]], name: str) -> None:
@@ -148,6 +152,7 @@ def test_when_one_process_fails_all_gather_and_go_on(results: list[dict[str, Any
     assert values(results[0]["measured"][0][2]).items() <= values(rows[2]).items()
 
 
+@on_cpu
 @pytest.mark.ddp
 def test_tensor_parallelism_is_refused_once_and_trains(results: list[dict[str, Any]]) -> None:
     rows, said, _ = results[0]["split"]

@@ -194,7 +194,7 @@ def test_an_operation_that_counts_as_piecewise_linear_has_no_second_derivative(n
     with differentiable_weights(model) as weights:
         out = model(x)
         kinds = {kind_of(node) for node in in_order_of_computation(out.grad_fn)}
-        if "NotImplemented" in kinds:
+        if any("NotImplemented" in kind for kind in kinds):
             pytest.skip(f"torch {torch.__version__} has no derivative of it")
         assert name in kinds
         tensors = list(weights.tensors.values())

@@ -14,6 +14,8 @@ from tests.helpers import processes
 from tests.helpers.networks import build
 from tests.helpers.recording import state_of
 
+on_cpu = pytest.mark.skipif(not processes.CAN_SHARD, reason=f"torch {torch.__version__} shards on accelerators only")
+
 
 def sharded(how: str) -> nn.Module:
     """The network of all tests, spread over the processes of the group."""
@@ -81,6 +83,7 @@ def results() -> list[dict[str, tuple[dict[str, Tensor], bool, bool]]]:
     return processes.run(measure_every_way, 2)
 
 
+@on_cpu
 @pytest.mark.ddp
 @pytest.mark.parametrize("how", WAYS)
 def test_each_process_measures_its_own_samples_on_gathered_weights(how: str, results: list[dict[str, Any]]) -> None:
@@ -132,6 +135,7 @@ def refused(rank: int) -> list[str]:
     return [*sentences, "is as before" if is_sharded else "is left gathered"]
 
 
+@on_cpu
 @pytest.mark.ddp
 def test_what_a_process_cannot_call_on_its_own_is_refused_and_an_interrupt_leaves_it_sharded() -> None:
     results = processes.run(refused, 2)

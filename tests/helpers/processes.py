@@ -13,6 +13,7 @@ import torch.distributed
 import torch.multiprocessing
 
 _TIMEOUT_S = 120
+CAN_SHARD = hasattr(torch.cpu.current_stream(), "record_event")  # without it `fully_shard` needs an accelerator
 
 
 def run(function: Callable[..., Any], num_processes: int, *args: Any, timeout_s: float = _TIMEOUT_S) -> list[Any]:

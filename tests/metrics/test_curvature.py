@@ -84,15 +84,15 @@ def test_which_layers_are_curved_is_found_out_anew_at_every_measurement() -> Non
 def test_the_adversarial_index_is_that_of_attacked_inputs() -> None:
     sample = probe("mlp", 60)
     attacked = pgd(sample.model, sample.inputs, sample.targets, epsilon=0.3, steps=4)
-    values = measured(WeightCurvatureIndex(attack="pgd", epsilon=0.3, steps=4, num_probes=32), sample)
+    values = measured(WeightCurvatureIndex(attack="pgd", epsilon=0.3, steps=4, num_probes=64), sample)
     assert all(key.startswith("adversarial_wci") for key in values)
     expected = measured(
-        WeightCurvatureIndex(num_probes=32), Probe(sample.model, attacked, sample.targets)
+        WeightCurvatureIndex(num_probes=64), Probe(sample.model, attacked, sample.targets)
     )  # with other signs: those of a sample follow from its clean contents
     error = math.hypot(values["adversarial_wci_stderr_probes"], expected["wci_stderr_probes"])
     assert values["adversarial_wci"] == pytest.approx(expected["wci"], abs=4 * error)
     assert error < 0.05 * expected["wci"]
-    clean = measured(WeightCurvatureIndex(num_probes=32), sample)
+    clean = measured(WeightCurvatureIndex(num_probes=64), sample)
     assert abs(clean["wci"] - values["adversarial_wci"]) > 4 * error
 
 
