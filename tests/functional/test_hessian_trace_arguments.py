@@ -225,7 +225,14 @@ class Distances(nn.Module):
 
 @by_second_derivatives
 def test_a_kernel_without_a_second_derivative_is_refused(estimator: Any) -> None:
-    case = seeded(Distances, 5)
+    x = torch.eye(3, 4).requires_grad_()
+    (slope,) = torch.autograd.grad(torch.cdist(x, torch.ones(2, 4)).sum(), x, create_graph=True)
+    try:
+        torch.autograd.grad(slope.sum(), x)
+    except RuntimeError:
+        case = seeded(Distances, 5)
+    else:
+        pytest.skip(f"torch {torch.__version__} has a second derivative of its distances")
     message = r"failed in layer 'centres': .*_cdist_backward' is not implemented\. Use estimator='gauss_newton'"
     with pytest.raises(ValueError, match=message):
         hessian_trace(*case, estimator=estimator)

@@ -331,7 +331,7 @@ class Weighted(nn.Module):
         return losses * weights / CLASS_WEIGHTS.mean()
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")
 def test_a_loss_that_was_tampered_with_is_not_taken_for_torchs() -> None:
     case = small("tanh_mlp")
     patched, hooked, prehooked = (nn.CrossEntropyLoss() for _ in range(3))
