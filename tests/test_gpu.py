@@ -91,9 +91,11 @@ def test_the_monitor_runs_there_and_leaves_its_random_state_alone(tmp_path: Path
 def test_deterministic_algorithms_are_enough(tmp_path: Path) -> None:
     monitor = RobustnessMonitor(on_error="raise")
     try:
-        trainer(monitor, root=tmp_path, accelerator="gpu", deterministic=True).fit(classifier(), loader(), loader())
+        run = trainer(monitor, root=tmp_path, accelerator="gpu", deterministic=True)
+        run.fit(classifier(), loader(), loader())
     finally:
         torch.use_deterministic_algorithms(False)
+    assert "robust/wci" in run.callback_metrics
 
 
 def test_a_real_shortage_of_memory_is_survived(tmp_path: Path) -> None:

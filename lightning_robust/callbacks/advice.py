@@ -55,7 +55,7 @@ def no_such_loader(dataloader_idx: int, *, num_loaders: int) -> str:
     )
 
 
-def out_of_memory(samples_at_once: int | None) -> str:
+def out_of_memory(samples_at_once: int) -> str:
     """How it goes on after memory has run out."""
     return (
         f"RobustnessMonitor ran out of memory, and from now on measures at most {samples_at_once} samples at once. The"

@@ -56,6 +56,7 @@ class Measurement:
         self._errors: dict[int, str] = {}
         self._seconds = 0.0
         self._updated = False
+        self._key: int | None = None  # of this process's samples, where all processes should see the same
         self.samples_at_once = samples_at_once
         self.collector: SampleCollector | None = None
         self.last_batch: int | None = None  # index of the loader's last batch, where it is known
@@ -99,6 +100,8 @@ class Measurement:
     def _update(self, pl_module: LightningModule, device: torch.device, examine: Callable[[Probe], None]) -> None:
         if self.collector is None:
             return
+        if self.collector.presumes:
+            self._key = self.collector.key()
         for metric in self._metrics:
             metric.to(device)
         viewers = {WHOLE: examine} | {number: metric.update for number, metric in enumerate(self._metrics)}
@@ -174,15 +177,12 @@ class Measurement:
     def _agree(self, device: torch.device) -> Verdict:
         outcome = Outcome().to(device)
         num_samples = 0 if self.collector is None else len(self.collector)
-        key = self.collector.key() if self.collector is not None and self.collector.presumes else None
-        outcome.update(errors=self._errors, num_samples=num_samples, seconds=self._seconds, key=key)
+        outcome.update(errors=self._errors, num_samples=num_samples, seconds=self._seconds, key=self._key)
         verdict: Verdict = outcome.compute()
         return verdict
 
     def _reset(self) -> None:
         for metric in self._metrics:
-            if metric._is_synced:  # an error within `compute` leaves it so
-                metric.unsync()
             metric.reset()
 
 

@@ -281,9 +281,10 @@ class RobustnessMonitor(Callback):
             measurement.attempt(lambda: self._compare(measurement))
         measurement.update(pl_module, _device(pl_module), examine=self._examine)
         verdict, values = measurement.conclude(_device(pl_module))
-        if measurement.samples_at_once != self._samples_at_once:
-            self._samples_at_once = measurement.samples_at_once
-            self._notices.once(advice.out_of_memory(self._samples_at_once))
+        samples_at_once = measurement.samples_at_once
+        if samples_at_once is not None and samples_at_once != self._samples_at_once:
+            self._samples_at_once = samples_at_once
+            self._notices.once(advice.out_of_memory(samples_at_once))
         if verdict.disagree:
             self._notices.once(advice.UNSHARED)
         if values:

@@ -187,8 +187,8 @@ def _with_hidden(modules: list[nn.Module]) -> list[nn.Module]:
     """The modules, and those that they keep in lists and the like, where their own ``modules()`` does not find them."""
     found = {id(module): module for module in modules}
     for module in modules:
-        for value in vars(module).values():
-            if isinstance(value, dict | list | tuple | set) and len(value) <= _MANY:
+        for key, value in vars(module).items():
+            if key != "_modules" and isinstance(value, dict | list | tuple | set) and len(value) <= _MANY:
                 items = value.values() if isinstance(value, dict) else value
                 hidden = [inner for item in items if isinstance(item, nn.Module) for inner in item.modules()]
                 found |= {id(inner): inner for inner in hidden}

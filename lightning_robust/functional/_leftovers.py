@@ -68,8 +68,9 @@ def _deep_steps(values: Iterable[Any]) -> Iterator[Callable[[], object]]:
                 items = dict.values(value) if isinstance(value, dict) else value
                 yield from (partial(_refill, item, _contents(item)) for item in items if isinstance(item, _CONTAINERS))
                 pending.extend(items)
-        elif isinstance(value, Tensor):
-            if not (isinstance(value, nn.Parameter) or value.is_inference() or value.numel() > _MANY_ELEMENTS):
+        elif type(value) is Tensor:
+            plain = value.layout == torch.strided and not (value.is_meta or value.is_quantized or value.is_inference())
+            if plain and value.numel() <= _MANY_ELEMENTS:
                 yield partial(_rewrite, value.detach(), value.detach().clone())
         elif isinstance(value, torch.Generator):
             yield partial(value.set_state, value.get_state())
@@ -77,8 +78,13 @@ def _deep_steps(values: Iterable[Any]) -> Iterator[Callable[[], object]]:
             yield partial(value.setstate, value.getstate())
         elif numpy is not None and isinstance(value, numpy.random.Generator):
             yield partial(setattr, value.bit_generator, "state", value.bit_generator.state)
-        elif numpy is not None and isinstance(value, numpy.ndarray) and value.size <= _MANY_ELEMENTS:
+        elif numpy is not None and isinstance(value, numpy.ndarray) and _may_change(value):
             yield partial(value.__setitem__, ..., value.copy())
+
+
+def _may_change(array: Any) -> bool:
+    """Whether an array can be written to, and is none of many elements."""
+    return bool(array.flags.writeable) and array.size <= _MANY_ELEMENTS
 
 
 def _contents(container: Any) -> list[Any]:

@@ -42,6 +42,7 @@ def gathered_weights(module: nn.Module) -> Iterator[None]:
     Raises:
         TypeError: If ``module`` is none.
         ValueError: If the weights are spread in another way: tensor parallelism, FullyShardedDataParallel, ZeRO-3.
+        torch.OutOfMemoryError: On all processes, if one of them has no room for all weights.
 
     Source: ours.
     """

@@ -26,6 +26,12 @@ class Float64Metric(Metric, ABC):
         """Add a tensor of zeros that is summed over processes, or of which the largest counts."""
         self.add_state(name, torch.zeros(shape, dtype=torch.float64), dist_reduce_fx=reduce)
 
+    def reset(self) -> None:
+        """Forget all samples, also where an error within ``compute`` has left the states of all processes here."""
+        if self._is_synced:
+            self.unsync()
+        super().reset()
+
     def set_dtype(self, dst_type: str | torch.dtype) -> Float64Metric:
         """Change nothing: sums of lower precision would depend on how samples are spread."""
         return self
@@ -38,8 +44,8 @@ class Float64Metric(Metric, ABC):
         """Gather the states of all processes, rows in one type; a process that has no rows yet sends none of them."""
         for name, default in self._defaults.items():
             if isinstance(default, list):
-                rows = getattr(self, name) or [torch.zeros(0, device=self.device)]
-                setattr(self, name, [row.to(torch.float64).flatten() for row in rows])
+                rows = getattr(self, name) or [torch.zeros(0, dtype=torch.float64, device=self.device)]
+                setattr(self, name, [row.double() if row.is_floating_point() else row for row in rows])
         super().sync(*args, **kwargs)
 
 

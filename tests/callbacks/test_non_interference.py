@@ -482,6 +482,9 @@ MEMORIES: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
     "a list of tensors": (lambda: [torch.zeros(())], lambda network: network.kept[0].add_(1)),
     "tensors deep inside": (lambda: {"k": ([torch.zeros(())],)}, lambda network: network.kept["k"][0][0].add_(1)),
     "an array": (lambda: np.zeros(1), lambda network: float(network.kept.__iadd__(1)[0])),
+    "an array that nobody can write to": (lambda: np.broadcast_to(1.0, 3), lambda network: float(network.kept.sum())),
+    "a sparse tensor": (lambda: torch.eye(3).to_sparse(), lambda network: network.kept.sum()),
+    "a tensor without contents": (lambda: torch.ones(3, device="meta"), lambda network: network.kept.numel()),
     "a dictionary that refuses": (Stubborn, lambda network: dict.__setitem__(network.kept, len(network.kept), 0) or 1),
     "a module in a list": (
         lambda: [nn.BatchNorm1d(1)],
