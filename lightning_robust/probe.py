@@ -32,7 +32,7 @@ from lightning_robust.functional._curvature_sums import CurvatureSums
 from lightning_robust.functional._grad_mode import differentiable, full_precision
 from lightning_robust.functional._losses import LossFn, check_loss_fn
 from lightning_robust.functional.attacks import Norm, pgd
-from lightning_robust.functional.linearization import Linearization, linearize
+from lightning_robust.functional.linearization import Linearization, linearize, relinearize
 
 
 @dataclass(frozen=True)
@@ -123,6 +123,24 @@ class Probe:
             valid_range=self.valid_range,
             chunk_size=self.chunk_size,
         )
+
+    def relinearization(self, norm: Norm) -> Linearization:
+        """The same near the boundary (see :func:`~lightning_robust.functional.relinearize`)."""
+        key = ("relinearization", norm)
+        if key not in self._done:
+            self._done[key] = relinearize(
+                self.model,
+                self.inputs,
+                self.linearization,
+                norm=norm,
+                input_std=self.input_std,
+                input_mean=self.input_mean,
+                valid_range=self.valid_range,
+                chunk_size=self.chunk_size,
+            )
+        relinearization = self._done[key]
+        assert isinstance(relinearization, Linearization)
+        return relinearization
 
     @property
     def unnormalised_inputs(self) -> Tensor:

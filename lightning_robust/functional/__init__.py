@@ -11,7 +11,7 @@ from lightning_robust.functional.fisher import (
     saturated,
 )
 from lightning_robust.functional.hessian_trace import TraceEstimate, hessian_trace
-from lightning_robust.functional.linearization import Linearization, linearize
+from lightning_robust.functional.linearization import Linearization, linearize, relinearize
 from lightning_robust.functional.linearized_margin import (
     linearized_accuracy,
     linearized_margin,
@@ -34,6 +34,7 @@ __all__ = [
     "linearized_margin",
     "linearized_margin_linf",
     "pgd",
+    "relinearize",
     "saturated",
     "weight_curvature_index",
 ]

@@ -33,6 +33,8 @@ from lightning_robust.functional._checks import (
 from lightning_robust.functional._grad_mode import differentiable, full_precision
 
 Norm = Literal["linf", "l2"]
+Loss = Literal["cross_entropy", "dlr"]
+Schedule = Literal["constant", "cosine"]
 
 
 def pgd(
@@ -43,13 +45,15 @@ def pgd(
     epsilon: float,
     steps: int,
     norm: Norm = "linf",
+    loss: Loss = "cross_entropy",
     step_size: float | None = None,
+    schedule: Schedule = "constant",
     valid_range: tuple[float, float] | None = None,
     input_mean: float | Sequence[float] | Tensor | None = None,
     input_std: float | Sequence[float] | Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Attack each input by projected gradient ascent on its cross-entropy.
+    """Attack each input by projected gradient ascent on its loss.
 
     The perturbation lives in the units of the un-normalised input ``x · std + mean``: ``epsilon``, ``step_size`` and
     ``valid_range`` are in those. The model runs as in :func:`~lightning_robust.functional.linearize`.
@@ -61,7 +65,11 @@ def pgd(
         epsilon: Radius of the ball around each input, ≥ 0.
         steps: Number of gradient steps, ≥ 1. One step of size ``epsilon`` is the fast gradient sign method.
         norm: ``"linf"`` or ``"l2"``, over all features of a sample.
+        loss: ``"cross_entropy"``, or ``"dlr"``, the difference of logits ratio (Croce & Hein 2020, arXiv 2003.01690),
+            whose gradient does not vanish where the network is confident; it needs three classes.
         step_size: Length of a step; 2.5 · epsilon / steps by default, as in the source.
+        schedule: ``"constant"``, or ``"cosine"``, which lets the steps decay to zero from ``step_size``, by default
+            epsilon / 2 then.
         valid_range: Smallest and largest value of an un-normalised input, to which the result is clamped; by default
             there is no clamping. An input that lies outside it, by rounding say, may stay but not move further out.
         input_mean: What was subtracted from the inputs, a number or one per channel (dimension 1); 0 by default.
@@ -79,6 +87,8 @@ def pgd(
     Source: arXiv 1706.06083.
     """
     _check_options(epsilon=epsilon, steps=steps, norm=norm, step_size=step_size)
+    check_choice("loss", loss, get_args(Loss))
+    check_choice("schedule", schedule, get_args(Schedule))
     valid_range = check_valid_range(valid_range)
     check_function("model", model)
     check_kind("generator", generator, torch.Generator)
@@ -87,7 +97,9 @@ def pgd(
     std = channelwise(input_std, inputs, name="input_std")
     mean = channelwise(input_mean, inputs, name="input_mean", positive=False)
     epsilon = as_number(epsilon)
-    size = 2.5 * epsilon / steps if step_size is None else as_number(step_size)
+    default = 2.5 * epsilon / steps if schedule == "constant" else epsilon / 2
+    size = default if step_size is None else as_number(step_size)
+    decay = [1.0 if schedule == "constant" else (1 + math.cos(math.pi * step / steps)) / 2 for step in range(steps)]
 
     def into_ball_and_range(delta: Tensor) -> Tensor:
         delta = _project(delta, epsilon, norm)
@@ -110,9 +122,9 @@ def pgd(
                 check_targets(labels, num_samples=len(clean), num_classes=logits.shape[1])
             if not logits.requires_grad:  # they do not depend on the input: there is nowhere to go
                 break
-            loss = F.cross_entropy(logits, labels, reduction="sum")  # a sum keeps samples independent
-            (gradient,) = torch.autograd.grad(loss, leaf, materialize_grads=True)
-            delta = into_ball_and_range(delta + size * _steepest(gradient, norm))
+            total = _total(loss, logits, labels)
+            (gradient,) = torch.autograd.grad(total, leaf, materialize_grads=True)
+            delta = into_ball_and_range(delta + decay[step] * size * _steepest(gradient, norm))
         attacked: Tensor = clean + (delta if std is None else delta / std)
     return attacked.detach()
 
@@ -121,6 +133,19 @@ def check_norm(norm: Norm) -> Norm:
     """Return ``norm``, or raise a ``ValueError`` if it is unknown."""
     check_choice("norm", norm, get_args(Norm))
     return norm
+
+
+def _total(loss: Loss, logits: Tensor, labels: Tensor) -> Tensor:
+    """The loss that the attack increases, as a sum, which keeps samples independent."""
+    if loss == "cross_entropy":
+        return F.cross_entropy(logits, labels, reduction="sum")
+    if logits.shape[1] < 3:
+        raise ValueError(f"Expected a model of three classes or more for `loss='dlr'`, but it has {logits.shape[1]}.")
+    first, second, third = logits.topk(3, dim=1).values.unbind(dim=1)
+    own = logits.gather(1, labels[:, None])[:, 0]
+    other = torch.where(logits.argmax(dim=1) == labels, second, first)
+    ratios: Tensor = (other - own) / (first - third).clamp_min(torch.finfo(logits.dtype).tiny)
+    return ratios.sum()
 
 
 def _steepest(gradient: Tensor, norm: Norm) -> Tensor:

@@ -23,25 +23,23 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_robust.functional._arguments import check_function, check_positive_integer
+from lightning_robust.functional._arguments import (
+    as_number,
+    check_function,
+    check_positive_integer,
+    class_of,
+    refusal,
+)
 from lightning_robust.functional._checks import (
     channelwise,
     check_finite,
     check_inputs,
     check_logits,
     check_valid_range,
-    unnormalised,
 )
 from lightning_robust.functional._grad_mode import differentiable, full_precision
-
-# Jacobian elements held at once when the user sets no bound: 256 MiB in float32.
-_DEFAULT_ELEMENTS = 2**26
-# Input elements that pass through the network together on a CPU when the user sets no bound (42 images of 3 × 32 × 32):
-# larger intermediate results leave the caches, and the allocator gives them back to the system each time, a third of
-# the run time of a ResNet-20. Small networks on small inputs gain from larger batches instead.
-_DEFAULT_CPU_INPUT_ELEMENTS = 2**17
-# Jacobian elements converted to float64 at once while the Gram matrices are accumulated: 8 MiB.
-_GRAM_ELEMENTS = 2**20
+from lightning_robust.functional._linearized_chunk import Room, input_gradient, linearized_chunk, samples_at_once
+from lightning_robust.functional.attacks import Norm, check_norm
 
 
 @dataclass(frozen=True)
@@ -112,125 +110,128 @@ def linearize(
     with differentiable(model):
         x = full_precision(inputs)
         num_classes = _count_classes(model, x)
+        max_rows = num_classes if chunk_size is None else chunk_size
         chunks = [
-            _linearize_chunk(model, chunk, std, mean, valid_range, num_classes if chunk_size is None else chunk_size)
-            for chunk in torch.split(x, _samples_at_once(x, num_classes, chunk_size))
+            linearized_chunk(model, chunk, std, Room.of(chunk, std, mean, valid_range), max_rows)
+            for chunk in torch.split(x, samples_at_once(x, num_classes, chunk_size))
         ]
+    return _joined(chunks)
+
+
+def relinearize(
+    model: Callable[[Tensor], Tensor],
+    inputs: Tensor,
+    linearization: Linearization,
+    *,
+    norm: Norm = "linf",
+    fraction: float = 0.9,
+    input_std: float | Sequence[float] | Tensor | None = None,
+    input_mean: float | Sequence[float] | Tensor | None = None,
+    valid_range: tuple[float, float] | None = None,
+    chunk_size: int | None = None,
+) -> Linearization:
+    """Linearise once more, close to the boundary that a linearisation predicts.
+
+    Each input moves by ``fraction`` of its linearised margin straight to the nearest boundary. The gradients are taken
+    there, the gaps between logits stay those of the input itself: margins of the result are the distances at which
+    these gaps close if the slopes are those near the boundary. Where gradients change on the way, as they do in deep
+    standard networks, that is closer to what attacks find.
+
+    Args:
+        model: As in :func:`linearize`.
+        inputs: ``(N, ...)``, those of the linearisation.
+        linearization: What :func:`linearize` returned, with the same options.
+        norm: ``"linf"`` or ``"l2"``, in which the way is the shortest. Margins of the result are meant in that norm.
+        fraction: Of the way to the predicted boundary, between 0 and 1.
+        input_std: As in :func:`linearize`.
+        input_mean: As in :func:`linearize`.
+        valid_range: As in :func:`linearize`; the way in L∞ stays within it.
+        chunk_size: As in :func:`linearize`.
+
+    Returns:
+        A :class:`Linearization` with the logits of the inputs and the gradients at the points near the boundary.
+
+    Raises:
+        TypeError: As :func:`linearize`.
+        ValueError: As :func:`linearize`, or if the linearisation is one of other inputs, has no ``gap_l1`` for
+            L∞, or an option has a wrong value.
+
+    Source: ours.
+    Cost: that of :func:`linearize`, and one forward and one backward pass.
+    """
+    if chunk_size is not None:
+        check_positive_integer("chunk_size", chunk_size)
+    check_function("model", model)
+    check_inputs(inputs)
+    check_norm(norm)
+    if not 0 <= as_number(fraction) <= 1:
+        raise ValueError(refusal("fraction", "a number between 0 and 1", fraction))
+    given: object = linearization
+    if not isinstance(given, Linearization):
+        raise TypeError(f"Expected argument `linearization` to be a Linearization, but got {class_of(given)}.")
+    if len(linearization.logits) != len(inputs):
+        came = f"{len(linearization.logits)} samples"
+        raise ValueError(f"Expected argument `linearization` to be one of the {len(inputs)} inputs, but it has {came}.")
+    if norm == "linf" and linearization.gap_l1 is None:
+        raise ValueError("Expected a linearisation with `gap_l1` for norm 'linf', but it has none.")
+    valid_range = check_valid_range(valid_range)
+    std = channelwise(input_std, inputs, name="input_std")
+    mean = channelwise(input_mean, inputs, name="input_mean", positive=False)
+    with differentiable(model):
+        x = full_precision(inputs)
+        num_classes = linearization.logits.shape[1]
+        max_rows = num_classes if chunk_size is None else chunk_size
+        chunks, start = [], 0
+        for chunk in torch.split(x, samples_at_once(x, num_classes, chunk_size)):
+            rows = slice(start, start + len(chunk))
+            gap_l1 = None if linearization.gap_l1 is None else linearization.gap_l1[rows]
+            here = Linearization(linearization.logits[rows], linearization.gram[rows], gap_l1)
+            room = Room.of(chunk, std, mean, valid_range)
+            moved = _towards_boundary(model, chunk, here, std, norm, as_number(fraction), room)
+            chunks.append(linearized_chunk(model, moved, std, room, max_rows, logits_before=here.logits))
+            start += len(chunk)
+    return _joined(chunks)
+
+
+def _joined(chunks: list[tuple[Tensor, Tensor, Tensor]]) -> Linearization:
     logits, gram, gap_l1 = (torch.cat(parts) for parts in zip(*chunks, strict=True))
     check_finite(gram, "gradients of the logits with respect to the inputs")
     return Linearization(logits=logits, gram=gram, gap_l1=gap_l1)
 
 
-def _samples_at_once(x: Tensor, num_classes: int, chunk_size: int | None) -> int:
-    if chunk_size is not None:
-        return max(1, chunk_size // num_classes)
-    size = max(1, x[0].numel())
-    samples = max(1, _DEFAULT_ELEMENTS // (size * num_classes))
-    if x.device.type == "cpu":
-        samples = min(samples, max(8, _DEFAULT_CPU_INPUT_ELEMENTS // size))
-    num_chunks = -(-len(x) // samples)
-    return -(-len(x) // num_chunks)  # chunks of about equal size
-
-
-def _linearize_chunk(
+def _towards_boundary(
     model: Callable[[Tensor], Tensor],
     x: Tensor,
+    linearization: Linearization,
     std: Tensor | None,
-    mean: Tensor | None,
-    valid_range: tuple[float, float] | None,
-    max_rows: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    leaf = x.clone().requires_grad_()
-    logits = model(leaf.clone())  # not the leaf itself: a network may begin with an in-place layer
-    check_logits(logits, num_samples=len(x))
-    num_samples, num_classes = logits.shape
+    norm: Norm,
+    fraction: float,
+    room: Room | None,
+) -> Tensor:
+    """The points that lie at a fraction of the way from ``x`` to the nearest linearised boundary."""
+    logits = linearization.logits
     predicted = logits.argmax(dim=1, keepdim=True)
-
-    def jacobian(classes: range) -> Tensor:
-        """Rows of J, (n, len(classes), D)."""
-        rows = x.new_empty(num_samples, len(classes), x[0].numel())
-        for row, c in enumerate(classes):
-            rows[:, row] = _input_gradient(logits[:, c], leaf, std)
-        return rows
-
-    gaps = (logits.gather(1, predicted) - logits).detach()
-    room = None if valid_range is None else _Room(unnormalised(x, std, mean), valid_range)
-
-    def slopes(differences: Tensor, c: int) -> Tensor:
-        """Column c of ``gap_l1``, from the gradient gaps (n, D) to that class."""
-        return differences.abs().sum(dim=1) if room is None else room.slopes(differences, gaps[:, c])
-
-    gram = x.new_empty(num_samples, num_classes, num_classes, dtype=_wide(x))
-    gap_l1 = x.new_empty(num_samples, num_classes)
-    if num_classes <= max_rows:
-        rows = jacobian(range(num_classes))
-        top = rows.take_along_dim(predicted[..., None], dim=1)[:, 0]
-        gram[:] = _products(rows, rows)
-        for c in range(num_classes):
-            gap_l1[:, c] = slopes(top - rows[:, c], c)
-    else:  # one sample with more classes than rows may be held: two blocks of classes at a time
-        size = max(1, (max_rows - 1) // 2)
-        blocks = [range(start, min(start + size, num_classes)) for start in range(0, num_classes, size)]
-        top = _input_gradient(logits.gather(1, predicted), leaf, std)
-        for i, block in enumerate(blocks):
-            rows = jacobian(block)
-            here = slice(block.start, block.stop)
-            gram[:, here, here] = _products(rows, rows)
-            for row, c in enumerate(block):
-                gap_l1[:, c] = slopes(top - rows[:, row], c)
-            for other in blocks[:i]:
-                there = slice(other.start, other.stop)
-                gram[:, here, there] = _products(rows, jacobian(other))
-                gram[:, there, here] = gram[:, here, there].mT
-    return logits.detach(), gram, gap_l1
-
-
-class _Room:
-    """How far each feature can move, in either direction, before it leaves the valid range."""
-
-    def __init__(self, raw: Tensor, valid_range: tuple[float, float]) -> None:
-        flat = raw.reshape(len(raw), -1).to(_wide(raw))
-        self._down, self._up = (flat - valid_range[0]).clamp_min(0), (valid_range[1] - flat).clamp_min(0)
-
-    def slopes(self, differences: Tensor, gaps: Tensor) -> Tensor:
-        """``gaps`` (n,), with gradients (n, D), over the size ε of the smallest perturbation that closes them.
-
-        What a perturbation achieves, ``Σ_i |d_i| min(ε, room_i)``, is concave and piecewise linear in ε: Newton's
-        method from below never oversteps and ends after as many steps as pieces at the most, in practice after three.
-        """
-        room = torch.where(differences > 0, self._down, self._up)
-        weights, target = differences.abs().to(room), gaps.to(room)
-        norms = weights.sum(dim=1)
-        epsilon = target / norms
-        for _ in range(room.shape[1]):
-            missing = target - (weights * torch.minimum(room, epsilon[:, None])).sum(dim=1)
-            step = missing / (weights * (room > epsilon[:, None])).sum(dim=1)
-            step = torch.where((missing > 1e-12 * target) & epsilon.isfinite(), step, 0)
-            if not (step > 0).any():
-                break
-            epsilon = epsilon + step
-        return torch.where(target > 0, target / epsilon, norms).to(differences)
-
-
-def _input_gradient(outputs: Tensor, leaf: Tensor, std: Tensor | None) -> Tensor:
-    """Gradient of each sample's output with respect to its own un-normalised input, (n, D)."""
-    if not outputs.requires_grad:  # the outputs do not depend on the input at all
-        return torch.zeros_like(leaf).reshape(len(leaf), -1)
-    (gradient,) = torch.autograd.grad(outputs.sum(), leaf, retain_graph=True, materialize_grads=True)
-    return (gradient if std is None else gradient / std).reshape(len(leaf), -1)
-
-
-def _products(a: Tensor, b: Tensor) -> Tensor:
-    """Inner products of rows, (n, A, D) × (n, B, D) → (n, A, B), in float64, which no global TF32 setting reaches."""
-    step = max(1, _GRAM_ELEMENTS // max(a[..., 0].numel(), b[..., 0].numel()))
-    products = a.new_zeros(len(a), a.shape[1], b.shape[1], dtype=_wide(a))
-    for p, q in zip(torch.split(a, step, dim=2), torch.split(b, step, dim=2), strict=True):
-        products += p.to(products.dtype) @ q.to(products.dtype).mT
-    return products
-
-
-def _wide(like: Tensor) -> torch.dtype:
-    return torch.float32 if like.device.type == "mps" else torch.float64
+    gaps = logits.gather(1, predicted) - logits
+    if norm == "linf":
+        assert linearization.gap_l1 is not None
+        slopes = linearization.gap_l1
+    else:
+        squares = linearization.gram.diagonal(dim1=1, dim2=2)
+        rows = linearization.gram.take_along_dim(predicted[..., None], dim=1)[:, 0]
+        slopes = (squares.gather(1, predicted) - 2 * rows + squares).clamp_min(0).sqrt().to(logits)
+    ratios = (gaps / slopes).scatter(1, predicted, torch.inf).nan_to_num(nan=torch.inf, posinf=torch.inf)
+    margin, nearest = ratios.min(dim=1)
+    leaf = x.clone().requires_grad_()
+    outputs = model(leaf.clone())
+    closing = (outputs.gather(1, nearest[:, None]) - outputs.gather(1, predicted))[:, 0]
+    direction = input_gradient(closing, leaf, std)  # (n, D), of the un-normalised input
+    step = direction.sign() if norm == "linf" else direction / torch.linalg.vector_norm(direction, dim=1, keepdim=True)
+    step = step * torch.where(margin.isfinite(), margin, 0.0)[:, None]
+    if norm == "linf" and room is not None:
+        step = room.within(step)
+    step = fraction * step.nan_to_num(nan=0.0).reshape(x.shape)
+    moved: Tensor = x + (step if std is None else step / std)
+    return moved.detach()
 
 
 def _count_classes(model: Callable[[Tensor], Tensor], x: Tensor) -> int:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 from torch import Tensor
 
-from lightning_robust.functional._arguments import as_numbers, refusal
+from lightning_robust.functional._arguments import as_number, as_numbers, refusal
 from lightning_robust.functional.attacks import Norm, check_norm
 from lightning_robust.functional.linearized_margin import (
     linearized_accuracy,
@@ -35,9 +36,13 @@ class LinearizedAccuracy(ProbeMetric):
     Args:
         epsilons: Sizes of the perturbation, in units of the un-normalised input if the probe has ``input_std``.
         norm: ``"linf"`` or ``"l2"``.
+        order: 2 linearises once more, close to the predicted boundary, at twice the cost (see
+            :func:`~lightning_robust.functional.relinearize`), and logs as ``linearized_order2_accuracy…`` and
+            ``linearized_order2_margin…``. It is closer to attacks on deep standard networks.
 
     Raises:
-        ValueError: If ``epsilons`` is empty, holds a negative number, or ``norm`` is unknown.
+        ValueError: If ``epsilons`` is empty, holds a negative number, ``norm`` is unknown, or ``order`` is neither 1
+            nor 2.
 
     Source: ours, on the linearised distance of arXiv 1511.04599.
     """
@@ -50,17 +55,22 @@ class LinearizedAccuracy(ProbeMetric):
     clipped_square: Tensor
     num_samples: Tensor
 
-    def __init__(self, epsilons: Sequence[float] = DEFAULT_EPSILONS, norm: Norm = "linf") -> None:
+    def __init__(
+        self, epsilons: Sequence[float] = DEFAULT_EPSILONS, norm: Norm = "linf", order: Literal[1, 2] = 1
+    ) -> None:
         super().__init__()
         self.epsilons = check_epsilons(epsilons)
         self.norm = check_norm(norm)
-        self.add_configuration(self.epsilons, norm)
+        if as_number(order) not in (1, 2):
+            raise ValueError(refusal("order", "1 or 2", order))
+        self.order = int(order)
+        self.add_configuration(self.epsilons, norm, self.order)
         self.add_float64_state("robust", len(self.epsilons) + 1)  # the last one at 0
         for name in ("margin", "margin_square", "clipped", "clipped_square", "num_samples"):
             self.add_float64_state(name)
 
     def _add(self, probe: Probe) -> None:
-        linearization = probe.linearization
+        linearization = probe.linearization if self.order == 1 else probe.relinearization(self.norm)
         if self.norm == "l2":
             margins = linearized_margin(linearization.logits, linearization.gram, probe.targets)
         elif linearization.gap_l1 is not None:
@@ -81,10 +91,11 @@ class LinearizedAccuracy(ProbeMetric):
         n = self.num_samples
         if n == 0:
             return {}
+        kind = "linearized" if self.order == 1 else f"linearized_order{self.order}"
         values: dict[str, Tensor] = {}
         for epsilon, robust in zip((*self.epsilons, 0.0), self.robust.round(), strict=True):
-            values |= error_bar_of_share(accuracy_key("linearized", self.norm, epsilon), robust, n)
-        key = f"linearized_margin_{self.norm}"
+            values |= error_bar_of_share(accuracy_key(kind, self.norm, epsilon), robust, n)
+        key = f"{kind}_margin_{self.norm}"
         values |= error_bar_from_sums(key, self.margin, self.margin_square, n)
         values |= error_bar_from_sums(f"{key}_clipped", self.clipped, self.clipped_square, n)
         return values

@@ -1,3 +1,4 @@
+import math
 from typing import Any
 
 import pytest
@@ -228,6 +229,8 @@ def test_the_attack_changes_nothing_and_needs_no_grad_mode(mode: Any) -> None:
         ({"epsilon": float("inf")}, "epsilon"),
         ({"steps": 0}, "steps"),
         ({"norm": "l1"}, "norm"),
+        ({"loss": "hinge"}, "loss"),
+        ({"schedule": "linear"}, "schedule"),
         ({"step_size": 0.0}, "step_size"),
         ({"step_size": -1.0}, "step_size"),
         ({"valid_range": (1.0, 0.0)}, "valid_range"),
@@ -242,3 +245,49 @@ def test_bad_options_are_refused_by_name(options: dict[str, Any], argument: str)
     model, inputs = random_linear(0, num_classes=3, num_features=2), random(0, 4, 2)
     with pytest.raises(ValueError, match=f"`{argument}`"):
         pgd(model, inputs, torch.tensor([0, 1, 2, 0]), **({"epsilon": 0.1, "steps": 1} | options))
+
+
+def test_the_ratio_of_logit_differences_is_ascended_where_cross_entropy_is_flat() -> None:
+    """A network so confident that the gradient of its cross-entropy underflows."""
+    model, inputs, _ = build("cnn_batchnorm")
+    model, inputs = model.float().eval(), inputs.float()
+    targets = model(inputs).argmax(dim=1)
+    fooled = {}
+
+    def confident(x: Tensor) -> Tensor:
+        return model(x) * 1e4
+
+    for loss in ("cross_entropy", "dlr"):
+        attacked = pgd(confident, inputs, targets, epsilon=0.3, steps=20, loss=loss)  # type: ignore[arg-type]
+        fooled[loss] = int((model(attacked).argmax(dim=1) != targets).sum())
+    assert fooled["dlr"] > fooled["cross_entropy"]
+
+
+def test_the_ratio_is_that_of_the_source() -> None:
+    """One step goes along the sign of its gradient, which autograd takes of the formula."""
+    model, inputs = random_linear(0, num_classes=4, num_features=5), random(1, 6, 5)
+    targets = torch.tensor([0, 1, 2, 3, 0, 1])
+    leaf = inputs.clone().requires_grad_()
+    z = model(leaf)
+    ranked = z.sort(dim=1, descending=True).values
+    others = z.masked_fill(nn.functional.one_hot(targets, 4).bool(), -torch.inf).amax(dim=1)
+    own = z.gather(1, targets[:, None])[:, 0]
+    loss = -(own - others) / (ranked[:, 0] - ranked[:, 2])
+    (gradient,) = torch.autograd.grad(loss.sum(), leaf)
+    attacked = pgd(model, inputs, targets, epsilon=0.1, steps=1, step_size=0.1, loss="dlr")
+    torch.testing.assert_close(attacked, inputs + 0.1 * gradient.sign())
+
+
+def test_two_classes_have_no_such_ratio() -> None:
+    model, inputs = random_linear(0, num_classes=2, num_features=3), random(0, 4, 3)
+    with pytest.raises(ValueError, match="three classes or more for `loss='dlr'`, but it has 2"):
+        pgd(model, inputs, torch.zeros(4, dtype=torch.long), epsilon=0.1, steps=1, loss="dlr")
+
+
+def test_steps_of_a_cosine_schedule_decay_to_zero() -> None:
+    """On a linear network all steps go the same way, so they add up."""
+    model, inputs = random_linear(0, num_classes=2, num_features=3), random(0, 4, 3)
+    targets = model(inputs).argmax(dim=1)
+    attacked = pgd(model, inputs, targets, epsilon=100.0, steps=4, step_size=0.1, schedule="cosine")
+    sizes = [0.1 * (1 + math.cos(math.pi * step / 4)) / 2 for step in range(4)]
+    torch.testing.assert_close(size(attacked - inputs, "linf"), torch.full((4,), sum(sizes), dtype=torch.float64))

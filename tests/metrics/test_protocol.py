@@ -24,6 +24,7 @@ FACTORIES: dict[str, Callable[[], ProbeMetric]] = {
     "fisher": FisherSpectralNorm,
     "linearized_linf": LinearizedAccuracy,
     "linearized_l2": lambda: LinearizedAccuracy([0.05, 0.2], "l2"),
+    "linearized_order2": lambda: LinearizedAccuracy([0.05, 0.2], order=2),
     "hessian_trace": HessianTrace,
     "wci": WeightCurvatureIndex,
     "adversarial_wci": lambda: WeightCurvatureIndex(attack="pgd", epsilon=0.1, steps=3),
