@@ -2,6 +2,7 @@
 
 from lightning_robust.functional._sharding import gathered_weights
 from lightning_robust.functional.attacks import pgd
+from lightning_robust.functional.drift import Drift, drift, drift_history, drifted_together
 from lightning_robust.functional.fisher import (
     CalibratedSpectralNorm,
     calibrated_fim_spectral_norm,
@@ -21,9 +22,13 @@ from lightning_robust.functional.weight_curvature_index import weight_curvature_
 
 __all__ = [
     "CalibratedSpectralNorm",
+    "Drift",
     "Linearization",
     "TraceEstimate",
     "calibrated_fim_spectral_norm",
+    "drift",
+    "drift_history",
+    "drifted_together",
     "fim_spectral_norm",
     "fim_trace",
     "fit_temperature",
