@@ -5,7 +5,7 @@ estimators without either, in :mod:`lightning_robust.functional`.
 """
 
 from lightning_robust import functional
-from lightning_robust.callbacks import RobustnessMonitor, RobustnessWarning
+from lightning_robust.callbacks import RobustnessDriftStopping, RobustnessMonitor, RobustnessWarning
 from lightning_robust.metrics import (
     AdversarialAccuracy,
     FisherSpectralNorm,
@@ -23,6 +23,7 @@ __all__ = [
     "LinearizedAccuracy",
     "Probe",
     "ProbeMetric",
+    "RobustnessDriftStopping",
     "RobustnessMonitor",
     "RobustnessWarning",
     "WeightCurvatureIndex",

@@ -28,6 +28,7 @@ from lightning_robust import (
     HessianTrace,
     LinearizedAccuracy,
     Probe,
+    RobustnessDriftStopping,
     RobustnessMonitor,
     WeightCurvatureIndex,
     functional,
@@ -195,12 +196,12 @@ def non_negative_vector(value: Any) -> bool:
     return given is not None and all(is_real(entry) and plain(entry) >= 0 for entry in given)
 
 
-def per_layer_vector(accepts: Rule) -> Rule:
+def vector(accepts: Rule, *, count: int | None = None) -> Rule:
     def rule(value: Any) -> bool:
         given = entries(value)
-        return (
-            given is not None and len(given) == 3 and all(is_number(entry) and accepts(plain(entry)) for entry in given)
-        )
+        if given is None or count not in (None, len(given)):
+            return False
+        return all(is_number(entry) and accepts(plain(entry)) for entry in given)
 
     return rule
 
@@ -249,6 +250,19 @@ def sums(x: Tensor) -> Tensor:
 
 def samples(value: Any) -> bool:
     return isinstance(value, Tensor) and value.dtype in FLOATING and value.ndim > 0 and value.numel() > 0
+
+
+def keys(value: Any) -> bool:
+    """A key, several, or several with weights."""
+    given = [value] if isinstance(value, str) else value
+    if (
+        not isinstance(given, list | tuple | dict)
+        or len(given) == 0
+        or not all(isinstance(k, str) and k for k in given)
+    ):
+        return False
+    weights = given.values() if isinstance(given, dict) else []
+    return len(set(given)) == len(given) and all(is_number(weight) and plain(weight) > 0 for weight in weights)
 
 
 is_boolean = instance(bool)
@@ -307,6 +321,7 @@ CALLEES: dict[str, Callee] = {
             "metrics": optional(metrics),
             "every_n_epochs": integer(1),
             "max_samples": integer(1),
+            "overhead_budget": optional(number(lambda value: 0 < value <= 1)),
             "log_key_prefix": lambda value: isinstance(value, str) and value != "",
             "input_std": optional(some_std),
             "input_mean": optional(of_some_channels),
@@ -321,7 +336,29 @@ CALLEES: dict[str, Callee] = {
         },
         errors=(MisconfigurationException,),
     ),
-    "LinearizedAccuracy": Callee(LinearizedAccuracy, {"epsilons": epsilons, "norm": one_of("linf", "l2")}, measure),
+    "RobustnessDriftStopping": Callee(
+        RobustnessDriftStopping,
+        {
+            "monitor": keys,
+            "mode": optional(one_of("min", "max")),
+            "tolerance": number(not_negative),
+            "z": number(not_negative),
+            "patience": integer(1),
+            "warmup": integer(0),
+            "reference": optional(number(anything)),
+            "rule": one_of("consecutive", "cusum"),
+            "combine": lambda value: value is None,  # with one key
+            "action": one_of("stop", "warn"),
+            "restore_best_weights": is_boolean,
+            "strict": is_boolean,
+        },
+        errors=(MisconfigurationException,),
+    ),
+    "LinearizedAccuracy": Callee(
+        LinearizedAccuracy,
+        {"epsilons": epsilons, "norm": one_of("linf", "l2"), "order": number(lambda value: value in (1, 2))},
+        measure,
+    ),
     "AdversarialAccuracy": Callee(
         AdversarialAccuracy,
         {"epsilons": epsilons, "norm": one_of("linf", "l2"), "steps": integer(1)},
@@ -362,6 +399,33 @@ CALLEES: dict[str, Callee] = {
         lambda **given: functional.linearize(**({"model": sums, "inputs": INPUTS} | given)),
         {"model": is_function, "inputs": samples, **UNITS, "chunk_size": optional(integer(1))},
     ),
+    "relinearize": Callee(
+        lambda **given: functional.relinearize(
+            **({"model": sums, "inputs": INPUTS, "linearization": functional.linearize(sums, INPUTS)} | given)
+        ),
+        {
+            "model": is_function,
+            "linearization": instance(functional.Linearization),
+            "norm": one_of("linf", "l2"),
+            "fraction": number(lambda value: 0 <= value <= 1),
+            **UNITS,
+            "chunk_size": optional(integer(1)),
+        },
+    ),
+    "drift": Callee(
+        lambda **given: functional.drift(**({"values": [1.0, 2.0], "higher_is_better": True} | given)),
+        {
+            "values": vector(anything),
+            "stderrs": optional(vector(not_negative, count=2)),
+            "higher_is_better": is_boolean,
+            "window": integer(1),
+            "warmup": integer(0),
+            "reference": optional(number(anything)),
+            "tolerance": number(not_negative),
+            "z": number(not_negative),
+            "rule": one_of("consecutive", "cusum"),
+        },
+    ),
     "pgd": Callee(
         lambda **given: functional.pgd(
             **({"model": MODEL, "inputs": INPUTS, "targets": TARGETS, "epsilon": 0.1, "steps": 2} | given)
@@ -372,7 +436,9 @@ CALLEES: dict[str, Callee] = {
             "epsilon": number(not_negative),
             "steps": integer(1),
             "norm": one_of("linf", "l2"),
+            "loss": one_of("cross_entropy", "dlr"),
             "step_size": optional(number(positive)),
+            "schedule": one_of("constant", "cosine"),
             **UNITS,
             "generator": optional(instance(torch.Generator)),
         },
@@ -443,7 +509,7 @@ CALLEES: dict[str, Callee] = {
         lambda **given: functional.weight_curvature_index(
             **({"weight_norms": [1.0, 2.0, 3.0], "traces": [0.5, -0.5, 1.0]} | given)
         ),
-        {"weight_norms": per_layer_vector(not_negative), "traces": per_layer_vector(anything)},
+        {"weight_norms": vector(not_negative, count=3), "traces": vector(anything, count=3)},
     ),
 }
 # Counts of passes: whether there is time for so many is no question of arguments.
@@ -461,6 +527,7 @@ OBJECTS = (
     "gram",
     "gap_l1",
     "margins",
+    "linearization",
 )
 
 every_argument = pytest.mark.parametrize(

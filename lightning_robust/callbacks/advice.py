@@ -9,10 +9,12 @@ from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 
 from lightning_robust.callbacks.outcome import WHOLE
+from lightning_robust.callbacks.overhead import Overhead
 from lightning_robust.callbacks.sample_selection import LoaderShare
 from lightning_robust.probe import Probe, find_flaws
 
 _MANY_CLASSES = 200
+_FEW_POINTS = 5  # fewer make no curve
 _FEW = 10  # fewer samples tell little by any estimator
 SHUFFLES = (
     "The validation loader shuffles, so RobustnessMonitor measures other samples at every measurement, and its curves"
@@ -63,7 +65,7 @@ def out_of_memory(samples_at_once: int) -> str:
     )
 
 
-def before_fit(trainer: Trainer, *, prefix: str, every_n_epochs: int) -> list[str]:
+def before_fit(trainer: Trainer, *, prefix: str, every_n_epochs: int, budget: float | None) -> list[str]:
     """Say it if nothing will ever be measured, or if a stopper will count what is not measured."""
     if sentence := obstacle(trainer):
         return [sentence]
@@ -72,12 +74,26 @@ def before_fit(trainer: Trainer, *, prefix: str, every_n_epochs: int) -> list[st
             "RobustnessMonitor measures inside the validation loop, but this run has none, so nothing will be"
             " measured. Define `validation_step` and a validation dataloader, with `limit_val_batches` above 0."
         ]
+    if every_n_epochs == 1 and budget is None:
+        return []
+    when = f"every {every_n_epochs} epochs" if budget is None else "as often as the budget allows"
     return [
-        f"EarlyStopping follows `{callback.monitor}`, which is measured every {every_n_epochs} epochs, and takes the"
-        " old value for no improvement in between. Its `patience` counts validations: set it to at least"
-        f" {every_n_epochs} times the number of measurements that it should wait."
+        f"EarlyStopping follows `{callback.monitor}`, which is measured {when}, and takes the old value for no"
+        " improvement in between, because its `patience` counts validations. `RobustnessDriftStopping` counts"
+        " measurements."
         for callback in trainer.callbacks  # type: ignore[attr-defined]
-        if type(callback) is EarlyStopping and callback.monitor.startswith(prefix) and every_n_epochs > 1
+        if type(callback) is EarlyStopping and callback.monitor.startswith(prefix)
+    ]
+
+
+def hardly_a_curve(overhead: Overhead, *, budget: float) -> list[str]:
+    """Say it if a budget of time has left few measurements."""
+    made, due = overhead.made, overhead.made + overhead.left_out
+    if made >= _FEW_POINTS:
+        return []
+    return [
+        f"RobustnessMonitor made {made} of {due} measurements within `overhead_budget={budget:g}`; the last one took"
+        f" {overhead.times.cost:.2g} s. Fewer `max_samples` or `metrics`, or a larger budget, make more of a curve."
     ]
 
 

@@ -15,6 +15,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
 from lightning_robust.callbacks.outcome import WHOLE, Outcome, Verdict
+from lightning_robust.callbacks.overhead import Times
 from lightning_robust.callbacks.sample_selection import SampleCollector
 from lightning_robust.callbacks.undisturbed import undisturbed
 from lightning_robust.functional import gathered_weights
@@ -151,17 +152,17 @@ class Measurement:
         self._try(number, attempt)
         return fits
 
-    def conclude(self, device: torch.device) -> tuple[Verdict, Values]:
+    def conclude(self, device: torch.device, *, times: Callable[[], Times]) -> tuple[Verdict, Values]:
         """Agree with the other processes; the values of those metrics in which nothing failed on any of them.
 
         The metrics are empty afterwards: some hold much memory.
         """
-        verdict, values = self._agree(device), Values()
+        verdict, values = self._agree(device, times()), Values()
         if WHOLE not in verdict.causes:
             for number, metric in enumerate(self._metrics):
                 if number not in verdict.causes:  # the same ones on every process, because computing is a collective
                     self._try(number, functools.partial(self._compute, number, metric, values))
-            verdict = self._agree(device)
+            verdict = self._agree(device, times())
         self._try(WHOLE, self._reset)
         return verdict, {number: value for number, value in values.items() if number not in verdict.causes}
 
@@ -174,10 +175,10 @@ class Measurement:
             )
         values[number] = computed
 
-    def _agree(self, device: torch.device) -> Verdict:
+    def _agree(self, device: torch.device, times: Times) -> Verdict:
         outcome = Outcome().to(device)
         num_samples = 0 if self.collector is None else len(self.collector)
-        outcome.update(errors=self._errors, num_samples=num_samples, seconds=self._seconds, key=self._key)
+        outcome.update(errors=self._errors, num_samples=num_samples, seconds=self._seconds, key=self._key, times=times)
         verdict: Verdict = outcome.compute()
         return verdict
 

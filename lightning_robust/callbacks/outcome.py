@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torchmetrics.utilities import dim_zero_cat
 
+from lightning_robust.callbacks.overhead import Times
 from lightning_robust.metrics._base import Float64Metric, code_points, text_of
 
 WHOLE = -1  # stands for the measurement as a whole, where metrics have their number
@@ -23,12 +24,14 @@ class Verdict(NamedTuple):
         num_samples: Samples over all processes.
         seconds: Wall time of the slowest process.
         disagree: Whether the processes see other samples where their choice presumes the same ones.
+        overhead: Share of the wall time of the run so far that was spent measuring; 0 outside ``fit``.
     """
 
     causes: dict[int, str]
     num_samples: int
     seconds: float
     disagree: bool
+    overhead: float
 
 
 class Outcome(Float64Metric):
@@ -38,6 +41,7 @@ class Outcome(Float64Metric):
     seconds: Tensor
     text: list[Tensor] | Tensor
     keys: list[Tensor] | Tensor
+    times: Tensor
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,13 +49,21 @@ class Outcome(Float64Metric):
         self.add_float64_state("seconds", reduce="max")
         self.add_float64_rows("text")
         self.add_float64_rows("keys")
+        self.add_float64_state("times", len(Times._fields), reduce="max")
 
     def update(
-        self, *, errors: Mapping[int, str], num_samples: int = 0, seconds: float = 0.0, key: int | None = None
+        self,
+        *,
+        errors: Mapping[int, str],
+        num_samples: int = 0,
+        seconds: float = 0.0,
+        key: int | None = None,
+        times: Times | None = None,
     ) -> None:
         """Report this process's part; ``key`` tells its samples from others where all processes should see the same."""
         self.num_samples = self.num_samples + num_samples
         self.seconds = torch.full_like(self.seconds, seconds)
+        self.times = torch.tensor(times or Times(), dtype=torch.float64).to(self.times)
         assert isinstance(self.text, list)
         assert isinstance(self.keys, list)
         if key is not None:
@@ -69,4 +81,5 @@ class Outcome(Float64Metric):
         if not num_samples:
             causes.setdefault(WHOLE, "ValueError: Expected at least one validation sample, but the loop saw none.")
         keys = set(dim_zero_cat(self.keys).tolist()) if len(self.keys) else set()
-        return Verdict(causes, num_samples, float(self.seconds), len(keys) > 1)
+        overhead = Times(*self.times.tolist()).share
+        return Verdict(causes, num_samples, float(self.seconds), len(keys) > 1, overhead)

@@ -15,7 +15,8 @@ from lightning_robust.callbacks.outcome import Verdict
 def flattened(values: Values, verdict: Verdict) -> dict[str, float]:
     """The values of all metrics, then what is known of the measurement itself."""
     flat = {key: float(value) for computed in values.values() for key, value in computed.items()}
-    return flat | {"num_samples": float(verdict.num_samples), "seconds": verdict.seconds}
+    flat |= {"num_samples": float(verdict.num_samples), "seconds": verdict.seconds}
+    return flat | {"overhead": verdict.overhead} if verdict.overhead else flat
 
 
 def headlines(values: Values) -> list[str]:

@@ -19,6 +19,7 @@ from lightning_robust.callbacks.batches import make_probe
 from lightning_robust.callbacks.measurement import Measurement, Values, in_words
 from lightning_robust.callbacks.notices import Notices
 from lightning_robust.callbacks.outcome import Verdict
+from lightning_robust.callbacks.overhead import Overhead, Times, check_budget, largest
 from lightning_robust.callbacks.sample_selection import LoaderShare, SampleCollector
 from lightning_robust.dashboard.tensorboard_layout import write_layout
 from lightning_robust.functional._arguments import check_boolean, check_choice, check_function, check_integer, refusal
@@ -46,6 +47,7 @@ class RobustnessMonitor(Callback):
       :class:`~lightning_robust.HessianTrace` and :class:`~lightning_robust.WeightCurvatureIndex`)
     - ``robust/num_samples``: samples measured, over all processes
     - ``robust/seconds``: wall time of the measurement, on the slowest process
+    - ``robust/overhead``: share of the wall time of ``fit`` so far that was spent measuring
 
     Values that are not finite are not logged. With a TensorBoard logger a Custom Scalars layout is written once, which
     puts whatever accuracy the module logs on one chart with the predicted robust accuracy.
@@ -55,6 +57,9 @@ class RobustnessMonitor(Callback):
             ``linearized_accuracy``, ``hessian_trace`` and ``weight_curvature_index``.
         every_n_epochs: Epochs from one measurement to the next.
         max_samples: Size of the subset, over all processes.
+        overhead_budget: Share of the wall time of ``fit``, e.g. 0.05, within which measuring is kept by leaving
+            measurements out; those that are made stay the same, so that curves stay paired. All processes decide alike.
+            The first one is always made. By default there is no bound.
         log_key_prefix: What the logged keys begin with; several monitors in one Trainer need several.
         input_std: Standard deviation by which the data module divides the inputs, one number or one per channel. With
             it, ε, margins and Fisher information are in units of the un-normalised input.
@@ -75,6 +80,10 @@ class RobustnessMonitor(Callback):
             as do the metrics that it does not concern; ``"raise"`` lets it through.
         seed: Chooses the subset.
 
+    Attributes:
+        directions: For each key that its metrics have computed, whether higher values are better.
+        incomplete: Whether something has failed in the last measurement.
+
     Raises:
         MisconfigurationException: If an argument has a wrong type or value.
 
@@ -89,6 +98,7 @@ class RobustnessMonitor(Callback):
         *,
         every_n_epochs: int = 1,
         max_samples: int = 256,
+        overhead_budget: float | None = None,
         log_key_prefix: str = "robust/",
         input_std: float | Sequence[float] | None = None,
         input_mean: float | Sequence[float] | None = None,
@@ -106,6 +116,7 @@ class RobustnessMonitor(Callback):
             self.metrics = as_metrics(metrics)
             self.every_n_epochs = check_integer("every_n_epochs", every_n_epochs, at_least=1)
             self.max_samples = check_integer("max_samples", max_samples, at_least=1)
+            self.overhead_budget = check_budget(overhead_budget)
             if not isinstance(log_key_prefix, str) or not log_key_prefix:
                 raise ValueError(refusal("log_key_prefix", "a non-empty string", log_key_prefix))
             self.log_key_prefix = log_key_prefix
@@ -130,7 +141,10 @@ class RobustnessMonitor(Callback):
             "chunk_size": self.chunk_size,
             "loss_fn": loss_fn,
         }
+        self.directions: dict[str, bool] = {}
+        self.incomplete = False
         self._last_epoch: int | None = None  # of the last measurement in `fit`
+        self._overhead = Overhead()
         self._notices = Notices()
         self._unexamined = True
         self._values: dict[str, float] = {}  # the last ones logged in this run, by the keys under which they are
@@ -147,13 +161,15 @@ class RobustnessMonitor(Callback):
         return self._generate_state_key(log_key_prefix=self.log_key_prefix)
 
     def state_dict(self) -> dict[str, Any]:
-        """Epoch of the last measurement, for the cadence, and the last values, which other callbacks go on seeing."""
-        return {"last_epoch": self._last_epoch, "values": dict(self._values)}
+        """Cadence, times for the budget, and the last values, which other callbacks go on seeing."""
+        times = self._overhead.state_dict()
+        return {"last_epoch": self._last_epoch, "values": dict(self._values), "times": times}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned."""
         self._last_epoch = state_dict.get("last_epoch")
         self._values = dict(state_dict.get("values", {}))
+        self._overhead.load_state_dict(state_dict.get("times", {}))
 
     # ---- hooks -------------------------------------------------------------------------------------------------------
 
@@ -163,11 +179,16 @@ class RobustnessMonitor(Callback):
         self._values = {}
         self._targets = None
         self._unexamined = True
+        self._overhead = Overhead()
         self._notices.forget()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say it if nothing will ever be measured, or if a stopper will count what is not."""
-        self._notices.once(*advice.before_fit(trainer, prefix=self.log_key_prefix, every_n_epochs=self.every_n_epochs))
+        self._overhead.begin()
+        sentences = advice.before_fit(
+            trainer, prefix=self.log_key_prefix, every_n_epochs=self.every_n_epochs, budget=self.overhead_budget
+        )
+        self._notices.once(*sentences)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Show the last values to the callbacks of a resumed run, which an uninterrupted one would still show them."""
@@ -175,7 +196,7 @@ class RobustnessMonitor(Callback):
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin a measurement, if one is due."""
-        self._begin(trainer)
+        self._begin(trainer, pl_module)
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -203,8 +224,15 @@ class RobustnessMonitor(Callback):
         """Lay out TensorBoard's Custom Scalars page, once."""
         self._guard(lambda: self._lay_out(trainer), "lay out TensorBoard's page")
 
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say it if the budget has left hardly a curve."""
+        self._overhead.end()
+        if self._overhead.left_out and self.overhead_budget is not None:
+            self._notices.once(*advice.hardly_a_curve(self._overhead, budget=self.overhead_budget))
+
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Let go of the samples of a measurement that will not be finished."""
+        self._overhead.end()
         self._measurement = None
 
     # a test run is measured as a validation run is
@@ -216,7 +244,7 @@ class RobustnessMonitor(Callback):
 
     # ---- one measurement ---------------------------------------------------------------------------------------------
 
-    def _begin(self, trainer: Trainer) -> None:
+    def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._measurement = None
         if trainer.sanity_checking or not self._is_due(trainer):
             return
@@ -227,12 +255,22 @@ class RobustnessMonitor(Callback):
         if obstacle is not None:
             self._notices.once(obstacle)
             return
+        if trainer.state.fn == TrainerFn.FITTING and self.overhead_budget is not None:
+            if not largest(self._overhead.times, _device(pl_module)).affords(self.overhead_budget):
+                self._overhead.left_out += 1
+                return
+            self._overhead.made += 1
+        self._overhead.begin_measurement()
+        with self._overhead.counted():
+            self._measurement = self._new_measurement(trainer, loaders)
+
+    def _new_measurement(self, trainer: Trainer, loaders: list[Any]) -> Measurement:
         measurement = Measurement(self.metrics, on_error=self.on_error, samples_at_once=self._samples_at_once)
         num_batches = trainer.num_test_batches if trainer.testing else trainer.num_val_batches
         limit = num_batches[self.dataloader_idx] if isinstance(num_batches, list) else num_batches
         measurement.last_batch = None if limit == math.inf else int(limit) - 1
         measurement.attempt(lambda: self._choose(trainer, loaders[self.dataloader_idx], limit, measurement))
-        self._measurement = measurement
+        return measurement
 
     def _choose(self, trainer: Trainer, loader: Iterable[object], num_batches: float, measurement: Measurement) -> None:
         """Choose the samples of this loader that will be measured."""
@@ -263,24 +301,33 @@ class RobustnessMonitor(Callback):
                 if measurement.collector.irregular:
                     self._notices.once(advice.reservoir(self.max_samples))
 
-            measurement.attempt(add)
+            with self._overhead.counted():
+                measurement.attempt(add)
 
     def _update(self, pl_module: LightningModule, batch_idx: int, dataloader_idx: int) -> None:
         """Measure after the last batch, on the weights that were validated: a later hook may exchange them."""
         measurement = self._measurement
         if measurement is not None and (dataloader_idx, batch_idx) == (self.dataloader_idx, measurement.last_batch):
-            measurement.update(pl_module, _device(pl_module), examine=self._examine)
+            with self._overhead.counted():
+                measurement.update(pl_module, _device(pl_module), examine=self._examine)
 
     def _finish(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Agree and log: the same collectives on every process."""
         measurement, self._measurement = self._measurement, None
-        if measurement is None:
-            return
-        if trainer.state.fn == TrainerFn.FITTING:
+        if measurement is not None:
+            with self._overhead.counted():
+                self._conclude(trainer, pl_module, measurement)
+
+    def _conclude(self, trainer: Trainer, pl_module: LightningModule, measurement: Measurement) -> None:
+        fitting = trainer.state.fn == TrainerFn.FITTING
+        if fitting:
             self._last_epoch = trainer.current_epoch
             measurement.attempt(lambda: self._compare(measurement))
         measurement.update(pl_module, _device(pl_module), examine=self._examine)
-        verdict, values = measurement.conclude(_device(pl_module))
+        verdict, values = measurement.conclude(
+            _device(pl_module), times=lambda: self._overhead.times if fitting else Times()
+        )
+        self.incomplete = bool(verdict.causes)
         samples_at_once = measurement.samples_at_once
         if samples_at_once is not None and samples_at_once != self._samples_at_once:
             self._samples_at_once = samples_at_once
@@ -300,6 +347,9 @@ class RobustnessMonitor(Callback):
             self._unexamined = False
 
     def _log(self, trainer: Trainer, pl_module: LightningModule, values: Values, verdict: Verdict) -> None:
+        for number, computed in values.items():
+            if (direction := self.metrics[number].higher_is_better) is not None:
+                self.directions |= dict.fromkeys((self.log_key_prefix + key for key in computed), direction)
         flat = reporting.flattened(values, verdict)
         headlines = reporting.headlines(values)
         in_bar = headlines if self.prog_bar else []
@@ -318,7 +368,7 @@ class RobustnessMonitor(Callback):
 
     def _lay_out(self, trainer: Trainer) -> None:
         """Write one layout for all monitors of the trainer, once per directory of logs; the first monitor does it."""
-        monitors = _monitors(trainer)
+        monitors = monitors_of(trainer)
         keys = {monitor.log_key_prefix: list(monitor._values) for monitor in monitors if monitor._values}
         if not keys or self is not monitors[0] or not trainer.is_global_zero:
             return
@@ -349,6 +399,7 @@ def _device(pl_module: LightningModule) -> torch.device:
     return torch.device("cpu") if pl_module.device.type == "mps" else pl_module.device
 
 
-def _monitors(trainer: Trainer) -> list[RobustnessMonitor]:
+def monitors_of(trainer: Trainer) -> list[RobustnessMonitor]:
+    """The monitors of a trainer, in order."""
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     return [callback for callback in callbacks if isinstance(callback, RobustnessMonitor)]

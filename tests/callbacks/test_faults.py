@@ -18,7 +18,16 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from lightning_robust import FisherSpectralNorm, HessianTrace, LinearizedAccuracy, Probe, RobustnessMonitor
 from lightning_robust.callbacks import advice
 from lightning_robust.functional import hessian_trace
-from tests.helpers.training import Classifier, History, classifier, loader, robustness_warnings, samples, trainer
+from tests.helpers.training import (
+    CLOCKS,
+    Classifier,
+    History,
+    classifier,
+    loader,
+    robustness_warnings,
+    samples,
+    trainer,
+)
 
 Loader = Callable[[], Any]
 
@@ -262,7 +271,7 @@ def test_infinite_values_are_not_logged_and_named_once(tmp_path: Path) -> None:
 def test_input_std_of_the_wrong_length_is_named_and_leaves_what_has_no_use_for_it(tmp_path: Path) -> None:
     messages, rows = fit(Quiet(classifier().network), loader(), tmp_path, input_std=[0.2, 0.3, 0.4])
     for row in rows:
-        assert {key.split("/")[1].split("_")[0] for key in row} == {"hessian", "wci", "num", "seconds"}
+        assert {key.split("/")[1].split("_")[0] for key in row} == {"hessian", "wci", "num", "seconds", "overhead"}
     assert messages[0].startswith("RobustnessMonitor skipped in epoch 0 FisherSpectralNorm and LinearizedAccuracy: ")
     assert "`input_std` to be one number or one per channel, 1 for inputs of shape (32, 1, 4, 4)" in messages[0]
 
@@ -380,7 +389,7 @@ def test_a_function_that_calls_the_module_is_measured_on_the_module_s_weights(tm
         torch.manual_seed(0)  # of dropout
         messages, rows = fit(classifier(), loader(), tmp_path, **options)
         assert messages == []
-        results.append([{key: value for key, value in row.items() if key != "robust/seconds"} for row in rows])
+        results.append([{key: value for key, value in row.items() if key not in CLOCKS} for row in rows])
     assert "robust/hessian_trace/network.0.weight" in results[0][0]
     assert results[0] == results[1]
 

@@ -20,7 +20,16 @@ from lightning_robust import (
     WeightCurvatureIndex,
 )
 from lightning_robust.metrics import ProbeMetric
-from tests.helpers.training import NUM_CLASSES, History, classifier, loader, robustness_warnings, samples, trainer
+from tests.helpers.training import (
+    CLOCKS,
+    NUM_CLASSES,
+    History,
+    classifier,
+    loader,
+    robustness_warnings,
+    samples,
+    trainer,
+)
 
 BARS = [
     "fim_spectral_norm",
@@ -35,7 +44,7 @@ PARAMETERS = ["0.weight", "0.bias", "1.weight", "1.bias", "5.weight", "5.bias"]
 DOCUMENTED = {
     *(f"robust/{key}{suffix}" for key in BARS for suffix in ("", "_stderr", "_lower", "_upper")),
     *(f"robust/fim_spectral_norm_{statistic}" for statistic in ("median", "p95", "max")),
-    *(f"robust/{key}" for key in ("fim_trace", "temperature", "saturated", "num_samples", "seconds")),
+    *(f"robust/{key}" for key in ("fim_trace", "temperature", "saturated", "num_samples", "seconds", "overhead")),
     *(f"robust/{key}_stderr_probes" for key in ("hessian_trace", "wci")),
     *(f"robust/hessian_trace/network.{name}" for name in PARAMETERS),
     *(f"robust/wci/network.{name}" for name in ("0.weight", "5.weight")),
@@ -72,7 +81,7 @@ class Recording(ProbeMetric):
 
 
 def without_time(row: dict[str, float]) -> dict[str, float]:
-    return {key: value for key, value in row.items() if key != "robust/seconds"}
+    return {key: value for key, value in row.items() if key not in CLOCKS}
 
 
 def test_one_line_logs_every_documented_key_beside_accuracy(tmp_path: Path) -> None:
@@ -118,7 +127,7 @@ def test_validate_reproduces_the_last_logged_values_from_the_checkpoint(tmp_path
 
 def test_trainer_test_measures_too(tmp_path: Path) -> None:
     (values,) = trainer(RobustnessMonitor(on_error="raise"), root=tmp_path).test(classifier(), loader(), verbose=False)
-    assert set(values) == DOCUMENTED | {"test_acc"}
+    assert set(values) == DOCUMENTED - {"robust/overhead"} | {"test_acc"}  # a share of the time of `fit`
 
 
 def test_the_same_subset_and_values_for_any_batch_size(tmp_path: Path) -> None:
@@ -132,7 +141,7 @@ def test_the_same_subset_and_values_for_any_batch_size(tmp_path: Path) -> None:
     for values, inputs, targets in results[1:]:
         assert torch.equal(inputs, results[0][1])
         assert torch.equal(targets, results[0][2])
-        for key in DOCUMENTED - {"robust/seconds"}:
+        for key in DOCUMENTED - CLOCKS:
             assert values[key] == pytest.approx(results[0][0][key], rel=1e-5, abs=1e-6)
 
 
@@ -302,7 +311,7 @@ def test_input_std_gives_units_of_the_unnormalised_input(tmp_path: Path) -> None
     inside.validate(type(classifier())(Normalising(network)), loader(), verbose=False)
     outside = trainer(RobustnessMonitor(input_std=[0.25]), root=tmp_path)
     outside.validate(type(classifier())(network), loader(normalised), verbose=False)
-    of_inputs = {key for key in DOCUMENTED if not re.search("hessian|wci|seconds", key)}
+    of_inputs = {key for key in DOCUMENTED if not re.search("hessian|wci|seconds|overhead", key)}
     for key in of_inputs:
         torch.testing.assert_close(outside.callback_metrics[key], inside.callback_metrics[key], rtol=1e-4, atol=1e-6)
 

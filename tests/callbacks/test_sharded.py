@@ -11,7 +11,16 @@ from torch import Tensor, nn
 
 from lightning_robust import LinearizedAccuracy, Probe, RobustnessMonitor, RobustnessWarning
 from tests.helpers import processes
-from tests.helpers.training import Classifier, History, classifier, loader, robustness_warnings, samples, trainer
+from tests.helpers.training import (
+    CLOCKS,
+    Classifier,
+    History,
+    classifier,
+    loader,
+    robustness_warnings,
+    samples,
+    trainer,
+)
 
 on_cpu = pytest.mark.skipif(not processes.CAN_SHARD, reason=f"torch {torch.__version__} shards on accelerators only")
 METRICS = ["fisher_spectral_norm", "linearized_accuracy", "hessian_trace", "weight_curvature_index"]
@@ -111,7 +120,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 def values(row: dict[str, float]) -> dict[str, float]:
-    return {key: value for key, value in row.items() if key != "robust/seconds"}
+    return {key: value for key, value in row.items() if key not in CLOCKS}
 
 
 @on_cpu

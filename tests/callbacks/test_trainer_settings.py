@@ -34,7 +34,16 @@ from lightning_robust import (
     WeightCurvatureIndex,
 )
 from lightning_robust.metrics import METRICS, ProbeMetric
-from tests.helpers.training import Classifier, History, classifier, loader, robustness_warnings, samples, trainer
+from tests.helpers.training import (
+    CLOCKS,
+    Classifier,
+    History,
+    classifier,
+    loader,
+    robustness_warnings,
+    samples,
+    trainer,
+)
 
 HEADLINES = {
     f"robust/{key}"
@@ -52,7 +61,7 @@ def measured(run: Trainer) -> dict[str, float]:
 
 
 def without_time(values: dict[str, float]) -> dict[str, float]:
-    return {key: value for key, value in values.items() if key != "robust/seconds"}
+    return {key: value for key, value in values.items() if key not in CLOCKS}
 
 
 def monitor(**options: Any) -> RobustnessMonitor:

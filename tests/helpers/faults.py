@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_robust import FisherSpectralNorm, LinearizedAccuracy, Probe, RobustnessMonitor
-from tests.helpers.training import Classifier, robustness_warnings, samples, trainer
+from tests.helpers.training import CLOCKS, Classifier, robustness_warnings, samples, trainer
 
 TRAIN, VALIDATION = samples(16), samples(24, seed=1)
 BATCH_SIZE = 4
-UNHARMED = ("robust/linearized", "robust/num_samples", "robust/seconds")  # by a fault in the faulty metric
+UNHARMED = ("robust/linearized", "robust/num_samples", *CLOCKS)  # by a fault in the faulty metric
 EVERYTHING, ONE_METRIC, NOTHING = "everything", "one metric", "nothing"
 LOST = {  # by the kind of fault
     "batch": EVERYTHING,
@@ -228,7 +228,7 @@ def check(schedule: Schedule, outcome: Outcome, reference: Outcome) -> None:
             assert row.keys() == kept.keys(), (epoch, fault)
             if fault is not None and fault.kind == "out of memory":
                 tolerance = 1e-5
-            for key in kept.keys() - {"robust/seconds"}:
+            for key in kept.keys() - CLOCKS:
                 assert math.isclose(row[key], kept[key], rel_tol=tolerance, abs_tol=tolerance), (epoch, fault, key)
         if lost != NOTHING:
             assert f"in epoch {epoch}" in skipped.pop(0)

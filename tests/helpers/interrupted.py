@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from torch.utils.data import ConcatDataset
 
 from lightning_robust import RobustnessMonitor
-from tests.helpers.training import Classifier, classifier, loader, samples, trainer
+from tests.helpers.training import CLOCKS, Classifier, classifier, loader, samples, trainer
 
 KEY = "robust/linearized_margin_linf"
 CASES: dict[str, dict[str, Any]] = {  # settings of the Trainer
@@ -50,7 +50,7 @@ class Diary(Callback):
         self._write(trainer)
 
     def _write(self, trainer: Trainer) -> None:
-        metrics = {key: float(value) for key, value in trainer.callback_metrics.items() if key != "robust/seconds"}
+        metrics = {key: float(value) for key, value in trainer.callback_metrics.items() if key not in CLOCKS}
         line = metrics | {"step": trainer.global_step, "waited": self.stopper.wait_count}
         with self.path.open("a") as file:
             file.write(json.dumps(line | {"best": float(self.stopper.best_score), "stops": trainer.should_stop}) + "\n")

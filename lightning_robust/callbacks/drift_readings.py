@@ -1,0 +1,103 @@
+"""What one validation has logged of the keys that a drift stopper follows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from lightning.pytorch import Trainer
+from torch import Tensor
+
+from lightning_robust.callbacks import drift_words
+from lightning_robust.callbacks.robustness_monitor import RobustnessMonitor, monitors_of
+
+
+@dataclass
+class Readings:
+    """Those that are new and finite.
+
+    Attributes:
+        values: By key.
+        stderrs: Their standard errors, likewise, 0 where none is logged.
+        higher_is_better: Their directions, likewise.
+        not_finite: Keys that were new, but not finite.
+        accuracy: Key of clean accuracy, and its value, if there is a new one.
+        error: What is wrong with the keys, if anything is.
+    """
+
+    values: dict[str, float] = field(default_factory=dict)
+    stderrs: dict[str, float] = field(default_factory=dict)
+    higher_is_better: dict[str, bool] = field(default_factory=dict)
+    not_finite: list[str] = field(default_factory=list)
+    accuracy: tuple[str, float] | None = None
+    error: str | None = None
+
+
+def read(
+    trainer: Trainer,
+    keys: Iterable[str],
+    *,
+    old: Mapping[str, Tensor],
+    mode: str | None,
+    strict: bool,
+    accuracy_key: str | None,
+) -> Readings:
+    """Read the callback metrics.
+
+    Args:
+        trainer: At the end of a validation.
+        keys: Which are followed.
+        old: What stood there when the validation began. Lightning keeps the values of earlier validations; those
+            logged anew are other tensors.
+        mode: The user's, for keys of which nothing else is known.
+        strict: Whether it is an error if a key is missing although everything has been logged that will be.
+        accuracy_key: That of clean accuracy, where it is known from before.
+    """
+    logged = trainer.callback_metrics
+    readings = Readings()
+    for key in keys:
+        value = logged.get(key)
+        if value is None:
+            if strict and not _comes_later(trainer, key):
+                measured = owner_of(trainer, key) is not None
+                readings.error = readings.error or drift_words.unknown(key, logged, measured=measured)
+        elif value is old.get(key):
+            continue
+        elif not math.isfinite(value):
+            readings.not_finite.append(key)
+        else:
+            stderr = float(logged.get(f"{key}_stderr", 0.0))
+            readings.values[key] = float(value)
+            readings.stderrs[key] = stderr if math.isfinite(stderr) else 0.0
+            higher_is_better, error = _direction(trainer, key, mode)
+            readings.higher_is_better[key] = higher_is_better
+            readings.error = readings.error or error
+    prefixes = [monitor.log_key_prefix for monitor in monitors_of(trainer)]
+    accuracy_key = accuracy_key or drift_words.clean_accuracy(logged, prefixes=prefixes)
+    if accuracy_key in logged and logged[accuracy_key] is not old.get(accuracy_key):
+        readings.accuracy = accuracy_key, float(logged[accuracy_key])
+    return readings
+
+
+def _comes_later(trainer: Trainer, key: str) -> bool:
+    """Whether a key that has not been logged belongs to a monitor that has not measured everything yet."""
+    owner = owner_of(trainer, key)
+    return owner is not None and (owner.incomplete or not owner.directions or key in owner.directions)
+
+
+def _direction(trainer: Trainer, key: str, mode: str | None) -> tuple[bool, str | None]:
+    """Whether higher values are better, and what is wrong if that is not known."""
+    owner = owner_of(trainer, key)
+    known = None if owner is None else owner.directions.get(key)
+    if known is None:
+        return mode == "max", drift_words.no_direction(key) if mode is None else None
+    if mode is not None and known != (mode == "max"):
+        return known, drift_words.contradiction(key, mode, higher_is_better=known)
+    return known, None
+
+
+def owner_of(trainer: Trainer, key: str) -> RobustnessMonitor | None:
+    """The monitor that logs a key: with several, the one with the longest prefix that fits."""
+    owners = [monitor for monitor in monitors_of(trainer) if key.startswith(monitor.log_key_prefix)]
+    return max(owners, key=lambda monitor: len(monitor.log_key_prefix), default=None)

@@ -1,0 +1,70 @@
+"""What a drift stopper has seen: one series per key, and the best measurement."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass
+class Series:
+    """The measurements of one key.
+
+    Attributes:
+        higher_is_better: Its direction.
+        epochs: In which it was measured.
+        values: What was measured.
+        stderrs: Standard errors, 0 where none was logged.
+    """
+
+    higher_is_better: bool
+    epochs: list[int] = field(default_factory=list)
+    values: list[float] = field(default_factory=list)
+    stderrs: list[float] = field(default_factory=list)
+
+    def improvement(self, value: float, than: float) -> float:
+        """By how much a value is better than another, relative to that."""
+        gain = (value - than) if self.higher_is_better else (than - value)
+        return gain / abs(than) if than else gain * float("inf") if gain else 0.0
+
+
+@dataclass
+class Record:
+    """All series, and the best measurement so far.
+
+    Attributes:
+        series: By key.
+        best: Values of the best measurement, by key.
+        best_epoch: When it was made.
+        accuracy: Clean accuracy by epoch, for the words of a warning.
+        accuracy_key: As what it was logged.
+    """
+
+    series: dict[str, Series] = field(default_factory=dict)
+    best: dict[str, float] = field(default_factory=dict)
+    best_epoch: int | None = None
+    accuracy: dict[int, float] = field(default_factory=dict)
+    accuracy_key: str | None = None
+
+    def improves(self, values: Mapping[str, float], weights: Mapping[str, float]) -> bool:
+        """Whether a measurement is better than the best one so far, by the weighted mean of relative changes.
+
+        A key that has never been measured before has not changed, nor has one that is missing.
+        """
+        if not self.best:
+            return True
+        known = [key for key in values if key in self.best]
+        for key in values.keys() - self.best.keys():
+            self.best[key] = values[key]
+        return sum(weights[key] * self.series[key].improvement(values[key], self.best[key]) for key in known) > 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+    @classmethod
+    def of_state(cls, state: Mapping[str, Any]) -> Record:
+        """The record with that state."""
+        series = {key: Series(**values) for key, values in state["series"].items()}
+        return cls(**{**state, "series": series})

@@ -1,0 +1,729 @@
+"""The drift stopper in real runs: when it stops them, what it says, what it puts back, and how it is resumed."""
+
+import copy
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+
+from lightning_robust import Probe, ProbeMetric, RobustnessDriftStopping, RobustnessMonitor
+from tests.helpers import processes
+from tests.helpers.interrupted import Repeatable
+from tests.helpers.training import Classifier, classifier, loader, robustness_warnings, samples, trainer
+
+KEY = "robust/quality"
+STEPS = 4  # of an epoch
+FALL = [0.5, 0.6, 0.7, 0.7, 0.7] + [0.4] * 30  # the best mean is that of epochs 2 to 4
+
+
+class Quality(ProbeMetric):
+    """Returns the next of its values, one for each validation of a run; raises where that is None."""
+
+    higher_is_better = True
+
+    def __init__(
+        self,
+        values: Sequence[float | None],
+        *,
+        stderr: float | None = None,
+        key: str = "quality",
+        steps: int = STEPS,
+    ) -> None:
+        super().__init__()
+        self.add_float64_state("count")
+        self.values, self.stderr, self.key, self.steps = values, stderr, key, steps
+        self.number = 0
+
+    def _add(self, probe: Probe) -> None:
+        module = probe.model
+        assert isinstance(module, LightningModule)
+        self.number = module.global_step // self.steps - 1  # also in a resumed run
+        if self.values[self.number] is None:
+            raise ValueError("no value")
+        self.count = self.count + len(probe)
+
+    def compute(self) -> dict[str, Tensor]:
+        value = self.values[self.number]
+        assert value is not None
+        computed = {self.key: torch.tensor(value)}
+        return computed if self.stderr is None else computed | {f"{self.key}_stderr": torch.tensor(self.stderr)}
+
+
+class Harm(Quality):
+    higher_is_better = False
+
+
+class Accuracy(Repeatable):
+    """Logs a clean accuracy of its own, one for each epoch, and whatever else is asked for."""
+
+    def __init__(self, values: Sequence[float], key: str = "val_acc") -> None:
+        super().__init__(classifier().network)
+        self.accuracies, self.key = values, key
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        value = math.nan if self.trainer.sanity_checking else self.accuracies[self.current_epoch]
+        self.log(self.key, value, batch_size=1)
+
+
+class Weights(Callback):
+    """Keeps the weights that were validated, by epoch, and those that were left at the end."""
+
+    def __init__(self) -> None:
+        self.by_epoch: dict[int, dict[str, Tensor]] = {}
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.sanity_checking:
+            self.by_epoch[trainer.current_epoch] = copy.deepcopy(pl_module.state_dict())
+
+
+class KilledError(Exception):
+    pass
+
+
+class Killer(Callback):
+    """Ends a run in the middle of an epoch."""
+
+    def __init__(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if trainer.current_epoch == self.epoch and batch_idx == 1:
+            raise KilledError
+
+
+def module() -> Repeatable:
+    return Repeatable(classifier().network)
+
+
+def monitor(*metrics: ProbeMetric, **options: Any) -> RobustnessMonitor:
+    return RobustnessMonitor(metrics, max_samples=8, **options)
+
+
+def fit(
+    root: Path, *callbacks: Callback, model: Classifier | None = None, ckpt_path: Path | None = None, **options: Any
+) -> Trainer:
+    data = loader(samples(8 * STEPS), batch_size=8)
+    checkpointing = any(isinstance(callback, ModelCheckpoint) for callback in callbacks)
+    run = trainer(*callbacks, root=root, **{"max_epochs": 20, "enable_checkpointing": checkpointing} | options)
+    run.fit(model or module(), data, data, ckpt_path=None if ckpt_path is None else str(ckpt_path), weights_only=True)
+    return run
+
+
+def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+def series(stopper: RobustnessDriftStopping, key: str = KEY) -> list[float]:
+    """What it has counted; the values travel as float32."""
+    return [round(value, 5) for value in stopper.state_dict()["record"]["series"][key]["values"]]
+
+
+# --- when it stops --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("patience", [1, 3, 5])
+def test_a_run_is_stopped_in_the_epoch_in_which_the_drift_is_complete(tmp_path: Path, patience: int) -> None:
+    stopper = RobustnessDriftStopping(KEY, patience=patience)
+    run = fit(tmp_path, monitor(Quality(FALL)), stopper)
+    assert stopper.stopped_epoch == 4 + patience
+    assert run.current_epoch == 5 + patience  # Lightning counts the one that is done
+    assert run.should_stop
+    assert stopper.stopping_reason is EarlyStoppingReason.PATIENCE_EXHAUSTED
+    assert (stopper.wait_count, stopper.best_epoch) == (patience, 2)
+    assert float(stopper.best_score) == pytest.approx(0.7)
+
+
+def test_a_run_that_does_not_drift_is_not_stopped_and_nothing_is_said(tmp_path: Path) -> None:
+    stopper = RobustnessDriftStopping(KEY, patience=3)
+    with robustness_warnings() as messages:
+        run = fit(tmp_path, monitor(Quality([0.5, 0.6, 0.3, 0.3, 0.6] * 2)), stopper, max_epochs=10)
+    assert (run.current_epoch, stopper.stopped_epoch, stopper.stopping_reason_message) == (10, 0, None)
+    assert stopper.stopping_reason is EarlyStoppingReason.NOT_STOPPED
+    assert messages == []
+
+
+def test_the_default_follows_a_key_that_the_default_metrics_log(tmp_path: Path) -> None:
+    stopper = RobustnessDriftStopping()
+    run = fit(tmp_path, RobustnessMonitor(max_samples=8), stopper, max_epochs=7)
+    assert len(series(stopper, stopper.monitor)) == 7
+    assert stopper.monitor in run.callback_metrics
+
+
+@pytest.mark.parametrize(("cls", "stops"), [(Quality, True), (Harm, False)])
+def test_the_metric_says_whether_a_fall_is_a_drift(tmp_path: Path, cls: type[Quality], stops: bool) -> None:
+    stopper = RobustnessDriftStopping(KEY, patience=3)
+    fit(tmp_path, monitor(cls([1.0] * 3 + [0.5] * 20)), stopper, max_epochs=8)
+    assert stopper.stopped_epoch == (5 if stops else 0)
+
+
+@pytest.mark.parametrize(("cls", "stops"), [(Quality, False), (Harm, True)])
+def test_the_metric_says_whether_a_rise_is_a_drift(tmp_path: Path, cls: type[Quality], stops: bool) -> None:
+    stopper = RobustnessDriftStopping(KEY, patience=3)
+    fit(tmp_path, monitor(cls([1.0] * 3 + [1.5] * 20)), stopper, max_epochs=8)
+    assert stopper.stopped_epoch == (5 if stops else 0)
+
+
+@pytest.mark.parametrize(("stderr", "stopped"), [(None, 5), (0.1, 5), (0.2, 0)])
+def test_a_fall_within_the_logged_standard_errors_is_no_drift(
+    tmp_path: Path, stderr: float | None, stopped: int
+) -> None:
+    stopper = RobustnessDriftStopping(KEY, patience=3)
+    fit(tmp_path, monitor(Quality([1.0] * 3 + [0.6] * 20, stderr=stderr)), stopper, max_epochs=8)
+    assert stopper.stopped_epoch == stopped
+
+
+def test_the_warm_up_does_not_count(tmp_path: Path) -> None:
+    values = [9.0, 9.0] + [1.0] * 4 + [0.5] * 20
+    stopper = RobustnessDriftStopping(KEY, patience=3, warmup=2)
+    fit(tmp_path, monitor(Quality(values)), stopper)
+    assert stopper.stopped_epoch == 8
+    assert stopper.best_epoch == 2
+
+
+def test_a_large_fall_stops_a_cumulative_sum_at_once(tmp_path: Path) -> None:
+    stopper = RobustnessDriftStopping(KEY, patience=5, rule="cusum")
+    fit(tmp_path, monitor(Quality(FALL)), stopper)
+    assert stopper.stopped_epoch == 5
+
+
+def test_a_fixed_reference_takes_the_place_of_the_best(tmp_path: Path) -> None:
+    stopper = RobustnessDriftStopping(KEY, patience=3, reference=0.55, tolerance=0)
+    fit(tmp_path, monitor(Quality([0.6, 0.9, 0.56, 0.56, 0.56, 0.5, 0.5, 0.5, 0.5])), stopper, max_epochs=9)
+    assert stopper.stopped_epoch == 7
+
+
+# --- what it counts -------------------------------------------------------------------------------------------------
+
+
+def test_old_values_are_not_counted(tmp_path: Path) -> None:
+    """Lightning shows the values of the last measurement in every validation until the next one."""
+    values = [epoch / 100 for epoch in range(12)]
+    stopper = RobustnessDriftStopping(KEY, patience=2)
+    fit(tmp_path, monitor(Quality(values), every_n_epochs=3), stopper, max_epochs=12)
+    assert series(stopper) == [0.0, 0.03, 0.06, 0.09]
+
+
+@pytest.mark.parametrize("patience", [2, 3])
+def test_measurements_are_counted_and_not_validations(tmp_path: Path, patience: int) -> None:
+    stopper = RobustnessDriftStopping(KEY, patience=patience)
+    values = [1.0] * 10 + [0.5] * 30  # measured in epochs 0, 5, 10, …
+    fit(tmp_path, monitor(Quality(values), every_n_epochs=5), stopper, max_epochs=40)
+    assert stopper.stopped_epoch == 5 + 5 * patience
+
+
+def test_measurements_in_every_second_epoch_are_counted(tmp_path: Path) -> None:
+    stopper = RobustnessDriftStopping(KEY, patience=3)
+    fit(tmp_path, monitor(Quality([1.0] * 4 + [0.5] * 20)), stopper, check_val_every_n_epoch=2)
+    assert stopper.stopped_epoch == 9  # of 1, 3, 5, 7, 9
+    assert len(series(stopper)) == 5
+
+
+def test_several_measurements_in_an_epoch_are_counted(tmp_path: Path) -> None:
+    stopper = RobustnessDriftStopping(KEY, patience=3)
+    run = fit(tmp_path, monitor(Quality([1.0] * 3 + [0.5] * 20, steps=1)), stopper, val_check_interval=0.25)
+    assert stopper.stopped_epoch == 1
+    assert run.global_step == 6
+    assert len(series(stopper)) == 6
+
+
+@pytest.mark.parametrize("missing", [None, math.nan, math.inf])
+def test_values_that_are_missing_or_no_numbers_are_left_out(tmp_path: Path, missing: float | None) -> None:
+    values = [missing, 0.6, 0.7, missing, 0.7, 0.4, missing, missing, 0.4, 0.4] + [0.4] * 10
+    stopper = RobustnessDriftStopping(KEY, patience=3)
+    with robustness_warnings() as messages:
+        fit(tmp_path, monitor(Quality(values)), stopper)
+    assert stopper.stopped_epoch == 9
+    assert series(stopper) == [0.6, 0.7, 0.7, 0.4, 0.4, 0.4]
+    assert messages
+    expected = "skipped the measurement in epoch" if missing is None else "is not finite and is not logged"
+    assert all(expected in message for message in messages)
+
+
+def test_values_of_the_user_that_are_no_numbers_are_left_out_and_said_once(tmp_path: Path) -> None:
+    stopper = RobustnessDriftStopping("val_acc", mode="max", patience=2)
+    with robustness_warnings() as messages:
+        fit(tmp_path, stopper, model=Accuracy([0.9, math.nan, 0.5, math.inf, 0.5, 0.5]), max_epochs=6)
+    assert stopper.stopped_epoch == 4
+    assert messages == ["RobustnessDriftStopping leaves out values of `val_acc` that are not finite."]
+
+
+def test_neither_sanity_checking_nor_validation_outside_of_fit_counts(tmp_path: Path) -> None:
+    stopper = RobustnessDriftStopping("val_acc", mode="max", patience=2)
+    model = Accuracy([0.9, 0.8, 0.7, 0.6])
+    run = fit(tmp_path, stopper, model=model, max_epochs=4, num_sanity_val_steps=2)
+    assert series(stopper, "val_acc") == [0.9, 0.8, 0.7]
+    before = stopper.state_dict()
+    model.accuracies = [0.1] * 20
+    run.validate(model, loader(), verbose=False)
+    assert stopper.state_dict() == before
+
+
+def test_a_second_run_with_the_same_stopper_begins_anew(tmp_path: Path) -> None:
+    stopper = RobustnessDriftStopping(KEY, patience=3)
+    ends = []
+    for _ in range(2):
+        fit(tmp_path, monitor(Quality(FALL)), stopper)
+        ends.append((stopper.stopped_epoch, stopper.stopping_reason_message, stopper.best_epoch, series(stopper)))
+    assert ends[0][0] == 7
+    assert ends[1] == ends[0]
+
+
+def test_a_run_goes_on_to_its_least_number_of_epochs(tmp_path: Path) -> None:
+    stopper = RobustnessDriftStopping(KEY, patience=3)
+    run = fit(tmp_path, monitor(Quality(FALL)), stopper, min_epochs=12)
+    assert run.current_epoch == 12
+
+
+def test_a_fast_run_is_not_stopped(tmp_path: Path) -> None:
+    stopper = RobustnessDriftStopping(KEY, patience=1, reference=1.0)
+    run = fit(tmp_path, monitor(Quality([0.1], steps=1)), stopper, fast_dev_run=True)
+    assert run.state.finished
+    assert stopper.stopping_reason is EarlyStoppingReason.NOT_STOPPED
+
+
+def test_nothing_is_said_about_a_fast_run_which_nobody_expects_to_be_stopped(tmp_path: Path) -> None:
+    with robustness_warnings() as messages:
+        fit(tmp_path, monitor(Quality([0.1], steps=1)), RobustnessDriftStopping(KEY), fast_dev_run=True)
+    assert messages == []
+
+
+# --- keys -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("mode", "stopped"), [("max", 4), ("min", 0)])
+def test_a_key_of_the_user_is_followed_in_the_given_direction(tmp_path: Path, mode: Any, stopped: int) -> None:
+    stopper = RobustnessDriftStopping("val_acc", mode=mode, patience=2)
+    fit(tmp_path, stopper, model=Accuracy([0.9, 0.9, 0.9, 0.5, 0.5, 0.5]), max_epochs=6)
+    assert stopper.stopped_epoch == stopped
+
+
+def test_a_direction_that_agrees_with_the_metric_is_taken(tmp_path: Path) -> None:
+    stopper = RobustnessDriftStopping(KEY, mode="min", patience=3)
+    fit(tmp_path, monitor(Harm([1.0] * 3 + [1.5] * 20)), stopper)
+    assert stopper.stopped_epoch == 5
+
+
+def test_a_direction_that_contradicts_the_metric_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(MisconfigurationException, match=r"`mode` to be None or 'max' for `robust/quality`.*'min'"):
+        fit(tmp_path, monitor(Quality(FALL)), RobustnessDriftStopping(KEY, mode="min"))
+    with pytest.raises(MisconfigurationException, match=r"`mode` to be None or 'min'.*lower values are better"):
+        fit(tmp_path, monitor(Harm(FALL)), RobustnessDriftStopping(KEY, mode="max"))
+
+
+def test_a_key_that_no_monitor_logs_needs_a_direction(tmp_path: Path) -> None:
+    with pytest.raises(MisconfigurationException, match="needs `mode='max'` or `mode='min'` for `val_acc`"):
+        fit(tmp_path, monitor(Quality(FALL)), RobustnessDriftStopping("val_acc"))
+    with pytest.raises(MisconfigurationException, match=f"needs `mode='max'` or `mode='min'` for `{KEY}`"):
+        fit(tmp_path, RobustnessDriftStopping(KEY))
+
+
+def test_a_key_of_the_monitor_without_a_metric_needs_a_direction(tmp_path: Path) -> None:
+    with pytest.raises(MisconfigurationException, match="needs `mode='max'` or `mode='min'` for `robust/num_samples`"):
+        fit(tmp_path, monitor(Quality(FALL)), RobustnessDriftStopping("robust/num_samples"))
+    stopper = RobustnessDriftStopping("robust/num_samples", mode="max")
+    fit(tmp_path, monitor(Quality(FALL)), stopper, max_epochs=6)
+    assert series(stopper, "robust/num_samples") == [8.0] * 6
+
+
+def test_an_unknown_key_is_refused_with_those_that_there_are(tmp_path: Path) -> None:
+    with pytest.raises(MisconfigurationException) as raised:
+        fit(tmp_path, monitor(Quality(FALL, stderr=0.1)), RobustnessDriftStopping("robust/qualty"))
+    message = str(raised.value)
+    assert "`robust/qualty`, which is not logged. Did you mean `robust/quality`?" in message
+    available = message.partition("Available: ")[2]
+    assert {"`robust/quality`", "`robust/num_samples`", "`val_acc`"} <= set(available.rstrip(".").split(", "))
+    assert "stderr" not in available
+
+
+def test_an_unknown_key_of_the_user_is_refused_with_a_way_out(tmp_path: Path) -> None:
+    with pytest.raises(MisconfigurationException, match=r"Did you mean `val_acc`\?.*pass `strict=False`"):
+        fit(tmp_path, RobustnessDriftStopping("val_ac", mode="max"))
+
+
+def test_a_key_that_is_logged_later_is_waited_for_if_it_may_be_missing(tmp_path: Path) -> None:
+    class Late(Accuracy):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            if self.current_epoch >= 3:
+                super().validation_step(batch, batch_idx)
+
+    values = [0.0] * 3 + [0.9, 0.9, 0.5, 0.5, 0.5]
+    with pytest.raises(MisconfigurationException, match="which is not logged"):
+        fit(tmp_path, RobustnessDriftStopping("val_acc", mode="max"), model=Late(values))
+    stopper = RobustnessDriftStopping("val_acc", mode="max", patience=2, strict=False)
+    fit(tmp_path, stopper, model=Late(values), max_epochs=8)
+    assert stopper.stopped_epoch == 6
+
+
+def test_a_key_that_is_never_logged_is_told_at_the_end_if_it_may_be_missing(tmp_path: Path) -> None:
+    with robustness_warnings() as messages:
+        run = fit(tmp_path, RobustnessDriftStopping("other", mode="max", strict=False), max_epochs=3)
+    assert run.state.finished
+    assert len(messages) == 1
+    assert "`other` was never measured" in messages[0]
+
+
+@pytest.mark.parametrize(
+    ("keys", "combine", "stopped"),
+    [
+        (["robust/a", "robust/b", "robust/c"], None, 5),
+        (["robust/a", "robust/b", "robust/c"], "any", 5),
+        (["robust/a", "robust/b", "robust/c"], "majority", 8),
+        (["robust/a", "robust/b", "robust/c"], "all", 11),
+        ({"robust/a": 1, "robust/b": 1, "robust/c": 1}, None, 8),
+        ({"robust/a": 3, "robust/b": 1, "robust/c": 1}, None, 5),
+        ({"robust/a": 1, "robust/b": 1, "robust/c": 2}, "majority", 11),
+    ],
+)
+def test_several_keys_stop_a_run_together(tmp_path: Path, keys: Any, combine: Any, stopped: int) -> None:
+    metrics = [
+        Quality([1.0] * 3 + [0.5] * 20, key="a"),
+        Harm([1.0] * 6 + [1.5] * 20, key="b"),
+        Quality([1.0] * 9 + [0.5] * 20, key="c"),
+    ]
+    stopper = RobustnessDriftStopping(keys, combine=combine, patience=3)
+    fit(tmp_path, monitor(*metrics), stopper)
+    assert stopper.stopped_epoch == stopped
+
+
+def test_keys_of_several_monitors_are_followed_each_at_its_cadence(tmp_path: Path) -> None:
+    often = monitor(Quality([1.0] * 20))
+    rarely = monitor(Quality([1.0] * 4 + [0.5] * 20), every_n_epochs=2, log_key_prefix="robust/rare/")
+    stopper = RobustnessDriftStopping([KEY, "robust/rare/quality"], patience=3)
+    fit(tmp_path, often, rarely, stopper)
+    assert stopper.stopped_epoch == 8  # epochs 4, 6 and 8
+    assert series(stopper, "robust/rare/quality") == [1.0, 1.0, 0.5, 0.5, 0.5]
+
+
+# --- what it says ---------------------------------------------------------------------------------------------------
+
+
+def test_the_reason_says_what_fell_by_how_much_since_when_and_what_became_of_accuracy(tmp_path: Path) -> None:
+    stopper = RobustnessDriftStopping(KEY, patience=3)
+    model = Accuracy([0.5, 0.55, 0.6, 0.62, 0.64, 0.66, 0.68, 0.725])
+    fit(tmp_path, monitor(Quality(FALL)), stopper, model=model, max_epochs=8)
+    assert stopper.stopping_reason_message == (
+        "RobustnessDriftStopping stops: robust/quality fell 42.9 % below its best at epoch 2 over 3 measurements"
+        " (0.7 to 0.4); clean accuracy rose 12.5 points (val_acc)."
+    )
+
+
+def test_accuracies_fall_by_points(tmp_path: Path) -> None:
+    stopper = RobustnessDriftStopping("robust/linearized_accuracy_linf_0.1", patience=1)
+    metrics = [Quality(FALL, key="linearized_accuracy_linf_0.1"), Quality([0.9] * 20, key="linearized_accuracy_linf_0")]
+    fit(tmp_path, monitor(*metrics), stopper, model=Accuracy([0.5] * 20))
+    assert stopper.stopping_reason_message == (
+        "RobustnessDriftStopping stops: robust/linearized_accuracy_linf_0.1 fell 30.0 points below its best at epoch 2"
+        " over 1 measurement (0.7 to 0.4); clean accuracy stayed (robust/linearized_accuracy_linf_0)."
+    )
+
+
+def test_where_lower_is_better_the_reason_says_that_it_rose(tmp_path: Path) -> None:
+    stopper = RobustnessDriftStopping(KEY, patience=2)
+    fit(tmp_path, monitor(Harm([2.0, 2.0, 3.0, 3.0])), stopper, model=Accuracy([0.9, 0.9, 0.8, 0.8]), max_epochs=4)
+    assert stopper.stopping_reason_message == (
+        "RobustnessDriftStopping stops: robust/quality rose 50.0 % above its best at epoch 0 over 2 measurements"
+        " (2 to 3); clean accuracy fell 10.0 points (val_acc)."
+    )
+
+
+def test_a_fixed_reference_is_not_called_the_best(tmp_path: Path) -> None:
+    stopper = RobustnessDriftStopping(KEY, patience=2, reference=0.5)
+    fit(tmp_path, monitor(Quality([0.6, 0.6, 0.4, 0.4])), stopper, model=Accuracy([0.9] * 4), max_epochs=4)
+    message = stopper.stopping_reason_message
+    assert message is not None
+    assert "robust/quality fell 20.0 % below its reference 0.5 over 2 measurements (0.5 to 0.4)" in message
+    assert "best" not in message
+
+
+def test_the_reason_names_all_keys_that_have_drifted_and_no_others(tmp_path: Path) -> None:
+    metrics = [Quality(FALL, key="a"), Quality([0.5] * 20, key="b"), Quality(FALL, key="c")]
+    stopper = RobustnessDriftStopping(["robust/a", "robust/b", "robust/c"], patience=3)
+    fit(tmp_path, monitor(*metrics), stopper)
+    message = stopper.stopping_reason_message
+    assert message is not None
+    assert [f"robust/{key} fell" in message for key in "abc"] == [True, False, True]
+
+
+def test_the_warning_is_given_once_per_drift_and_training_goes_on(tmp_path: Path) -> None:
+    values = [1.0] * 3 + [0.5] * 4 + [1.0] * 2 + [0.4] * 4
+    stopper = RobustnessDriftStopping(KEY, patience=2, action="warn")
+    with robustness_warnings() as messages:
+        run = fit(tmp_path, monitor(Quality(values)), stopper, max_epochs=13)
+    assert run.current_epoch == 13
+    assert not run.should_stop
+    assert stopper.stopped_epoch == 0
+    assert len(messages) == 2
+    assert all(message.startswith("RobustnessDriftStopping warns: robust/quality fell") for message in messages)
+    assert all(message.endswith("Training goes on.") for message in messages)
+    assert ["(1 to 0.5)" in message for message in messages] == [True, False]
+
+
+@pytest.mark.parametrize(("max_epochs", "told"), [(1, True), (5, True), (6, False)])
+def test_too_few_measurements_to_stop_a_run_are_told_once_at_its_end(
+    tmp_path: Path, max_epochs: int, told: bool
+) -> None:
+    with robustness_warnings() as messages:
+        fit(tmp_path, monitor(Quality([1.0] * 6)), RobustnessDriftStopping(KEY), max_epochs=max_epochs)
+    assert len(messages) == told
+    if told:
+        count = "measured once" if max_epochs == 1 else f"measured {max_epochs} times"
+        assert f"could not have stopped this run: `{KEY}` was {count}, and it takes 6 measurements." in messages[0]
+
+
+def test_a_run_that_all_keys_must_stop_could_not_have_been_stopped_without_one_of_them(tmp_path: Path) -> None:
+    stopper = RobustnessDriftStopping([KEY, "other"], mode="max", combine="all", strict=False)
+    with robustness_warnings() as messages:
+        fit(tmp_path, monitor(Quality([1.0] * 8)), stopper, max_epochs=8)
+    assert len(messages) == 1
+    assert "could not have stopped this run" in messages[0]
+    assert "`other` was never measured" in messages[0]
+
+
+# --- the best weights -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("max_epochs", [6, 20])
+def test_the_best_weights_are_put_back_bit_by_bit_whether_or_not_the_run_was_stopped(
+    tmp_path: Path, max_epochs: int
+) -> None:
+    stopper, weights, model = RobustnessDriftStopping(KEY, patience=3, restore_best_weights=True), Weights(), module()
+    fit(
+        tmp_path,
+        monitor(Quality([0.5, 0.6, 0.7, 0.69] + [0.4] * 20)),
+        stopper,
+        weights,
+        model=model,
+        max_epochs=max_epochs,
+    )
+    assert stopper.best_epoch == 2
+    assert same(model.state_dict(), weights.by_epoch[2])
+    assert not same(model.state_dict(), weights.by_epoch[max(weights.by_epoch)])
+
+
+def test_weights_stay_as_they_are_unless_the_best_ones_are_wanted(tmp_path: Path) -> None:
+    weights, model = Weights(), module()
+    fit(tmp_path, monitor(Quality(FALL)), RobustnessDriftStopping(KEY, patience=3), weights, model=model)
+    assert same(model.state_dict(), weights.by_epoch[7])
+
+
+@pytest.mark.parametrize(("cls", "mode", "best"), [(Quality, "max", 4), (Harm, "min", 1)])
+def test_a_checkpoint_that_follows_the_same_key_picks_the_same_epoch(
+    tmp_path: Path, cls: type[Quality], mode: Any, best: int
+) -> None:
+    values = [0.5, 0.2, 0.7, 0.2, 0.9, 0.9, 0.3, 0.3, 0.2]
+    stopper, model = RobustnessDriftStopping(KEY, patience=3, restore_best_weights=True), module()
+    checkpoint = ModelCheckpoint(tmp_path, monitor=KEY, mode=mode)
+    fit(tmp_path, monitor(cls(values)), stopper, checkpoint, model=model, max_epochs=9)
+    stored = torch.load(checkpoint.best_model_path, weights_only=True)
+    assert stored["epoch"] == stopper.best_epoch == best
+    assert same(model.state_dict(), stored["state_dict"])
+
+
+def test_the_best_of_several_keys_has_the_best_weighted_relative_change(tmp_path: Path) -> None:
+    a, b = [1.0, 2.0, 1.0], [1.0, 1.0, 0.6]  # half as good in epoch 2 as in epoch 1, and 40 % less harmful
+    for weights, best in (({"robust/a": 1, "robust/b": 1}, 1), ({"robust/a": 1, "robust/b": 2}, 2)):
+        stopper = RobustnessDriftStopping(weights, patience=1, tolerance=1000)
+        fit(tmp_path, monitor(Quality(a, key="a"), Harm(b, key="b")), stopper, max_epochs=3)
+        assert stopper.best_epoch == best
+
+
+def test_the_best_of_several_keys_survives_measurements_in_which_one_is_missing(tmp_path: Path) -> None:
+    a, b = [1.0, None, 0.1, 0.2], [1.0, 1.1, None, 0.2]
+    stopper = RobustnessDriftStopping(["robust/a", "robust/b"], patience=1, tolerance=1000)
+    with robustness_warnings():
+        fit(tmp_path, monitor(Quality(a, key="a"), Quality(b, key="b")), stopper, max_epochs=4)
+    assert stopper.best_epoch in (0, 1)
+
+
+# --- resuming -------------------------------------------------------------------------------------------------------
+
+
+def killed_and_resumed(
+    root: Path, values: Sequence[float], *, killed_in: int, every_n_epochs: int = 1, **options: Any
+) -> tuple[RobustnessDriftStopping, Repeatable]:
+    """A run that is ended in the middle of an epoch, and goes on from the last checkpoint."""
+    for ckpt_path, killers in ((None, [Killer(killed_in)]), (root / "last.ckpt", [])):
+        stopper, model = RobustnessDriftStopping(KEY, patience=3, **options), module()
+        measuring = monitor(Quality(values), every_n_epochs=every_n_epochs)
+        checkpoint = ModelCheckpoint(root, save_last=True, enable_version_counter=False)
+        try:
+            fit(root, measuring, stopper, checkpoint, *killers, model=model, ckpt_path=ckpt_path, max_epochs=40)
+        except KilledError:
+            continue
+    return stopper, model
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory")
+@pytest.mark.parametrize("rule", ["consecutive", "cusum"])
+@pytest.mark.parametrize("killed_in", [2, 6, 8])
+def test_a_resumed_run_stops_as_an_uninterrupted_one(tmp_path: Path, killed_in: int, rule: Any) -> None:
+    values = [0.5, 0.6, 0.7, 0.7, 0.7, 0.7, 0.7] + [0.65 - epoch / 100 for epoch in range(20)]
+    whole = RobustnessDriftStopping(KEY, patience=3, rule=rule)
+    fit(tmp_path, monitor(Quality(values)), whole)
+    resumed, _ = killed_and_resumed(tmp_path, values, killed_in=killed_in, rule=rule)
+    assert whole.stopped_epoch >= 8
+    assert resumed.stopped_epoch == whole.stopped_epoch
+    assert resumed.stopping_reason_message == whole.stopping_reason_message
+    assert resumed.state_dict() == whole.state_dict()
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory")
+@pytest.mark.parametrize("killed_in", [4, 5, 6, 7])
+def test_a_resumed_run_counts_no_old_values(tmp_path: Path, killed_in: int) -> None:
+    """Measured in epochs 0, 3, 6, …; the checkpoint is of an epoch in which something was measured, or nothing was."""
+    values = [1.0] * 6 + [0.5 - epoch / 100 for epoch in range(34)]
+    resumed, _ = killed_and_resumed(tmp_path, values, killed_in=killed_in, every_n_epochs=3)
+    assert series(resumed) == [1.0, 1.0, 0.5, 0.47, 0.44]
+    assert resumed.stopped_epoch == 12
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory")
+@pytest.mark.parametrize("killed_in", [2, 6])  # before the best epoch, and after
+def test_a_resumed_run_puts_the_same_best_weights_back(tmp_path: Path, killed_in: int) -> None:
+    weights, model = Weights(), module()
+    whole = RobustnessDriftStopping(KEY, patience=3, restore_best_weights=True)
+    values = [0.5, 0.6, 0.69, 0.7, 0.69] + [0.4] * 20
+    fit(tmp_path, monitor(Quality(values)), whole, weights, model=model)
+    resumed, again = killed_and_resumed(tmp_path, values, killed_in=killed_in, restore_best_weights=True)
+    assert resumed.best_epoch == whole.best_epoch == 3
+    assert same(model.state_dict(), weights.by_epoch[3])
+    assert same(again.state_dict(), model.state_dict())
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory")
+def test_a_resumed_run_does_not_warn_twice_of_one_drift(tmp_path: Path) -> None:
+    with robustness_warnings() as messages:
+        killed_and_resumed(tmp_path, [1.0] * 3 + [0.5] * 40, killed_in=9, action="warn")
+    assert len(messages) == 1
+
+
+def test_a_checkpoint_is_loaded_with_weights_only_and_gives_the_state_back(tmp_path: Path) -> None:
+    stopper = RobustnessDriftStopping(KEY, patience=3, restore_best_weights=True)
+    fit(tmp_path, monitor(Quality(FALL)), stopper, ModelCheckpoint(tmp_path, save_last=True), max_epochs=6)
+    state = torch.load(tmp_path / "last.ckpt", weights_only=True)["callbacks"][stopper.state_key]
+    again = RobustnessDriftStopping(KEY, patience=3, restore_best_weights=True)
+    again.load_state_dict(state)
+    assert again.best_epoch == 2
+    restored, saved = again.state_dict(), dict(state)
+    assert same(restored.pop("best_weights"), saved.pop("best_weights"))
+    assert restored == saved
+
+
+def test_two_stoppers_in_one_run_keep_their_own_states(tmp_path: Path) -> None:
+    first, second = RobustnessDriftStopping(KEY, patience=2, action="warn"), RobustnessDriftStopping(KEY, patience=4)
+    other = RobustnessDriftStopping("val_acc", mode="max")
+    keys = {stopper.state_key for stopper in (first, second, other)}
+    assert len(keys) == 3
+    checkpoint = ModelCheckpoint(tmp_path, save_last=True)
+    with robustness_warnings() as messages:
+        fit(tmp_path, monitor(Quality(FALL)), first, second, other, checkpoint, model=Accuracy([0.5] * 20))
+    assert len(messages) == 1
+    assert (first.stopped_epoch, second.stopped_epoch) == (0, 8)
+    stored = torch.load(tmp_path / "last.ckpt", weights_only=True)["callbacks"]
+    assert keys <= stored.keys()
+
+
+# --- arguments ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "others"),
+    [
+        *(
+            ("monitor", value, {})
+            for value in ("", [], (), {}, None, 1, b"x", [""], [1], ["a", "a"], {"a": 0}, {"a": -1}, {"a": True})
+        ),
+        *(("monitor", value, {}) for value in ({"a": math.nan}, {"a": math.inf}, {1: 1.0}, {"a": "1"}, {"a"})),
+        *(("patience", value, {}) for value in (0, -1, True, 1.5, "3", None)),
+        *(("tolerance", value, {}) for value in (-0.01, math.nan, math.inf, "0.1", True, None)),
+        *(("z", value, {}) for value in (-1, math.nan, math.inf, "2", False, None)),
+        *(("warmup", value, {}) for value in (-1, True, 0.5, "0", None)),
+        *(("reference", value, {}) for value in (math.nan, math.inf, "1", True)),
+        ("reference", 0.5, {"monitor": ["a", "b"]}),
+        *(("mode", value, {}) for value in ("up", "", True, ["max"])),
+        *(("rule", value, {}) for value in ("page", None, 1)),
+        *(("combine", value, {"monitor": ["a", "b"]}) for value in ("most", "", True)),
+        *(("combine", value, {"monitor": "a"}) for value in ("any", "all", "majority")),
+        *(("combine", value, {"monitor": {"a": 1, "b": 2}}) for value in ("any", "all")),
+        *(("action", value, {}) for value in ("halt", None, True)),
+        *(("restore_best_weights", value, {}) for value in (1, None, "yes")),
+        *(("strict", value, {}) for value in (0, None, "no")),
+    ],
+    ids=repr,
+)
+def test_a_wrong_argument_is_named_with_what_came(argument: str, value: Any, others: dict[str, Any]) -> None:
+    with pytest.raises(MisconfigurationException, match=f"argument `{argument}`") as raised:
+        RobustnessDriftStopping(**others | {argument: value})
+    assert str(raised.value).endswith(f"but got {value!r}.")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"monitor": ("a", "b"), "combine": "all"},
+        {"monitor": {"a": 0.5, "b": 2}, "combine": "majority"},
+        {"monitor": {"a": 1}},
+        {"monitor": "a", "reference": 0, "tolerance": 0, "z": 0, "patience": 1, "warmup": 0},
+        {"mode": "min", "rule": "cusum", "action": "warn", "strict": False, "restore_best_weights": True},
+    ],
+    ids=repr,
+)
+def test_right_arguments_are_taken(options: dict[str, Any]) -> None:
+    RobustnessDriftStopping(**options)
+
+
+# --- several processes ----------------------------------------------------------------------------------------------
+
+
+class Differing(Accuracy):
+    """Logs another value in each process: that of the second never falls."""
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        value = self.accuracies[self.current_epoch] if self.global_rank == 0 else 1.0 + self.current_epoch
+        self.log(self.key, value, batch_size=1, sync_dist=False)
+
+
+def stop_in_two(rank: int, root: Path, key: str) -> dict[str, Any]:
+    stopper = RobustnessDriftStopping(key, mode="max", patience=3, restore_best_weights=True)
+    weights = Weights()
+    values = [0.5, 0.6, 0.7, 0.69] + [0.4] * 20
+    model = Differing(values)
+    torch.manual_seed(0)
+    fit(
+        root / str(rank),
+        monitor(Quality(values, steps=STEPS // 2)),
+        stopper,
+        weights,
+        model=model,
+        strategy="ddp",
+        devices=2,
+    )
+    parameters = {name: value.detach() for name, value in model.named_parameters()}
+    return {
+        "stopped": stopper.stopped_epoch,
+        "message": stopper.stopping_reason_message,
+        "best": stopper.best_epoch,
+        "weights": parameters,
+        "restored": same(model.state_dict(), weights.by_epoch[2]),
+    }
+
+
+@pytest.mark.ddp
+@pytest.mark.filterwarnings("ignore:.*sync_dist=True")
+@pytest.mark.parametrize("key", [KEY, "val_acc"])
+def test_all_processes_stop_together_and_put_the_same_weights_back(tmp_path: Path, key: str) -> None:
+    first, second = processes.run(stop_in_two, 2, tmp_path, key)
+    assert first["stopped"] == second["stopped"] == 6
+    assert first["message"] == second["message"]
+    assert first["best"] == second["best"] == 2
+    assert first["restored"]
+    assert second["restored"]
+    assert same(first["weights"], second["weights"])
