@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_robust.functional import pgd
-from recipes.networks import digits_cnn, digits_mlp
+from recipes.networks import digits_cnn, digits_mlp, overfitting_cnn
 
 
 class Classifier(LightningModule):
@@ -58,12 +58,14 @@ class Classifier(LightningModule):
         self.log("train_loss", loss)
         return loss
 
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """Log accuracy and loss on clean inputs."""
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Log accuracy and loss on clean inputs, of the first validation set."""
+        if dataloader_idx > 0:
+            return
         x, y = batch
         logits = self(x)
-        self.log("val_acc", (logits.argmax(dim=1) == y).float().mean(), batch_size=len(y))
-        self.log("val_loss", F.cross_entropy(logits, y), batch_size=len(y))
+        values = {"val_acc": (logits.argmax(dim=1) == y).float().mean(), "val_loss": F.cross_entropy(logits, y)}
+        self.log_dict(values, batch_size=len(y), add_dataloader_idx=False)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Adam."""
@@ -94,3 +96,35 @@ class DigitsClassifier(Classifier):
         build = {"cnn": digits_cnn, "mlp": digits_mlp}[network]
         super().__init__(build(width, dropout), learning_rate, attack_epsilon, attack_steps)
         self.save_hyperparameters()
+
+
+class OverfittingClassifier(Classifier):
+    """Adversarial training until it overfits: gradient descent without regularisation, its rate divided by ten midway.
+
+    Args:
+        learning_rate: Of gradient descent with a momentum of 0.9.
+        attack_epsilon: See :class:`Classifier`.
+        attack_steps: See :class:`Classifier`.
+        image_size: Height and width; 8 are grey digits, others have three colours.
+        seed: Of the initial weights.
+    """
+
+    def __init__(
+        self,
+        learning_rate: float = 0.05,
+        attack_epsilon: float = 0.1,
+        attack_steps: int = 7,
+        image_size: int = 8,
+        seed: int = 0,
+    ) -> None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            network = overfitting_cnn() if image_size == 8 else overfitting_cnn(3, image_size, (32, 64, 128), 3)
+        super().__init__(network, learning_rate, attack_epsilon, attack_steps)
+        self.save_hyperparameters()
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Gradient descent, with one step of its rate."""
+        optimizer = torch.optim.SGD(self.parameters(), lr=self.learning_rate, momentum=0.9)
+        half = max(1, (self.trainer.max_epochs or 2) // 2)
+        return {"optimizer": optimizer, "lr_scheduler": torch.optim.lr_scheduler.StepLR(optimizer, half)}

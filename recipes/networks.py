@@ -1,6 +1,8 @@
-"""The networks of the recipes: small ones for digits, a CIFAR-sized ResNet for benchmarks."""
+"""The networks of the recipes: small ones for digits and CIFAR-10, and a CIFAR-sized ResNet for benchmarks."""
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +35,32 @@ def digits_mlp(width: int = 128, dropout: float = 0.1) -> nn.Sequential:
         nn.ReLU(inplace=True),
         nn.Linear(width, 10),
     )
+
+
+def overfitting_cnn(
+    in_channels: int = 1, image_size: int = 8, channels: tuple[int, ...] = (16, 32, 64), num_pools: int = 1
+) -> nn.Sequential:
+    """Convolutions with BatchNorm and two linear layers, wide enough to learn noise by heart, (N, …, S, S) → (N, 10).
+
+    Args:
+        in_channels: Of an image.
+        image_size: Its height and width, S.
+        channels: Of each convolution.
+        num_pools: The first so many convolutions are followed by a maximum over 2 × 2.
+    """
+    layers: list[nn.Module] = []
+    for number, (before, after) in enumerate(pairwise((in_channels, *channels))):
+        layers += [nn.Conv2d(before, after, 3, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU(inplace=True)]
+        if number < num_pools:
+            layers.append(nn.MaxPool2d(2))
+    features = channels[-1] * (image_size // 2**num_pools) ** 2
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(features, 256), nn.ReLU(inplace=True), nn.Linear(256, 10))
+
+
+def strided_cnn() -> nn.Sequential:
+    """Two strided convolutions and two linear layers, (N, 3, 32, 32) → (N, 10)."""
+    convolutions = [nn.Conv2d(3, 16, 4, 2, 1), nn.ReLU(), nn.Conv2d(16, 32, 4, 2, 1), nn.ReLU()]
+    return nn.Sequential(*convolutions, nn.Flatten(), nn.Linear(2048, 100), nn.ReLU(), nn.Linear(100, 10))
 
 
 class _Block(nn.Module):

@@ -1,0 +1,96 @@
+"""The drift stopper keeps what adversarial training loses when it overfits, and leaves runs alone that do not."""
+
+from pathlib import Path
+from statistics import mean
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+
+from lightning_robust import LinearizedAccuracy, RobustnessDriftStopping, RobustnessMonitor
+from recipes import robust_overfitting as recipe
+from recipes.classifier import DigitsClassifier
+from recipes.digits import DigitsDataModule, NoisyDigitsDataModule
+from tests.helpers.training import trainer
+
+EPOCHS = 80
+quiet = pytest.mark.filterwarnings("ignore:RobustnessDriftStopping warns", "ignore:It is recommended to use")
+
+
+@quiet
+@pytest.mark.slow
+def test_the_recipe_takes_down_every_epoch_and_draws(tmp_path: Path) -> None:
+    notes = recipe.train(0, epochs=3)
+    assert [len(curve) for curve in notes.curves.values()] == [3] * len(recipe.COLUMNS)
+    lines = recipe.table(notes).splitlines()
+    assert len([line for line in lines if line[:5].strip().isdigit()]) == 3
+    assert f"best under attack: {max(notes.curves['PGD-20']):.3f}" in lines[-4]
+    recipe.draw(notes, str(tmp_path / "curves.png"))
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+@quiet
+@pytest.mark.long
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_choice_without_an_attack_keeps_95_percent_and_stops_30_percent_early() -> None:
+    kept, plain = [], []
+    for seed in range(5):
+        notes = recipe.train(seed, epochs=EPOCHS, curvature=False)
+        attacked = notes.curves["PGD-20"]
+        assert mean(attacked[-3:]) < 0.9 * max(attacked)  # it overfits, and clean accuracy does not show it:
+        assert mean(notes.curves["clean"][-3:]) > 0.98 * max(notes.curves["clean"])
+        stop, chosen = notes.choice("drift stopper")
+        assert stop + 1 <= 0.7 * EPOCHS
+        kept.append(notes.kept(chosen))
+        plain.append(notes.kept(notes.choice("EarlyStopping")[1]))
+    assert min(kept) >= 0.95
+    assert mean(plain) < mean(kept)
+    assert min(plain) < 0.95
+
+
+@pytest.mark.long
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_of_twenty_ordinary_runs_at_most_one_is_stopped() -> None:
+    """Networks, batch sizes and learning rates differ; the largest rate makes curves of much noise."""
+    stopped = []
+    for seed in range(20):
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            model = DigitsClassifier(width=(8, 16, 32)[seed % 3], learning_rate=(1e-3, 2e-3, 5e-3, 1e-2)[seed % 4])
+            stopper = RobustnessDriftStopping()
+            monitor = RobustnessMonitor([LinearizedAccuracy([0.02, 0.05, 0.1])], valid_range=(0, 1))
+            run = Trainer(
+                max_epochs=40,
+                accelerator="cpu",
+                callbacks=[monitor, stopper],
+                logger=False,
+                enable_checkpointing=False,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+            )
+            run.fit(model, datamodule=DigitsDataModule(batch_size=(64, 16)[seed % 2], seed=seed))
+        if stopper.stopped_epoch:
+            stopped.append((seed, stopper.stopping_reason_message))
+    assert len(stopped) <= 1, stopped
+
+
+@pytest.mark.slow
+def test_a_budget_of_five_percent_is_kept_on_the_recipe_and_leaves_a_curve(tmp_path: Path) -> None:
+    """The network and data of the recipe, with the metrics of a default monitor."""
+    monitor = RobustnessMonitor(valid_range=(0, 1), overhead_budget=0.05)
+    table = recipe.Notes(0.1, RobustnessDriftStopping(), recipe.EarlyStopping("val_acc"))
+    assert table.curves.keys() == recipe.COLUMNS.keys()
+    overheads: list[float] = []
+
+    class Watch(recipe.Callback):
+        def on_validation_end(self, trainer: Trainer, pl_module: recipe.LightningModule) -> None:
+            overheads.append(float(trainer.callback_metrics["robust/overhead"]))
+
+    model, data = recipe.OverfittingClassifier(), NoisyDigitsDataModule()
+    run = trainer(monitor, Watch(), root=tmp_path, max_epochs=30)
+    run.fit(model, datamodule=data)
+    times = monitor._overhead.times
+    assert times.spent / times.elapsed <= 0.055
+    assert len(set(overheads)) >= 5
