@@ -163,11 +163,12 @@ def draw(notes: Notes, path: str) -> None:
     below.set(xlabel="epoch", ylabel="share of its maximum", ylim=(0, 1.05))
     for who, colour in (("drift stopper", "black"), ("EarlyStopping", "tab:red")):
         stop, chosen = notes.choice(who)
-        for axes in (above, below):
-            axes.axvline(stop, color=colour, linestyle=":", label=f"{who} stops")
-            axes.axvline(chosen, color=colour, label=f"… with epoch {chosen}")
-    for axes in (above, below):
-        axes.legend(frameon=False, fontsize="small", loc="lower left", ncols=2)
+        above.axvline(stop, color=colour, linestyle=":", label=f"{who} stops")
+        above.axvline(chosen, color=colour, label=f"… with epoch {chosen}")
+        below.axvline(stop, color=colour, linestyle=":")
+        below.axvline(chosen, color=colour)
+    above.legend(frameon=False, fontsize="small", loc="lower right", ncols=2)
+    below.legend(frameon=False, fontsize="small", loc="lower right")
     figure.savefig(path, dpi=150)
 
 
