@@ -68,12 +68,13 @@ class Notes(Callback):
         epoch = trainer.current_epoch
         if self.stopper.drifted and self.stopper.best_epoch is not None:
             self.stopped.setdefault("drift stopper", (epoch, self.stopper.best_epoch))
-        if self.early.stopped_epoch:
-            self.stopped.setdefault("EarlyStopping", (epoch, self.best("clean")))
+        if self.early.stopped_epoch:  # it looks after this hook, at the end of the epoch
+            stop = self.early.stopped_epoch
+            self.stopped.setdefault("EarlyStopping", (stop, self.best("clean", until=stop)))
 
-    def best(self, column: str) -> int:
-        """The epoch that is best by one column, so far."""
-        values = self.curves[column]
+    def best(self, column: str, *, until: int | None = None) -> int:
+        """The epoch that is best by one column, up to an epoch."""
+        values = self.curves[column][: None if until is None else until + 1]
         return values.index(max(values) if HIGHER_IS_BETTER[column] else min(values))
 
     def kept(self, epoch: int) -> float:
