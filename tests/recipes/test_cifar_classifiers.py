@@ -4,13 +4,12 @@ import os
 from itertools import pairwise
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lightning_robust import AdversarialAccuracy, FisherSpectralNorm, LinearizedAccuracy, Probe
-from recipes.networks import CifarResNet
+from lightning_robust import AdversarialAccuracy, FisherSpectralNorm, LinearizedAccuracy, Probe, ProbeMetric
+from recipes import validity, zoo
 
 FOLDER = Path(os.environ.get("LIGHTNING_ROBUST_DATA", Path(__file__).parents[3] / "shared" / "data"))
 pytestmark = [
@@ -21,33 +20,15 @@ pytestmark = [
     ),
 ]
 EPSILONS = (2 / 255, 8 / 255)
-IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-CIFAR = (125.3 / 255, 123.0 / 255, 113.9 / 255), (63.0 / 255, 62.1 / 255, 66.7 / 255)
-SMALL = {  # in the order of robustness
-    "smallcnn_standard": CIFAR,
-    "smallcnn_mix2": CIFAR,
-    "smallcnn_pgd2": CIFAR,
-    "smallcnn_certified": (IMAGENET[0], (0.225, 0.225, 0.225)),
-}
 
 
-def small_cnn() -> nn.Sequential:
-    convolutions = [nn.Conv2d(3, 16, 4, 2, 1), nn.ReLU(), nn.Conv2d(16, 32, 4, 2, 1), nn.ReLU()]
-    return nn.Sequential(*convolutions, nn.Flatten(), nn.Linear(2048, 100), nn.ReLU(), nn.Linear(100, 10))
+def small_networks(num_samples: int) -> list[Probe]:
+    """In the order of robustness."""
+    probes = zoo.cifar_classifiers(str(FOLDER / "models"), num_samples=num_samples)
+    return [probe for name, probe in probes if name.startswith("smallcnn")]
 
 
-def load(network: nn.Module, name: str, mean: tuple[float, ...], std: tuple[float, ...], every: int) -> Probe:
-    state = torch.load(FOLDER / "models" / f"cifar10_{name}.pth", weights_only=True)
-    names = [key for key in network.state_dict() if not key.endswith("num_batches_tracked")]
-    network.load_state_dict(dict(zip(names, state.values(), strict=True)), strict=False)
-    data = np.load(FOLDER / "cifar10_test_1000_dev.npz")
-    images = torch.tensor(data["x"][::every]).permute(0, 3, 1, 2) / 255
-    shift, scale = (torch.tensor(constant).view(3, 1, 1) for constant in (mean, std))
-    targets = torch.tensor(data["y"][::every])
-    return Probe(network, (images - shift) / scale, targets, input_std=std, input_mean=mean, valid_range=(0, 1))
-
-
-def measure(probe: Probe, *metrics: FisherSpectralNorm | LinearizedAccuracy | AdversarialAccuracy) -> dict[str, Tensor]:
+def measure(probe: Probe, *metrics: ProbeMetric) -> dict[str, Tensor]:
     values: dict[str, Tensor] = {}
     for metric in metrics:
         metric.update(probe)
@@ -56,10 +37,11 @@ def measure(probe: Probe, *metrics: FisherSpectralNorm | LinearizedAccuracy | Ad
 
 
 def test_predicted_accuracy_is_the_attacked_one_on_small_networks_and_both_norms_order_them() -> None:
-    rows = []
-    for name, (mean, std) in SMALL.items():
-        probe = load(small_cnn(), name, mean, std, every=5)
-        rows.append(measure(probe, FisherSpectralNorm(), LinearizedAccuracy(EPSILONS), AdversarialAccuracy(EPSILONS)))
+    rows = [
+        measure(probe, FisherSpectralNorm(), LinearizedAccuracy(EPSILONS), AdversarialAccuracy(EPSILONS))
+        for probe in small_networks(200)
+    ]
+    assert len(rows) == 4
     for row in rows:
         for epsilon in EPSILONS:
             gap = row[f"linearized_accuracy_linf_{epsilon:.4g}"] - row[f"adversarial_accuracy_linf_{epsilon:.4g}"]
@@ -71,8 +53,24 @@ def test_predicted_accuracy_is_the_attacked_one_on_small_networks_and_both_norms
         assert more[key] > less[key]
 
 
+@pytest.mark.long
+@pytest.mark.timeout(1200)
+def test_both_orders_are_within_two_points_of_a_strong_attack_on_small_networks() -> None:
+    gaps: dict[int, list[float]] = {1: [], 2: []}
+    for probe in small_networks(200):
+        strong = {epsilon: validity.strong_accuracy(probe, epsilon) for epsilon in EPSILONS}
+        for order, of_order in gaps.items():
+            values = measure(probe, LinearizedAccuracy(EPSILONS, order=order))  # type: ignore[arg-type]
+            kind = "linearized" if order == 1 else "linearized_order2"
+            predicted = [float(values[f"{kind}_accuracy_linf_{epsilon:.4g}"]) for epsilon in EPSILONS]
+            of_order += [100 * (p - strong[epsilon]) for p, epsilon in zip(predicted, EPSILONS, strict=True)]
+    for of_order in gaps.values():
+        assert torch.tensor(of_order).abs().mean() <= 2
+        assert abs(torch.tensor(of_order).mean()) <= 2
+
+
 def test_a_confident_resnet_is_flagged_as_saturated_and_its_median_says_nothing() -> None:
-    probe = load(CifarResNet(20), "resnet20", *IMAGENET, every=20)
+    probe = dict(zoo.cifar_classifiers(str(FOLDER / "models"), num_samples=50))["resnet20"]
     values = measure(probe, FisherSpectralNorm(), LinearizedAccuracy((0.0, *EPSILONS)))
     assert values["linearized_accuracy_linf_0"] > 0.85
     assert values["linearized_accuracy_linf_0.007843"] < 0.05

@@ -1,20 +1,23 @@
 """The drift stopper keeps what adversarial training loses when it overfits, and leaves runs alone that do not."""
 
+import time
 from pathlib import Path
 from statistics import mean
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_robust import LinearizedAccuracy, RobustnessDriftStopping, RobustnessMonitor
 from recipes import robust_overfitting as recipe
-from recipes.classifier import DigitsClassifier
+from recipes.classifier import DigitsClassifier, OverfittingClassifier
 from recipes.digits import DigitsDataModule, NoisyDigitsDataModule
 from tests.helpers.training import trainer
 
 EPOCHS = 80
-quiet = pytest.mark.filterwarnings("ignore:RobustnessDriftStopping warns", "ignore:It is recommended to use")
+quiet = pytest.mark.filterwarnings(
+    "ignore:RobustnessDriftStopping (warns|could not)", "ignore:It is recommended to use"
+)
 
 
 @quiet
@@ -49,48 +52,54 @@ def test_the_choice_without_an_attack_keeps_95_percent_and_stops_30_percent_earl
     assert min(plain) < 0.95
 
 
+@pytest.mark.filterwarnings("ignore:`robust/linearized_margin_linf` is not finite")
 @pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_of_twenty_ordinary_runs_at_most_one_is_stopped() -> None:
-    """Networks, batch sizes and learning rates differ; the largest rate makes curves of much noise."""
+def test_of_twenty_ordinary_runs_at_most_one_is_stopped(tmp_path: Path) -> None:
+    """Networks, batch sizes and learning rates differ, large ones make noise; every fourth run is adversarial."""
     stopped = []
     for seed in range(20):
+        epsilon = 0.1 if seed % 4 == 3 else 0.0
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            model = DigitsClassifier(width=(8, 16, 32)[seed % 3], learning_rate=(1e-3, 2e-3, 5e-3, 1e-2)[seed % 4])
-            stopper = RobustnessDriftStopping()
-            monitor = RobustnessMonitor([LinearizedAccuracy([0.02, 0.05, 0.1])], valid_range=(0, 1))
-            run = Trainer(
-                max_epochs=40,
-                accelerator="cpu",
-                callbacks=[monitor, stopper],
-                logger=False,
-                enable_checkpointing=False,
-                enable_progress_bar=False,
-                enable_model_summary=False,
+            model = DigitsClassifier(
+                width=(8, 16, 32)[seed % 3], learning_rate=(1e-3, 2e-3, 5e-3, 1e-2)[seed // 5], attack_epsilon=epsilon
             )
-            run.fit(model, datamodule=DigitsDataModule(batch_size=(64, 16)[seed % 2], seed=seed))
+            stopper = RobustnessDriftStopping()
+            metric = LinearizedAccuracy([epsilon]) if epsilon else LinearizedAccuracy()
+            monitor = RobustnessMonitor([metric], valid_range=(0, 1), on_error="raise")
+            run = trainer(monitor, stopper, root=tmp_path, max_epochs=40)
+            run.fit(model, datamodule=DigitsDataModule(batch_size=(64, 128)[seed % 2], seed=seed))
         if stopper.stopped_epoch:
             stopped.append((seed, stopper.stopping_reason_message))
     assert len(stopped) <= 1, stopped
 
 
+class Shares(Callback):
+    """The shares that were logged."""
+
+    def __init__(self) -> None:
+        self.logged: list[float] = []
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        share = float(trainer.callback_metrics.get("robust/overhead", 0.0))  # sanity checking measures nothing
+        if share and share not in self.logged:  # no two measurements take the same time
+            self.logged.append(share)
+
+
+@pytest.mark.filterwarnings("ignore:`robust/linearized_margin_linf` is not finite")  # before anything is learnt
 @pytest.mark.slow
 def test_a_budget_of_five_percent_is_kept_on_the_recipe_and_leaves_a_curve(tmp_path: Path) -> None:
-    """The network and data of the recipe, with the metrics of a default monitor."""
-    monitor = RobustnessMonitor(valid_range=(0, 1), overhead_budget=0.05)
-    table = recipe.Notes(0.1, RobustnessDriftStopping(), recipe.EarlyStopping("val_acc"))
-    assert table.curves.keys() == recipe.COLUMNS.keys()
-    overheads: list[float] = []
-
-    class Watch(recipe.Callback):
-        def on_validation_end(self, trainer: Trainer, pl_module: recipe.LightningModule) -> None:
-            overheads.append(float(trainer.callback_metrics["robust/overhead"]))
-
-    model, data = recipe.OverfittingClassifier(), NoisyDigitsDataModule()
-    run = trainer(monitor, Watch(), root=tmp_path, max_epochs=30)
-    run.fit(model, datamodule=data)
-    times = monitor._overhead.times
-    assert times.spent / times.elapsed <= 0.055
-    assert len(set(overheads)) >= 5
+    """Forty epochs of half a second."""
+    shares = Shares()
+    monitor = RobustnessMonitor(["linearized_accuracy"], valid_range=(0, 1), overhead_budget=0.05, on_error="raise")
+    begun = time.perf_counter()
+    trainer(monitor, shares, root=tmp_path, max_epochs=40).fit(
+        OverfittingClassifier(), datamodule=NoisyDigitsDataModule()
+    )
+    elapsed = time.perf_counter() - begun
+    times = monitor.state_dict()["times"]
+    assert times["elapsed"] == pytest.approx(elapsed, rel=0.1)
+    assert times["spent"] / times["elapsed"] <= 0.055
+    assert len(shares.logged) >= 5
