@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from lightning.pytorch import Trainer
@@ -22,6 +22,7 @@ class Readings:
         stderrs: Their standard errors, likewise, 0 where none is logged.
         higher_is_better: Their directions, likewise.
         not_finite: Keys that were new, but not finite.
+        best_untrained: Keys whose best values are those of a network that has learnt nothing.
         accuracy: Key of clean accuracy, and its value, if there is a new one.
         error: What is wrong with the keys, if anything is.
     """
@@ -30,6 +31,7 @@ class Readings:
     stderrs: dict[str, float] = field(default_factory=dict)
     higher_is_better: dict[str, bool] = field(default_factory=dict)
     not_finite: list[str] = field(default_factory=list)
+    best_untrained: list[str] = field(default_factory=list)
     accuracy: tuple[str, float] | None = None
     error: str | None = None
 
@@ -39,8 +41,10 @@ def read(
     keys: Iterable[str],
     *,
     old: Mapping[str, Tensor],
+    known: Collection[str],
     mode: str | None,
     strict: bool,
+    tolerance: float,
     accuracy_key: str | None,
 ) -> Readings:
     """Read the callback metrics.
@@ -50,16 +54,20 @@ def read(
         keys: Which are followed.
         old: What stood there when the validation began. Lightning keeps the values of earlier validations; those
             logged anew are other tensors.
-        mode: The user's, for keys of which nothing else is known.
+        known: Keys that have been logged before; a resumed run may log them later.
+        mode: The user's, for keys of which nothing else is known. If there are none of that kind, it must fit the
+            others.
         strict: Whether it is an error if a key is missing although everything has been logged that will be.
+        tolerance: Relative change that does not matter.
         accuracy_key: That of clean accuracy, where it is known from before.
     """
     logged = trainer.callback_metrics
-    readings = Readings()
+    readings, keys = Readings(), list(keys)
+    for_others = any(owner_of(trainer, key) is None for key in keys)
     for key in keys:
         value = logged.get(key)
         if value is None:
-            if strict and not _comes_later(trainer, key):
+            if strict and key not in known and not _comes_later(trainer, key):
                 measured = owner_of(trainer, key) is not None
                 readings.error = readings.error or drift_words.unknown(key, logged, measured=measured)
         elif value is old.get(key):
@@ -67,14 +75,21 @@ def read(
         elif not math.isfinite(value):
             readings.not_finite.append(key)
         else:
-            stderr = float(logged.get(f"{key}_stderr", 0.0))
+            stderr = logged.get(f"{key}_stderr")
+            new = stderr is not None and stderr is not old.get(f"{key}_stderr") and math.isfinite(stderr)
             readings.values[key] = float(value)
-            readings.stderrs[key] = stderr if math.isfinite(stderr) else 0.0
-            higher_is_better, error = _direction(trainer, key, mode)
+            readings.stderrs[key] = float(stderr) if stderr is not None and new else 0.0
+            higher_is_better, error = _direction(trainer, key, mode, for_others=for_others)
             readings.higher_is_better[key] = higher_is_better
             readings.error = readings.error or error
+            owner = owner_of(trainer, key)
+            if owner is not None and key in owner.best_untrained:
+                readings.best_untrained.append(key)
+    if readings.error is None and tolerance >= 1 and any(readings.higher_is_better.values()):
+        readings.error = drift_words.endless_tolerance(tolerance)
     prefixes = [monitor.log_key_prefix for monitor in monitors_of(trainer)]
-    accuracy_key = accuracy_key or drift_words.clean_accuracy(logged, prefixes=prefixes)
+    candidates = [key for key in logged if key not in keys]
+    accuracy_key = accuracy_key or drift_words.clean_accuracy(candidates, prefixes=prefixes)
     if accuracy_key in logged and logged[accuracy_key] is not old.get(accuracy_key):
         readings.accuracy = accuracy_key, float(logged[accuracy_key])
     return readings
@@ -86,15 +101,20 @@ def _comes_later(trainer: Trainer, key: str) -> bool:
     return owner is not None and (owner.incomplete or not owner.directions or key in owner.directions)
 
 
-def _direction(trainer: Trainer, key: str, mode: str | None) -> tuple[bool, str | None]:
+def _direction(trainer: Trainer, key: str, mode: str | None, *, for_others: bool) -> tuple[bool, str | None]:
     """Whether higher values are better, and what is wrong if that is not known."""
     owner = owner_of(trainer, key)
     known = None if owner is None else owner.directions.get(key)
     if known is None:
-        return mode == "max", drift_words.no_direction(key) if mode is None else None
-    if mode is not None and known != (mode == "max"):
+        return mode == "max", no_direction(trainer, key) if mode is None else None
+    if not for_others and mode is not None and known != (mode == "max"):
         return known, drift_words.contradiction(key, mode, higher_is_better=known)
     return known, None
+
+
+def no_direction(trainer: Trainer, key: str) -> str:
+    """It is not known whether high values of a key are good."""
+    return drift_words.no_direction(key, prefixes=[monitor.log_key_prefix for monitor in monitors_of(trainer)])
 
 
 def owner_of(trainer: Trainer, key: str) -> RobustnessMonitor | None:

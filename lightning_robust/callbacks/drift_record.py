@@ -16,12 +16,14 @@ class Series:
         epochs: In which it was measured.
         values: What was measured.
         stderrs: Standard errors, 0 where none was logged.
+        accuracies: Clean accuracy beside them, NaN where it is not known, for the words of a warning.
     """
 
     higher_is_better: bool
     epochs: list[int] = field(default_factory=list)
     values: list[float] = field(default_factory=list)
     stderrs: list[float] = field(default_factory=list)
+    accuracies: list[float] = field(default_factory=list)
 
     def improvement(self, value: float, than: float) -> float:
         """By how much a value is better than another, relative to that."""
@@ -37,14 +39,12 @@ class Record:
         series: By key.
         best: Values of the best measurement, by key.
         best_epoch: When it was made.
-        accuracy: Clean accuracy by epoch, for the words of a warning.
-        accuracy_key: As what it was logged.
+        accuracy_key: As what clean accuracy is logged.
     """
 
     series: dict[str, Series] = field(default_factory=dict)
     best: dict[str, float] = field(default_factory=dict)
     best_epoch: int | None = None
-    accuracy: dict[int, float] = field(default_factory=dict)
     accuracy_key: str | None = None
 
     def improves(self, values: Mapping[str, float], weights: Mapping[str, float]) -> bool:

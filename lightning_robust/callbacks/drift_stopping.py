@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping, WeightAveraging
 from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from lightning_robust.callbacks import drift_words
 from lightning_robust.callbacks._arguments import as_weights, misconfiguration
-from lightning_robust.callbacks.drift_readings import Readings, owner_of, read
+from lightning_robust.callbacks.drift_readings import Readings, no_direction, owner_of, read
 from lightning_robust.callbacks.drift_record import Record, Series
 from lightning_robust.callbacks.notices import Notices
 from lightning_robust.functional._arguments import as_number, check_boolean, check_choice, check_integer, refusal
@@ -48,10 +49,10 @@ class RobustnessDriftStopping(EarlyStopping):
     values of the first. It logs nothing.
 
     Args:
-        monitor: Key to follow, several keys, or several with their weights. The default is logged by the default
-            metrics.
-        mode: ``"max"`` or ``"min"``, as in EarlyStopping: what is best. By default what the monitor's metric says
-            (``higher_is_better``); needed for keys that no RobustnessMonitor logs.
+        monitor: Key to follow, several keys, or several with their weights, all logged in validation. The default is
+            logged by the default metrics; ``LinearizedAccuracy`` of norm ``"l2"`` or of order 2 logs others.
+        mode: ``"max"`` or ``"min"``, as in EarlyStopping: what is best, of keys that no RobustnessMonitor logs. Of the
+            others it is what the metric says (``higher_is_better``).
         tolerance: Change that does not matter, relative to the best.
         z: Change that does not matter either, in reported standard errors. A key without a standard error has
             ``tolerance`` alone.
@@ -172,7 +173,7 @@ class RobustnessDriftStopping(EarlyStopping):
         super().load_state_dict(state_dict)
         self._record = Record.of_state(state_dict["record"])
         self._drifting = state_dict["drifting"]
-        self._best_weights = state_dict["best_weights"]
+        self._best_weights = state_dict["best_weights"] if self.restore_best_weights else None
 
     # ---- hooks -------------------------------------------------------------------------------------------------------
 
@@ -192,12 +193,18 @@ class RobustnessDriftStopping(EarlyStopping):
                 "Expected argument `restore_best_weights` to be False where weights are spread over processes, as"
                 f" {type(trainer.strategy).__name__} does. A `ModelCheckpoint` that follows the same key keeps them."
             )
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        if self.restore_best_weights and any(isinstance(callback, WeightAveraging) for callback in callbacks):
+            raise MisconfigurationException(
+                "Expected argument `restore_best_weights` to be False beside weight averaging, which puts its own in"
+                " for a validation and at the end. A `ModelCheckpoint` that follows the same key keeps them."
+            )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Complain of a key of which nobody can say whether it should be high or low."""
         for key in self.weights:
             if self._mode is None and owner_of(trainer, key) is None:
-                raise MisconfigurationException(drift_words.no_direction(key))
+                raise MisconfigurationException(no_direction(trainer, key))
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remember which values are old."""
@@ -211,13 +218,17 @@ class RobustnessDriftStopping(EarlyStopping):
             trainer,
             self.weights,
             old=self._old,
+            known=self._record.series,
             mode=self._mode,
             strict=self.strict,
+            tolerance=self.tolerance,
             accuracy_key=self._record.accuracy_key,
         )
         readings = trainer.strategy.broadcast(readings)  # of values that a user logs, each process has its own
         if readings.error is not None:
             raise MisconfigurationException(readings.error)
+        if self.warmup == 0 and self.reference is None:
+            self._notices.once(*map(drift_words.best_untrained, readings.best_untrained))
         for key in readings.not_finite:
             self._notices.once(f"RobustnessDriftStopping leaves out values of `{key}` that are not finite.")
         if readings.values:
@@ -228,8 +239,12 @@ class RobustnessDriftStopping(EarlyStopping):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put the best weights back."""
-        if self._best_weights is not None:
-            pl_module.load_state_dict(self._best_weights)
+        if not self.restore_best_weights or self.best_epoch is None:
+            return
+        if self._best_weights is None:
+            self._notices.once(drift_words.no_best_weights(self.best_epoch))
+        else:
+            pl_module.load_state_dict(self._best_weights, strict=pl_module.strict_loading)
             rank_zero_info(f"RobustnessDriftStopping put back the weights of epoch {self.best_epoch}.")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -247,13 +262,15 @@ class RobustnessDriftStopping(EarlyStopping):
     def _add(self, trainer: Trainer, pl_module: LightningModule, measured: Readings) -> None:
         """Add to the record, and judge it."""
         record, epoch = self._record, trainer.current_epoch
+        accuracy = math.nan
         if measured.accuracy is not None:
-            record.accuracy_key, record.accuracy[epoch] = measured.accuracy
+            record.accuracy_key, accuracy = measured.accuracy
         for key, value in measured.values.items():
             series = record.series.setdefault(key, Series(measured.higher_is_better[key]))
             series.epochs.append(epoch)
             series.values.append(value)
             series.stderrs.append(measured.stderrs[key])
+            series.accuracies.append(accuracy)
         self._drifts = {key: self._drift(series) for key, series in record.series.items()}
         self.wait_count = max(drift.length for drift in self._drifts.values())
         warm = {key: value for key, value in measured.values.items() if len(record.series[key].values) > self.warmup}

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Iterable, Mapping
 
 from lightning_robust.callbacks.drift_record import Record, Series
 from lightning_robust.functional.drift import Drift
 
+_CLEAN_ACCURACY = re.compile(r"(?:^|[_/])val\w*[_/](?:\w*_)?acc(?:uracy)?(?:/dataloader_idx_0)?$", re.IGNORECASE)
+_OTHER_ACCURACY = re.compile(r"adv|attack|pgd|fgsm|robust|noise|corrupt", re.IGNORECASE)
 _DETAIL = re.compile(r"_(?:stderr|lower|upper|stderr_probes)$")
 
 
 def reason(record: Record, drifts: Mapping[str, Drift]) -> str:
     """Why a run is stopped: each key that has drifted, and what became of clean accuracy meanwhile."""
     said = [_of_key(key, drift, record.series[key]) for key, drift in drifts.items() if drift.drifted]
-    bests = {key: drift.best for key, drift in drifts.items() if drift.drifted and drift.best is not None}
-    since = [record.series[key].epochs[best] for key, best in bests.items()]
-    return "; ".join([*said, *_of_accuracy(record, since=min(since, default=None))]) + "."
+    changes = [
+        series.accuracies[-1] - series.accuracies[drift.best]
+        for series, drift in ((record.series[key], drift) for key, drift in drifts.items())
+        if drift.drifted and drift.best is not None
+    ]
+    known = [change for change in changes if math.isfinite(change)]
+    return "; ".join([*said, *(_of_accuracy(record.accuracy_key, 100 * change) for change in known[:1])]) + "."
 
 
 def _of_key(key: str, drift: Drift, series: Series) -> str:
@@ -36,17 +43,10 @@ def _is_accuracy(key: str, drift: Drift) -> bool:
     return "acc" in key.lower() and 0 <= drift.reference <= 1
 
 
-def _of_accuracy(record: Record, *, since: int | None) -> list[str]:
-    epochs = list(record.accuracy)
-    if since not in record.accuracy or len(epochs) < 2:
-        return []
-    change = 100 * (record.accuracy[epochs[-1]] - record.accuracy[since])
-    verb = "stayed" if abs(change) < 0.05 else "rose" if change > 0 else "fell"
-    return [
-        f"clean accuracy {verb}"
-        + ("" if verb == "stayed" else f" {abs(change):.1f} points")
-        + f" ({record.accuracy_key})"
-    ]
+def _of_accuracy(key: str | None, points: float) -> str:
+    verb = "stayed" if abs(points) < 0.05 else "rose" if points > 0 else "fell"
+    amount = "" if verb == "stayed" else f" {abs(points):.1f} points"
+    return f"clean accuracy {verb}{amount} ({key})"
 
 
 def clean_accuracy(keys: Iterable[str], *, prefixes: Iterable[str]) -> str | None:
@@ -56,7 +56,8 @@ def clean_accuracy(keys: Iterable[str], *, prefixes: Iterable[str]) -> str | Non
         ours = [key for key in keys if re.fullmatch(rf"{re.escape(prefix)}linearized_accuracy_[^_]+_0", key)]
         if ours:
             return ours[0]
-    return next((key for key in keys if re.search(r"(?:^|[_/])val\w*[_/](?:\w*_)?acc(?:uracy)?$", key)), None)
+    theirs = [key for key in keys if _CLEAN_ACCURACY.search(key) and not _OTHER_ACCURACY.search(key)]
+    return min(theirs, key=len, default=None)
 
 
 def unknown(key: str, keys: Iterable[str], *, measured: bool) -> str:
@@ -71,11 +72,41 @@ def unknown(key: str, keys: Iterable[str], *, measured: bool) -> str:
     )
 
 
-def no_direction(key: str) -> str:
+def no_direction(key: str, *, prefixes: list[str]) -> str:
     """It is not known whether high values of a key are good."""
+    if prefixes:
+        why = (
+            f"the RobustnessMonitor of this Trainer logs under {' and '.join(map(repr, prefixes))}, and does not log it"
+        )
+    else:
+        why = "there is no RobustnessMonitor in this Trainer"
     return (
-        f"RobustnessDriftStopping needs `mode='max'` or `mode='min'` for `{key}`: it is known without only of keys that"
-        " metrics of a RobustnessMonitor in the same Trainer log."
+        f"RobustnessDriftStopping does not know whether high values of `{key}` are good: {why}. Pass `mode='max'` or"
+        " `mode='min'` if you log it yourself in validation."
+    )
+
+
+def endless_tolerance(tolerance: float) -> str:
+    """No fall is as large as what is tolerated."""
+    return (
+        "Expected argument `tolerance` to be a share of the best value, below 1 where high values are good, but got"
+        f" {tolerance:g}, so that nothing is a drift."
+    )
+
+
+def best_untrained(key: str) -> str:
+    """The best value of a quantity is that of an untrained network."""
+    return (
+        f"RobustnessDriftStopping follows `{key}`, which is best in a network that has learnt nothing, and takes what"
+        " rises with learning for a drift. `warmup` leaves out the first measurements."
+    )
+
+
+def no_best_weights(epoch: int) -> str:
+    """The weights of the best measurement were made in a run that did not keep them."""
+    return (
+        f"RobustnessDriftStopping cannot put back the weights of epoch {epoch}: the run that was resumed did not keep"
+        " them. Those of the last epoch stay."
     )
 
 
@@ -90,8 +121,8 @@ def contradiction(key: str, mode: str, *, higher_is_better: bool) -> str:
 def could_not_stop(counts: Mapping[str, int], *, least: int) -> str:
     """A run has ended with too few measurements to stop it."""
     seen = ", ".join(
-        f"`{key}` was {'never measured' if count == 0 else f'measured {count} times' if count > 1 else 'measured once'}"
-        for key, count in counts.items()
+        f"`{key}` was {'never logged in a validation' if not count else 'measured once' if count == 1 else many}"
+        for key, count, many in ((key, count, f"measured {count} times") for key, count in counts.items())
     )
     return (
         f"RobustnessDriftStopping could not have stopped this run: {seen}, and it takes {least} measurements. Measure"

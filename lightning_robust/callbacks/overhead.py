@@ -71,13 +71,14 @@ class Overhead:
         self._cost = 0.0
 
     @contextmanager
-    def counted(self) -> Iterator[None]:
-        """Count what happens inside as measuring."""
+    def counted(self, *, as_cost: bool = True) -> Iterator[None]:
+        """Count what happens inside as measuring, and as a part of what one measurement costs."""
         self._counting_since = time.perf_counter()
         try:
             yield
         finally:
-            _, self._spent, self._cost = self.times
+            _, self._spent, cost = self.times
+            self._cost = cost if as_cost else self._cost
             self._counting_since = None
 
     @property

@@ -47,7 +47,8 @@ class RobustnessMonitor(Callback):
       :class:`~lightning_robust.HessianTrace` and :class:`~lightning_robust.WeightCurvatureIndex`)
     - ``robust/num_samples``: samples measured, over all processes
     - ``robust/seconds``: wall time of the measurement, on the slowest process
-    - ``robust/overhead``: share of the wall time of ``fit`` so far that was spent measuring
+    - ``robust/overhead``: share of the wall time of ``fit`` so far that was spent measuring; also in validations that a
+      budget leaves out
 
     Values that are not finite are not logged. With a TensorBoard logger a Custom Scalars layout is written once, which
     puts whatever accuracy the module logs on one chart with the predicted robust accuracy.
@@ -82,6 +83,7 @@ class RobustnessMonitor(Callback):
 
     Attributes:
         directions: For each key that its metrics have computed, whether higher values are better.
+        best_untrained: Those keys that are best in a network that has learnt nothing.
         incomplete: Whether something has failed in the last measurement.
 
     Raises:
@@ -142,6 +144,7 @@ class RobustnessMonitor(Callback):
             "loss_fn": loss_fn,
         }
         self.directions: dict[str, bool] = {}
+        self.best_untrained: set[str] = set()
         self.incomplete = False
         self._last_epoch: int | None = None  # of the last measurement in `fit`
         self._overhead = Overhead()
@@ -151,6 +154,7 @@ class RobustnessMonitor(Callback):
         self._samples_at_once: int | None = None  # for which memory has lasted
         self._laid_out: set[str] = set()  # directories that have a layout
         self._measurement: Measurement | None = None  # in progress
+        self._share: float | None = None  # of measuring, in a validation for whose measurement there is no time
         self._targets: list[int] | None = None  # of the last measurement in `fit`
 
     # ---- state -------------------------------------------------------------------------------------------------------
@@ -248,6 +252,9 @@ class RobustnessMonitor(Callback):
         self._measurement = None
         if trainer.sanity_checking or not self._is_due(trainer):
             return
+        with self._overhead.counted(as_cost=False):
+            if not self._is_affordable(trainer, pl_module):
+                return
         loaders = CombinedLoader(trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders).flattened
         obstacle = advice.obstacle(trainer)
         if obstacle is None and self.dataloader_idx >= len(loaders):
@@ -255,11 +262,6 @@ class RobustnessMonitor(Callback):
         if obstacle is not None:
             self._notices.once(obstacle)
             return
-        if trainer.state.fn == TrainerFn.FITTING and self.overhead_budget is not None:
-            if not largest(self._overhead.times, _device(pl_module)).affords(self.overhead_budget):
-                self._overhead.left_out += 1
-                return
-            self._overhead.made += 1
         self._overhead.begin_measurement()
         with self._overhead.counted():
             self._measurement = self._new_measurement(trainer, loaders)
@@ -290,6 +292,20 @@ class RobustnessMonitor(Callback):
         epoch, last = trainer.current_epoch, self._last_epoch
         return last is None or epoch <= last or epoch - last >= self.every_n_epochs
 
+    def _is_affordable(self, trainer: Trainer, pl_module: LightningModule) -> bool:
+        """Whether the budget lasts: the same on every process."""
+        if self.overhead_budget is None or trainer.state.fn != TrainerFn.FITTING:
+            return True
+        times = self._overhead.times
+        if trainer.world_size > 1:
+            times = largest(times, _device(pl_module))
+        if times.affords(self.overhead_budget):
+            self._overhead.made += 1
+            return True
+        self._overhead.left_out += 1
+        self._share = times.share
+        return False
+
     def _collect(self, pl_module: LightningModule, batch: object, dataloader_idx: int) -> None:
         measurement = self._measurement
         if measurement is not None and dataloader_idx == self.dataloader_idx:
@@ -314,9 +330,13 @@ class RobustnessMonitor(Callback):
     def _finish(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Agree and log: the same collectives on every process."""
         measurement, self._measurement = self._measurement, None
+        share, self._share = self._share, None
         if measurement is not None:
             with self._overhead.counted():
                 self._conclude(trainer, pl_module, measurement)
+        elif share is not None:
+            values = {"overhead": share}
+            self._guard(lambda: self._log_values(pl_module, values, in_bar=[]), "log its share of the time")
 
     def _conclude(self, trainer: Trainer, pl_module: LightningModule, measurement: Measurement) -> None:
         fitting = trainer.state.fn == TrainerFn.FITTING
@@ -348,12 +368,15 @@ class RobustnessMonitor(Callback):
 
     def _log(self, trainer: Trainer, pl_module: LightningModule, values: Values, verdict: Verdict) -> None:
         for number, computed in values.items():
-            if (direction := self.metrics[number].higher_is_better) is not None:
-                self.directions |= dict.fromkeys((self.log_key_prefix + key for key in computed), direction)
+            metric, keys = self.metrics[number], [self.log_key_prefix + key for key in computed]
+            if metric.higher_is_better is not None:
+                self.directions |= dict.fromkeys(keys, metric.higher_is_better)
+            if metric.best_untrained:
+                self.best_untrained.update(keys)
         flat = reporting.flattened(values, verdict)
         headlines = reporting.headlines(values)
         in_bar = headlines if self.prog_bar else []
-        self._values |= reporting.log(pl_module, flat, prefix=self.log_key_prefix, in_bar=in_bar)
+        self._log_values(pl_module, flat, in_bar=in_bar)
         self._notices.once(
             *(
                 f"`{self.log_key_prefix}{key}` is not finite and is not logged where it is so."
@@ -365,6 +388,9 @@ class RobustnessMonitor(Callback):
             self._notices.once(*advice.on_values(flat, prefix=self.log_key_prefix))
         if self.prog_bar:
             reporting.print_line(trainer, flat, keys=headlines)
+
+    def _log_values(self, pl_module: LightningModule, values: dict[str, float], *, in_bar: list[str]) -> None:
+        self._values |= reporting.log(pl_module, values, prefix=self.log_key_prefix, in_bar=in_bar)
 
     def _lay_out(self, trainer: Trainer) -> None:
         """Write one layout for all monitors of the trainer, once per directory of logs; the first monitor does it."""

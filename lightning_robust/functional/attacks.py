@@ -144,7 +144,7 @@ def _total(loss: Loss, logits: Tensor, labels: Tensor) -> Tensor:
     first, second, third = logits.topk(3, dim=1).values.unbind(dim=1)
     own = logits.gather(1, labels[:, None])[:, 0]
     other = torch.where(logits.argmax(dim=1) == labels, second, first)
-    ratios: Tensor = (other - own) / (first - third).clamp_min(torch.finfo(logits.dtype).tiny)
+    ratios: Tensor = (other - own) / (first - third).clamp_min(1e-12)
     return ratios.sum()
 
 

@@ -132,7 +132,8 @@ def relinearize(
 ) -> Linearization:
     """Linearise once more, close to the boundary that a linearisation predicts.
 
-    Each input moves by ``fraction`` of its linearised margin straight to the nearest boundary. The gradients are taken
+    Each input moves by ``fraction`` of its linearised margin straight to the nearest boundary (or not at all, where the
+    network cannot compute anything finite there). The gradients are taken
     there, the gaps between logits stay those of the input itself: margins of the result are the distances at which
     these gaps close if the slopes are those near the boundary. Where gradients change on the way, as they do in deep
     standard networks, that is closer to what attacks find.
@@ -157,7 +158,7 @@ def relinearize(
             L∞, or an option has a wrong value.
 
     Source: ours.
-    Cost: that of :func:`linearize`, and one forward and one backward pass.
+    Cost: that of :func:`linearize`, and two forward and one backward pass.
     """
     if chunk_size is not None:
         check_positive_integer("chunk_size", chunk_size)
@@ -223,6 +224,9 @@ def _towards_boundary(
     margin, nearest = ratios.min(dim=1)
     leaf = x.clone().requires_grad_()
     outputs = model(leaf.clone())
+    if outputs.shape != logits.shape:
+        came = f"{logits.shape[1]} in the linearisation and {outputs.shape[1]} in the model"
+        raise ValueError(f"Expected as many classes before as now, but got {came}.")
     closing = (outputs.gather(1, nearest[:, None]) - outputs.gather(1, predicted))[:, 0]
     direction = input_gradient(closing, leaf, std)  # (n, D), of the un-normalised input
     step = direction.sign() if norm == "linf" else direction / torch.linalg.vector_norm(direction, dim=1, keepdim=True)
@@ -230,8 +234,11 @@ def _towards_boundary(
     if norm == "linf" and room is not None:
         step = room.within(step)
     step = fraction * step.nan_to_num(nan=0.0).reshape(x.shape)
-    moved: Tensor = x + (step if std is None else step / std)
-    return moved.detach()
+    moved: Tensor = (x + (step if std is None else step / std)).detach()
+    # the boundary of a sample that is all but flat may lie beyond what the network can compute
+    with torch.no_grad():
+        computable = model(moved.clone()).isfinite().all(dim=1)
+    return torch.where(computable.view(-1, *(1,) * (x.ndim - 1)), moved, x)
 
 
 def _count_classes(model: Callable[[Tensor], Tensor], x: Tensor) -> int:

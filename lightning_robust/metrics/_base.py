@@ -56,6 +56,7 @@ class ProbeMetric(Float64Metric, ABC):
     """
 
     is_differentiable = False
+    best_untrained = False  # whether a network that has learnt nothing has the best values
 
     def add_configuration(self, *options: object) -> None:
         """Add a state that tells apart metrics of one class with different options.

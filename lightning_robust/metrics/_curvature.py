@@ -45,6 +45,7 @@ class CurvatureMetric(ProbeMetric):
     """
 
     higher_is_better = False
+    best_untrained = True
     rows: list[Tensor] | Tensor
     text: list[Tensor] | Tensor
 

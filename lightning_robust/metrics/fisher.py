@@ -41,6 +41,7 @@ class FisherSpectralNorm(ProbeMetric):
     """
 
     higher_is_better = False
+    best_untrained = True
     rows: list[Tensor] | Tensor
     num_classes: Tensor
 

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from lightning_robust import Probe, ProbeMetric, RobustnessDriftStopping, RobustnessMonitor
+from lightning_robust import FisherSpectralNorm, Probe, ProbeMetric, RobustnessDriftStopping, RobustnessMonitor
 from tests.helpers import processes
 from tests.helpers.interrupted import Repeatable
 from tests.helpers.training import Classifier, classifier, loader, robustness_warnings, samples, trainer
@@ -319,14 +319,16 @@ def test_a_direction_that_contradicts_the_metric_is_refused(tmp_path: Path) -> N
 
 
 def test_a_key_that_no_monitor_logs_needs_a_direction(tmp_path: Path) -> None:
-    with pytest.raises(MisconfigurationException, match="needs `mode='max'` or `mode='min'` for `val_acc`"):
+    with pytest.raises(MisconfigurationException, match="does not know whether high values of `val_acc` are good"):
         fit(tmp_path, monitor(Quality(FALL)), RobustnessDriftStopping("val_acc"))
-    with pytest.raises(MisconfigurationException, match=f"needs `mode='max'` or `mode='min'` for `{KEY}`"):
+    with pytest.raises(MisconfigurationException, match="there is no RobustnessMonitor in this Trainer"):
         fit(tmp_path, RobustnessDriftStopping(KEY))
 
 
 def test_a_key_of_the_monitor_without_a_metric_needs_a_direction(tmp_path: Path) -> None:
-    with pytest.raises(MisconfigurationException, match="needs `mode='max'` or `mode='min'` for `robust/num_samples`"):
+    with pytest.raises(
+        MisconfigurationException, match="does not know whether high values of `robust/num_samples` are good"
+    ):
         fit(tmp_path, monitor(Quality(FALL)), RobustnessDriftStopping("robust/num_samples"))
     stopper = RobustnessDriftStopping("robust/num_samples", mode="max")
     fit(tmp_path, monitor(Quality(FALL)), stopper, max_epochs=6)
@@ -367,7 +369,7 @@ def test_a_key_that_is_never_logged_is_told_at_the_end_if_it_may_be_missing(tmp_
         run = fit(tmp_path, RobustnessDriftStopping("other", mode="max", strict=False), max_epochs=3)
     assert run.state.finished
     assert len(messages) == 1
-    assert "`other` was never measured" in messages[0]
+    assert "`other` was never logged in a validation" in messages[0]
 
 
 @pytest.mark.parametrize(
@@ -484,7 +486,7 @@ def test_a_run_that_all_keys_must_stop_could_not_have_been_stopped_without_one_o
         fit(tmp_path, monitor(Quality([1.0] * 8)), stopper, max_epochs=8)
     assert len(messages) == 1
     assert "could not have stopped this run" in messages[0]
-    assert "`other` was never measured" in messages[0]
+    assert "`other` was never logged in a validation" in messages[0]
 
 
 # --- the best weights -----------------------------------------------------------------------------------------------
@@ -530,14 +532,14 @@ def test_a_checkpoint_that_follows_the_same_key_picks_the_same_epoch(
 def test_the_best_of_several_keys_has_the_best_weighted_relative_change(tmp_path: Path) -> None:
     a, b = [1.0, 2.0, 1.0], [1.0, 1.0, 0.6]  # half as good in epoch 2 as in epoch 1, and 40 % less harmful
     for weights, best in (({"robust/a": 1, "robust/b": 1}, 1), ({"robust/a": 1, "robust/b": 2}, 2)):
-        stopper = RobustnessDriftStopping(weights, patience=1, tolerance=1000)
+        stopper = RobustnessDriftStopping(weights, patience=1, tolerance=0.999)
         fit(tmp_path, monitor(Quality(a, key="a"), Harm(b, key="b")), stopper, max_epochs=3)
         assert stopper.best_epoch == best
 
 
 def test_the_best_of_several_keys_survives_measurements_in_which_one_is_missing(tmp_path: Path) -> None:
     a, b = [1.0, None, 0.1, 0.2], [1.0, 1.1, None, 0.2]
-    stopper = RobustnessDriftStopping(["robust/a", "robust/b"], patience=1, tolerance=1000)
+    stopper = RobustnessDriftStopping(["robust/a", "robust/b"], patience=1, tolerance=0.999)
     with robustness_warnings():
         fit(tmp_path, monitor(Quality(a, key="a"), Quality(b, key="b")), stopper, max_epochs=4)
     assert stopper.best_epoch in (0, 1)
@@ -727,3 +729,129 @@ def test_all_processes_stop_together_and_put_the_same_weights_back(tmp_path: Pat
     assert first["restored"]
     assert second["restored"]
     assert same(first["weights"], second["weights"])
+
+
+# --- what a user's own values and modules may do ----------------------------------------------------------------------
+
+
+class Logging(Repeatable):
+    """Logs of each key the next of its values, where it is not None, one per validation."""
+
+    def __init__(self, values: dict[str, Sequence[float | None]]) -> None:
+        super().__init__(classifier().network)
+        self.values, self.number = values, 0
+
+    def on_validation_epoch_end(self) -> None:
+        if self.trainer.sanity_checking:
+            return
+        for key, values in self.values.items():
+            value = values[self.number]
+            if value is not None:
+                self.log(key, value)
+        self.number += 1
+
+
+def test_a_direction_is_that_of_the_keys_of_which_it_is_not_known(tmp_path: Path) -> None:
+    """The loss should be low and the quality high: one `mode` is enough for both."""
+    stopper = RobustnessDriftStopping(["val_loss", KEY], mode="min", patience=2, combine="all")
+    model = Logging({"val_loss": [0.5] * 6 + [0.9] * 20})
+    run = fit(tmp_path, monitor(Quality(FALL)), stopper, model=model)
+    assert run.current_epoch - 1 == stopper.stopped_epoch == 7
+    assert "val_loss rose" in stopper.stopping_reason_message
+    assert "robust/quality fell" in stopper.stopping_reason_message
+
+
+def test_a_tolerance_that_no_fall_exceeds_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(MisconfigurationException, match=r"`tolerance` to be a share of the best value.* but got 5,"):
+        fit(tmp_path, monitor(Quality(FALL)), RobustnessDriftStopping(KEY, tolerance=5))
+    rising = RobustnessDriftStopping(KEY, tolerance=5, patience=2)  # a rise has no such bound
+    fit(tmp_path, monitor(Harm([0.1] * 3 + [0.9] * 20)), rising)
+    assert rising.stopped_epoch == 4
+
+
+def test_what_is_best_in_an_untrained_network_is_warned_of_without_a_warmup(tmp_path: Path) -> None:
+    for warmup, count in ((0, 1), (2, 0)):
+        stopper = RobustnessDriftStopping("robust/fim_spectral_norm", warmup=warmup, patience=1, action="warn")
+        with robustness_warnings() as messages:
+            fit(tmp_path, monitor(FisherSpectralNorm()), stopper, max_epochs=5)
+        said = [message for message in messages if "best in a network that has learnt nothing" in message]
+        assert len(said) == count
+
+
+def test_an_old_standard_error_is_none(tmp_path: Path) -> None:
+    model = Logging({"val_rob": [0.79] + [0.8] * 5 + [0.5] * 14, "val_rob_stderr": [1.0] + [None] * 19})
+    stopper = RobustnessDriftStopping("val_rob", mode="max")
+    fit(tmp_path, stopper, model=model)
+    assert stopper.stopped_epoch == 10
+
+
+def test_the_change_of_accuracy_is_that_between_measurements_of_one_epoch(tmp_path: Path) -> None:
+    values = {"val_rob": [0.3, 0.9, 0.9, 0.4, 0.4, 0.4], "val_acc": [0.5, 0.5, 0.5, 0.9, 0.9, 0.9]}
+    stopper = RobustnessDriftStopping("val_rob", mode="max", patience=2)
+    fit(tmp_path, stopper, model=Logging(values), max_epochs=2, val_check_interval=0.25, num_sanity_val_steps=0)
+    assert stopper.stopping_reason_message is not None
+    assert "clean accuracy rose 40.0 points (val_acc)" in stopper.stopping_reason_message
+
+
+def test_robust_accuracy_is_not_called_clean(tmp_path: Path) -> None:
+    rising = [0.5 + 0.02 * epoch for epoch in range(20)]
+    values = {"val_adv_acc": FALL, "val_pgd_accuracy": FALL, "val_acc": rising, "val_rob": FALL}
+    stopper = RobustnessDriftStopping("val_rob", mode="max")
+    fit(tmp_path, stopper, model=Logging(values))
+    assert stopper.stopping_reason_message is not None
+    assert stopper.stopping_reason_message.endswith("points (val_acc).")
+    assert "clean accuracy rose" in stopper.stopping_reason_message
+
+
+def test_a_key_that_was_logged_before_a_run_was_resumed_may_come_later(tmp_path: Path) -> None:
+    every_second = [value for pair in ([0.8, None],) * 5 for value in pair] + [0.3, None] * 10
+    checkpoint = ModelCheckpoint(tmp_path, save_last=True, save_top_k=0)
+    first = RobustnessDriftStopping("a", mode="max", patience=3)
+    with robustness_warnings():
+        fit(tmp_path, first, checkpoint, model=Logging({"a": every_second}), max_epochs=5)
+    model, again = Logging({"a": every_second}), RobustnessDriftStopping("a", mode="max", patience=3)
+    model.number = 5
+    path, other = tmp_path / "last.ckpt", ModelCheckpoint(tmp_path, save_last=True, save_top_k=0)
+    fit(tmp_path, again, other, model=model, max_epochs=25, ckpt_path=path, num_sanity_val_steps=0)
+    assert again.stopped_epoch == 14
+
+
+class Frozen(Logging):
+    """Leaves what is not trained out of its checkpoints."""
+
+    def __init__(self, values: dict[str, Sequence[float | None]]) -> None:
+        super().__init__(values)
+        self.strict_loading = False
+        self.network[0].requires_grad_(False)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        return {key: value for key, value in super().state_dict(*args, **kwargs).items() if "network.0" not in key}
+
+
+def test_weights_are_put_back_in_a_module_whose_checkpoints_are_not_whole(tmp_path: Path) -> None:
+    weights = Weights()
+    stopper = RobustnessDriftStopping("a", mode="max", patience=3, restore_best_weights=True)
+    model = Frozen({"a": FALL})
+    fit(tmp_path, stopper, weights, model=model)
+    assert stopper.best_epoch is not None
+    assert same(model.state_dict(), weights.by_epoch[stopper.best_epoch])
+
+
+def test_weights_are_not_put_back_beside_weight_averaging(tmp_path: Path) -> None:
+    stopper = RobustnessDriftStopping(KEY, restore_best_weights=True)
+    with pytest.raises(MisconfigurationException, match="`restore_best_weights` to be False beside weight averaging"):
+        fit(tmp_path, monitor(Quality(FALL)), WeightAveraging(), stopper)
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_whether_weights_are_put_back_is_asked_of_the_run_that_is_resumed(tmp_path: Path, kept: bool) -> None:
+    checkpoint = ModelCheckpoint(tmp_path, save_last=True, save_top_k=0)
+    first = RobustnessDriftStopping(KEY, patience=3, restore_best_weights=kept)
+    with robustness_warnings():
+        fit(tmp_path, monitor(Quality(FALL)), first, checkpoint, max_epochs=5)
+    again, weights, model = RobustnessDriftStopping(KEY, patience=3, restore_best_weights=not kept), Weights(), module()
+    path, other = tmp_path / "last.ckpt", ModelCheckpoint(tmp_path, save_last=True, save_top_k=0)
+    with robustness_warnings() as messages:
+        fit(tmp_path, monitor(Quality(FALL)), again, other, weights, model=model, ckpt_path=path)
+    assert same(model.state_dict(), weights.by_epoch[again.stopped_epoch])
+    assert [("did not keep" in message) for message in messages] == ([] if kept else [True])

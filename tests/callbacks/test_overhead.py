@@ -422,3 +422,28 @@ def test_processes_of_different_speeds_decide_alike_by_the_slowest(tmp_path: Pat
     assert slow != expected_epochs([COSTS[0]], epochs=20, budget=BUDGET)
     assert fast_shares == slow_shares
     assert slow_shares[-1] <= 0.055
+
+
+def test_the_time_in_which_a_measurement_is_left_out_is_spent_but_no_part_of_its_cost(clock: Clock) -> None:
+    clocks = Overhead()
+    clocks.begin()
+    clocks.begin_measurement()
+    with clocks.counted():
+        clock.now += 3
+    with clocks.counted(as_cost=False):
+        clock.now += 1
+    assert clocks.times == Times(4, 4, 3)
+
+
+def test_the_share_is_logged_where_a_measurement_is_left_out(tmp_path: Path, clock: Clock) -> None:
+    shares: list[float] = []
+
+    class Watch(Callback):
+        def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            if not trainer.sanity_checking:
+                shares.append(float(trainer.callback_metrics["robust/overhead"]))
+
+    with robustness_warnings():
+        fit(tmp_path, clock, Watch(), costs=[0.65], overhead_budget=BUDGET, epochs=6)
+    assert len(set(shares)) == 6
+    assert shares[0] > BUDGET

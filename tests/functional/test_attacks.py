@@ -291,3 +291,10 @@ def test_steps_of_a_cosine_schedule_decay_to_zero() -> None:
     attacked = pgd(model, inputs, targets, epsilon=100.0, steps=4, step_size=0.1, schedule="cosine")
     sizes = [0.1 * (1 + math.cos(math.pi * step / 4)) / 2 for step in range(4)]
     torch.testing.assert_close(size(attacked - inputs, "linf"), torch.full((4,), sum(sizes), dtype=torch.float64))
+
+
+def test_tied_logits_have_a_finite_ratio() -> None:
+    model = nn.Linear(6, 3, bias=False).requires_grad_(False)
+    model.weight.copy_(60 * random(0, 3, 6))
+    attacked = pgd(model, torch.zeros(4, 6), torch.zeros(4).long(), epsilon=0.1, steps=3, norm="l2", loss="dlr")
+    assert attacked.isfinite().all()

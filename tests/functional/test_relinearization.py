@@ -222,3 +222,25 @@ def test_wrong_arguments_are_named() -> None:
         relinearize(model, inputs, replace(first, gap_l1=None))
     with pytest.raises(ValueError, match="`order` to be 1 or 2, but got 3"):
         LinearizedAccuracy(order=3)  # type: ignore[arg-type]
+
+
+def test_a_sample_whose_boundary_lies_beyond_what_can_be_computed_stays_where_it_is() -> None:
+    """The square of an input 1e30 away is infinite in float32."""
+
+    class Flat(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.stack([1 + 0 * x[:, 0].square(), 1e-30 * x[:, 0]], dim=1)
+
+    inputs = torch.tensor([[0.5], [0.25]])
+    first = linearize(Flat(), inputs)
+    again = relinearize(Flat(), inputs, first)
+    assert margins(first, torch.zeros(2, dtype=torch.long), "linf").min() > 1e29
+    torch.testing.assert_close(again.gap_l1, first.gap_l1, rtol=0, atol=0)
+
+
+def test_another_number_of_classes_is_named() -> None:
+    inputs = random(0, 5, 4)
+    first = linearize(nn.Linear(4, 3).double(), inputs)
+    for num_classes in (2, 5):
+        with pytest.raises(ValueError, match=f"but got 3 in the linearisation and {num_classes} in the model"):
+            relinearize(nn.Linear(4, num_classes).double(), inputs, first)
