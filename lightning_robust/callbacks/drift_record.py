@@ -47,17 +47,21 @@ class Record:
     best_epoch: int | None = None
     accuracy_key: str | None = None
 
-    def improves(self, values: Mapping[str, float], weights: Mapping[str, float]) -> bool:
-        """Whether a measurement is better than the best one so far, by the weighted mean of relative changes.
+    def keep_if_better(self, epoch: int, values: Mapping[str, float], weights: Mapping[str, float]) -> bool:
+        """Keep a measurement as the best if the weighted mean of the relative changes from the best so far is positive.
 
         A key that has never been measured before has not changed, nor has one that is missing.
         """
-        if not self.best:
-            return True
-        known = [key for key in values if key in self.best]
-        for key in values.keys() - self.best.keys():
-            self.best[key] = values[key]
-        return sum(weights[key] * self.series[key].improvement(values[key], self.best[key]) for key in known) > 0
+        changes = [
+            weights[key] * self.series[key].improvement(value, self.best[key])
+            for key, value in values.items()
+            if key in self.best
+        ]
+        better = not self.best or sum(changes) > 0
+        if better:
+            self.best_epoch = epoch
+        self.best = {**self.best, **values} if better else {**values, **self.best}
+        return better
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values."""

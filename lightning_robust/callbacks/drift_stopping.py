@@ -274,8 +274,7 @@ class RobustnessDriftStopping(EarlyStopping):
         self._drifts = {key: self._drift(series) for key, series in record.series.items()}
         self.wait_count = max(drift.length for drift in self._drifts.values())
         warm = {key: value for key, value in measured.values.items() if len(record.series[key].values) > self.warmup}
-        if warm and record.improves(warm, self.weights):
-            record.best_epoch, record.best = epoch, record.best | warm
+        if warm and record.keep_if_better(epoch, warm, self.weights):
             self.best_score = torch.tensor(next(iter(warm.values())))
             if self.restore_best_weights:
                 self._best_weights = {

@@ -16,7 +16,7 @@ from tests.helpers.training import trainer
 
 EPOCHS = 80
 quiet = pytest.mark.filterwarnings(
-    "ignore:RobustnessDriftStopping (warns|could not)", "ignore:It is recommended to use"
+    "ignore:RobustnessDriftStopping (warns|could not)", "ignore:`robust/linearized_margin_linf` is not finite"
 )
 
 
@@ -40,9 +40,9 @@ def test_the_choice_without_an_attack_keeps_95_percent_and_stops_30_percent_earl
     kept, plain = [], []
     for seed in range(5):
         notes = recipe.train(seed, epochs=EPOCHS, curvature=False)
-        attacked = notes.curves["PGD-20"]
-        assert mean(attacked[-3:]) < 0.9 * max(attacked)  # it overfits, and clean accuracy does not show it:
-        assert mean(notes.curves["clean"][-3:]) > 0.98 * max(notes.curves["clean"])
+        lost = {column: 1 - mean(curve[-3:]) / max(curve) for column, curve in notes.curves.items()}
+        assert lost["PGD-20"] > 0.1  # it overfits, and clean accuracy hardly shows it
+        assert lost["clean"] < 0.5 * lost["PGD-20"]
         stop, chosen = notes.choice("drift stopper")
         assert stop + 1 <= 0.7 * EPOCHS
         kept.append(notes.kept(chosen))
