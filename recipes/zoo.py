@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -15,23 +17,44 @@ from recipes.classifier import Classifier, DigitsClassifier, OverfittingClassifi
 from recipes.digits import DigitsDataModule, NoisyDigitsDataModule
 from recipes.networks import CifarResNet, digits_cnn, digits_mlp, initialised, strided_cnn
 
-# kind of network, width, ε of the attacks in training, share of wrong labels, weight decay, factor of the logits
+
+@dataclass(frozen=True)
+class Training:
+    """How a classifier of digits comes about.
+
+    Attributes:
+        network: ``"cnn"`` or ``"mlp"``.
+        width: See :mod:`recipes.networks`.
+        epsilon: Of the attacks in training; 0 for none.
+        label_noise: Share of wrong labels.
+        weight_decay: Of the optimiser.
+        logit_factor: By which the logits of the trained network are multiplied.
+    """
+
+    network: Literal["cnn", "mlp"] = "cnn"
+    width: int = 16
+    epsilon: float = 0.0
+    label_noise: float = 0.0
+    weight_decay: float = 0.0
+    logit_factor: float = 1.0
+
+
 DIGITS = {
-    "cnn, 4 channels": ("cnn", 4, 0.0, 0.0, 0.0, 1.0),
-    "cnn": ("cnn", 16, 0.0, 0.0, 0.0, 1.0),
-    "cnn, 32 channels": ("cnn", 32, 0.0, 0.0, 0.0, 1.0),
-    "cnn, logits × 10": ("cnn", 16, 0.0, 0.0, 0.0, 10.0),
-    "cnn, logits / 10": ("cnn", 16, 0.0, 0.0, 0.0, 0.1),
-    "cnn, weight decay": ("cnn", 16, 0.0, 0.0, 1e-2, 1.0),
-    "cnn, wrong labels": ("cnn", 16, 0.0, 0.3, 0.0, 1.0),
-    "cnn, ε 0.02": ("cnn", 16, 0.02, 0.0, 0.0, 1.0),
-    "cnn, ε 0.05": ("cnn", 16, 0.05, 0.0, 0.0, 1.0),
-    "cnn, ε 0.1": ("cnn", 16, 0.1, 0.0, 0.0, 1.0),
-    "cnn, ε 0.1, logits × 10": ("cnn", 16, 0.1, 0.0, 0.0, 10.0),
-    "cnn, ε 0.1, wrong labels": ("cnn", 16, 0.1, 0.3, 0.0, 1.0),
-    "cnn, 32 channels, ε 0.15": ("cnn", 32, 0.15, 0.0, 0.0, 1.0),
-    "mlp": ("mlp", 128, 0.0, 0.0, 0.0, 1.0),
-    "mlp, ε 0.05": ("mlp", 128, 0.05, 0.0, 0.0, 1.0),
+    "cnn, 4 channels": Training(width=4),
+    "cnn": Training(),
+    "cnn, 32 channels": Training(width=32),
+    "cnn, logits × 10": Training(logit_factor=10.0),
+    "cnn, logits / 10": Training(logit_factor=0.1),
+    "cnn, weight decay": Training(weight_decay=1e-2),
+    "cnn, wrong labels": Training(label_noise=0.3),
+    "cnn, ε 0.02": Training(epsilon=0.02),
+    "cnn, ε 0.05": Training(epsilon=0.05),
+    "cnn, ε 0.1": Training(epsilon=0.1),
+    "cnn, ε 0.1, logits × 10": Training(epsilon=0.1, logit_factor=10.0),
+    "cnn, ε 0.1, wrong labels": Training(epsilon=0.1, label_noise=0.3),
+    "cnn, 32 channels, ε 0.15": Training(width=32, epsilon=0.15),
+    "mlp": Training(network="mlp", width=128),
+    "mlp, ε 0.05": Training(network="mlp", width=128, epsilon=0.05),
 }
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CIFAR = (125.3 / 255, 123.0 / 255, 113.9 / 255), (63.0 / 255, 62.1 / 255, 66.7 / 255)
@@ -63,7 +86,9 @@ class _Scaled(nn.Module):
 class _Decayed(Classifier):
     """With weight decay."""
 
-    weight_decay = 0.0
+    def __init__(self, network: nn.Module, *, attack_epsilon: float, weight_decay: float) -> None:
+        super().__init__(network, attack_epsilon=attack_epsilon)
+        self.weight_decay = weight_decay
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(self.parameters(), lr=self.learning_rate, weight_decay=self.weight_decay)
@@ -80,7 +105,7 @@ def train_quietly(model: LightningModule, data: LightningDataModule, *callbacks:
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
-        limit_val_batches=None if callbacks else 0,
+        limit_val_batches=0,
     )
     trainer.fit(model, datamodule=data)
 
@@ -90,13 +115,12 @@ def digits_zoo(*, epochs: int = 10, num_samples: int = 300) -> Iterator[tuple[st
     validation = DigitsDataModule()
     validation.setup("validate")
     images, labels = (part[:num_samples] for part in validation.val_set.tensors)
-    for seed, (name, (kind, width, epsilon, noise, decay, factor)) in enumerate(DIGITS.items()):
-        network = initialised({"cnn": digits_cnn, "mlp": digits_mlp}[kind](width, 0.0), seed=seed)
-        model = _Decayed(network, attack_epsilon=epsilon)
-        model.weight_decay = decay
-        data = NoisyDigitsDataModule(num_train=1297, label_noise=noise, num_val=1, seed=seed)
+    for seed, (name, training) in enumerate(DIGITS.items()):
+        network = initialised({"cnn": digits_cnn, "mlp": digits_mlp}[training.network](training.width, 0.0), seed=seed)
+        model = _Decayed(network, attack_epsilon=training.epsilon, weight_decay=training.weight_decay)
+        data = NoisyDigitsDataModule(num_train=1297, label_noise=training.label_noise, num_val=1, seed=seed)
         train_quietly(model, data, epochs=epochs)
-        yield name, Probe(_Scaled(network, factor), images, labels, valid_range=(0.0, 1.0))
+        yield name, Probe(_Scaled(network, training.logit_factor), images, labels, valid_range=(0.0, 1.0))
 
 
 def epochs_of_one_run(*, epochs: int = 40, every: int = 3, num_samples: int = 300) -> Iterator[tuple[str, Probe]]:

@@ -61,14 +61,14 @@ def read(
         tolerance: Relative change that does not matter.
         accuracy_key: That of clean accuracy, where it is known from before.
     """
-    logged = trainer.callback_metrics
-    readings, keys = Readings(), list(keys)
-    for_others = any(owner_of(trainer, key) is None for key in keys)
-    for key in keys:
+    logged, readings = trainer.callback_metrics, Readings()
+    owners = {key: owner_of(trainer, key) for key in keys}
+    for_others = None in owners.values()
+    for key, owner in owners.items():
         value = logged.get(key)
         if value is None:
-            if strict and key not in known and not _comes_later(trainer, key):
-                measured = owner_of(trainer, key) is not None
+            if strict and key not in known and not _comes_later(owner, key):
+                measured = owner is not None
                 readings.error = readings.error or drift_words.unknown(key, logged, measured=measured)
         elif value is old.get(key):
             continue
@@ -79,31 +79,30 @@ def read(
             new = stderr is not None and stderr is not old.get(f"{key}_stderr") and math.isfinite(stderr)
             readings.values[key] = float(value)
             readings.stderrs[key] = float(stderr) if stderr is not None and new else 0.0
-            higher_is_better, error = _direction(trainer, key, mode, for_others=for_others)
+            higher_is_better, error = _direction(trainer, owner, key, mode, for_others=for_others)
             readings.higher_is_better[key] = higher_is_better
             readings.error = readings.error or error
-            owner = owner_of(trainer, key)
             if owner is not None and key in owner.best_untrained:
                 readings.best_untrained.append(key)
     if readings.error is None and tolerance >= 1 and any(readings.higher_is_better.values()):
         readings.error = drift_words.endless_tolerance(tolerance)
     prefixes = [monitor.log_key_prefix for monitor in monitors_of(trainer)]
-    candidates = [key for key in logged if key not in keys]
+    candidates = [key for key in logged if key not in owners]
     accuracy_key = accuracy_key or drift_words.clean_accuracy(candidates, prefixes=prefixes)
     if accuracy_key in logged and logged[accuracy_key] is not old.get(accuracy_key):
         readings.accuracy = accuracy_key, float(logged[accuracy_key])
     return readings
 
 
-def _comes_later(trainer: Trainer, key: str) -> bool:
+def _comes_later(owner: RobustnessMonitor | None, key: str) -> bool:
     """Whether a key that has not been logged belongs to a monitor that has not measured everything yet."""
-    owner = owner_of(trainer, key)
     return owner is not None and (owner.incomplete or not owner.directions or key in owner.directions)
 
 
-def _direction(trainer: Trainer, key: str, mode: str | None, *, for_others: bool) -> tuple[bool, str | None]:
+def _direction(
+    trainer: Trainer, owner: RobustnessMonitor | None, key: str, mode: str | None, *, for_others: bool
+) -> tuple[bool, str | None]:
     """Whether higher values are better, and what is wrong if that is not known."""
-    owner = owner_of(trainer, key)
     known = None if owner is None else owner.directions.get(key)
     if known is None:
         return mode == "max", no_direction(trainer, key) if mode is None else None

@@ -133,10 +133,10 @@ def relinearize(
     """Linearise once more, close to the boundary that a linearisation predicts.
 
     Each input moves by ``fraction`` of its linearised margin straight to the nearest boundary (or not at all, where the
-    network cannot compute anything finite there). The gradients are taken
-    there, the gaps between logits stay those of the input itself: margins of the result are the distances at which
-    these gaps close if the slopes are those near the boundary. Where gradients change on the way, as they do in deep
-    standard networks, that is closer to what attacks find.
+    network cannot compute anything finite there). The gradients are taken there, the gaps between logits stay those of
+    the input itself: margins of the result are the distances at which these gaps close if the slopes are those near
+    the boundary. Where gradients change on the way, as they do in deep standard networks, that is closer to what
+    attacks find.
 
     Args:
         model: As in :func:`linearize`.

@@ -679,7 +679,11 @@ def test_a_wrong_argument_is_named_with_what_came(argument: str, value: Any, oth
     ids=repr,
 )
 def test_right_arguments_are_taken(options: dict[str, Any]) -> None:
-    RobustnessDriftStopping(**options)
+    stopper = RobustnessDriftStopping(**options)
+    kept = options.keys() - {"monitor"}
+    assert {name: getattr(stopper, name) for name in kept} == {name: options[name] for name in kept}
+    if "monitor" in options:
+        assert list(stopper.weights) == list(options["monitor"])
 
 
 # --- several processes ----------------------------------------------------------------------------------------------
