@@ -15,6 +15,7 @@ import torch
 from lightning.pytorch import Trainer
 
 from lightning_robust import AdversarialAccuracy, FisherSpectralNorm, LinearizedAccuracy, Probe
+from lightning_robust.functional import linearized_accuracy
 from recipes.classifier import DigitsClassifier
 from recipes.digits import DigitsDataModule
 from recipes.networks import initialised
@@ -89,12 +90,13 @@ def draw(probes: dict[str, Probe], path: str) -> None:
         attacked = AdversarialAccuracy(points.tolist(), steps=20)
         for metric in (predicted, attacked):
             metric.update(probe)
-        n = predicted.num_samples
-        values = predicted.robust[:-1] / n
+            metric.compute()
+        n = len(probe)
+        values = linearized_accuracy(predicted.per_sample["linearized_margin_linf"], curve)
         (line,) = axes.plot(curve, values, label=f"{name} training, predicted")
         error = (values * (1 - values) / n).sqrt()
         axes.fill_between(curve, values - 2 * error, values + 2 * error, color=line.get_color(), alpha=0.2, linewidth=0)
-        values = attacked.correct / n
+        values = torch.stack([correct.mean() for correct in attacked.per_sample.values()])
         error = 2 * (values * (1 - values) / n).sqrt()
         label = f"{name} training, PGD-20"
         axes.errorbar(points, values, error, fmt="o", markersize=4, color=line.get_color(), label=label)

@@ -20,6 +20,7 @@ class Readings:
     Attributes:
         values: By key.
         stderrs: Their standard errors, likewise, 0 where none is logged.
+        per_sample: What was found on each sample, likewise, of those of which it is known.
         higher_is_better: Their directions, likewise.
         not_finite: Keys that were new, but not finite.
         best_untrained: Keys whose best values are those of a network that has learnt nothing.
@@ -29,6 +30,7 @@ class Readings:
 
     values: dict[str, float] = field(default_factory=dict)
     stderrs: dict[str, float] = field(default_factory=dict)
+    per_sample: dict[str, Tensor] = field(default_factory=dict)
     higher_is_better: dict[str, bool] = field(default_factory=dict)
     not_finite: list[str] = field(default_factory=list)
     best_untrained: list[str] = field(default_factory=list)
@@ -82,6 +84,8 @@ def read(
             higher_is_better, error = _direction(trainer, owner, key, mode, for_others=for_others)
             readings.higher_is_better[key] = higher_is_better
             readings.error = readings.error or error
+            if owner is not None and key in owner.per_sample and owner.per_sample[key].isfinite().all():
+                readings.per_sample[key] = owner.per_sample[key]
             if owner is not None and key in owner.best_untrained:
                 readings.best_untrained.append(key)
     if readings.error is None and tolerance >= 1 and any(readings.higher_is_better.values()):

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from torch import Tensor
+
 
 @dataclass
 class Series:
@@ -17,6 +19,7 @@ class Series:
         values: What was measured.
         stderrs: Standard errors, 0 where none was logged.
         accuracies: Clean accuracy beside them, NaN where it is not known, for the words of a warning.
+        per_sample: What was found on each sample, (N,), None where that is not known.
     """
 
     higher_is_better: bool
@@ -24,6 +27,7 @@ class Series:
     values: list[float] = field(default_factory=list)
     stderrs: list[float] = field(default_factory=list)
     accuracies: list[float] = field(default_factory=list)
+    per_sample: list[Tensor | None] = field(default_factory=list)
 
     def improvement(self, value: float, than: float) -> float:
         """By how much a value is better than another, relative to that."""

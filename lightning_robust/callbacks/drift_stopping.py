@@ -41,8 +41,9 @@ class RobustnessDriftStopping(EarlyStopping):
     Put it beside a :class:`~lightning_robust.RobustnessMonitor`. It looks at each *measurement* once, however many
     validations lie between two of them, and leaves out those that are missing or not finite. The rule is that of
     :func:`lightning_robust.functional.drift`: ``patience`` measurements in a row, each worse than the best mean of
-    ``patience`` consecutive ones by more than ``tolerance`` (relative) and more than ``z`` standard errors, which are
-    those logged under ``<key>_stderr``.
+    ``patience`` consecutive ones by more than ``tolerance`` (relative) and more than ``z`` standard errors of the
+    difference. These come from ``<key>_stderr`` and, for the keys in the monitor's ``per_sample``, from what each
+    measurement found on each sample, which is kept, 4 bytes each, also in checkpoints.
 
     It is Lightning's EarlyStopping otherwise: ``min_epochs``, ``trainer.should_stop``, ``stopped_epoch``,
     ``stopping_reason_message``, ``wait_count`` and ``best_score`` mean what they mean there. All processes follow the
@@ -54,8 +55,8 @@ class RobustnessDriftStopping(EarlyStopping):
         mode: ``"max"`` or ``"min"``, as in EarlyStopping: what is best, of keys that no RobustnessMonitor logs. Of the
             others it is what the metric says (``higher_is_better``).
         tolerance: Change that does not matter, relative to the best.
-        z: Change that does not matter either, in reported standard errors. A key without a standard error has
-            ``tolerance`` alone.
+        z: Change that does not matter either, in standard errors. A key without a standard error has ``tolerance``
+            alone.
         patience: Measurements that a drift takes.
         warmup: Measurements at the beginning that do not count, neither as the best nor as drift. λ, the trace and the
             index are lowest in a network that has learnt nothing, and need one.
@@ -271,6 +272,7 @@ class RobustnessDriftStopping(EarlyStopping):
             series.values.append(value)
             series.stderrs.append(measured.stderrs[key])
             series.accuracies.append(accuracy)
+            series.per_sample.append(measured.per_sample.get(key))
         self._drifts = {key: self._drift(series) for key, series in record.series.items()}
         self.wait_count = max(drift.length for drift in self._drifts.values())
         warm = {key: value for key, value in measured.values.items() if len(record.series[key].values) > self.warmup}
@@ -286,6 +288,7 @@ class RobustnessDriftStopping(EarlyStopping):
         return drift(
             series.values,
             series.stderrs,
+            series.per_sample,
             higher_is_better=series.higher_is_better,
             window=self.patience,
             warmup=self.warmup,

@@ -43,6 +43,7 @@ class Measurement:
 
     Attributes:
         samples_at_once: The same, lower if memory ran out.
+        per_sample: What lies behind the values of each metric, by its number, once they are known.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class Measurement:
         self._updated = False
         self._key: int | None = None  # of this process's samples, where all processes should see the same
         self.samples_at_once = samples_at_once
+        self.per_sample = Values()
         self.collector: SampleCollector | None = None
         self.last_batch: int | None = None  # index of the loader's last batch, where it is known
         self.attempt(self._reset)
@@ -173,7 +175,7 @@ class Measurement:
                 f"Expected each metric to log its own keys, but two log {sorted(twice)[:3]}."
                 " Another RobustnessMonitor with another `log_key_prefix` can measure the second."
             )
-        values[number] = computed
+        values[number], self.per_sample[number] = computed, metric.per_sample
 
     def _agree(self, device: torch.device, times: Times) -> Verdict:
         outcome = Outcome().to(device)

@@ -7,10 +7,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torchmetrics.utilities import dim_zero_cat
 
 from lightning_robust.callbacks.overhead import Times
-from lightning_robust.metrics._base import Float64Metric, code_points, text_of
+from lightning_robust.metrics._base import Float64Metric, code_points, joined, text_of
 
 WHOLE = -1  # stands for the measurement as a whole, where metrics have their number
 
@@ -75,11 +74,11 @@ class Outcome(Float64Metric):
         """Return what all processes reported."""
         num_samples = int(self.num_samples)
         causes: dict[int, str] = {}
-        for line in text_of(dim_zero_cat(self.text)).splitlines() if len(self.text) else ():
+        for line in text_of(joined(self.text)).splitlines():
             number, _, cause = line.partition(" ")
             causes.setdefault(int(number), cause)
         if not num_samples:
             causes.setdefault(WHOLE, "ValueError: Expected at least one validation sample, but the loop saw none.")
-        keys = set(dim_zero_cat(self.keys).tolist()) if len(self.keys) else set()
+        keys = set(joined(self.keys).tolist())
         overhead = Times(*self.times.tolist()).share
         return Verdict(causes, num_samples, float(self.seconds), len(keys) > 1, overhead)

@@ -85,6 +85,8 @@ class RobustnessMonitor(Callback):
         directions: For each key that its metrics have computed, whether higher values are better.
         best_untrained: Those keys that are best in a network that has learnt nothing.
         incomplete: Whether something has failed in the last measurement.
+        per_sample: By key, what the last measurement found on each sample where the value is their mean, (N,), of all
+            processes, float32 on the CPU.
 
     Raises:
         MisconfigurationException: If an argument has a wrong type or value.
@@ -146,6 +148,7 @@ class RobustnessMonitor(Callback):
         self.directions: dict[str, bool] = {}
         self.best_untrained: set[str] = set()
         self.incomplete = False
+        self.per_sample: dict[str, Tensor] = {}
         self._last_epoch: int | None = None  # of the last measurement in `fit`
         self._overhead = Overhead()
         self._notices = Notices()
@@ -354,6 +357,11 @@ class RobustnessMonitor(Callback):
             self._notices.once(advice.out_of_memory(samples_at_once))
         if verdict.disagree:
             self._notices.once(advice.UNSHARED)
+        self.per_sample = {
+            self.log_key_prefix + key: found.to("cpu", torch.float32)
+            for number in values
+            for key, found in measurement.per_sample[number].items()
+        }
         if values:
             self._guard(lambda: self._log(trainer, pl_module, values, verdict), "log a measurement")
         if verdict.causes:

@@ -4,11 +4,13 @@ The **reference** is the best mean of ``window`` consecutive measurements so far
 or a fixed number. A measurement ``x_t`` has **fallen** by ``d_t``, which counts where it exceeds the **limit** ``l_t``:
 
     d_t = reference − x_t   (the other sign where lower is better),
-    l_t = max(tolerance · |reference|, z · sqrt(s_t² + s_ref²)),
+    l_t = max(tolerance · |reference|, z · s_t),
 
-where ``s_t`` is the reported standard error of ``x_t`` and ``s_ref`` that of the mean. A mean of several takes the
-place of the single best value because the best of many noisy values is above their truth by luck: by two standard
-errors among thirty, by less than one among as many means of five.
+where ``s_t`` is the standard error of the difference: of reported errors, sqrt(``stderr``² + that of the mean²). If it
+is also known what each measurement found ``per_sample``, and all were made on the same samples, the luck of the choice
+of samples is the same in all of them and leaves the difference, whose error is then a half or two thirds of that. A
+mean of several takes the place of the single best value because the best of many noisy values is above their truth by
+luck: by two standard errors among thirty, by less than one among as many means of five.
 
 - ``"consecutive"``: the series has drifted after ``window`` measurements in a row with ``d_t > l_t``.
 - ``"cusum"``: ``S_t = max(0, S_{t−1} + d_t / l_t − ¾)`` adds up what exceeds three quarters of the limit, and the
@@ -18,11 +20,10 @@ errors among thirty, by less than one among as many means of five.
 
 Both leave the reference alone while a drift is in progress.
 
-Standard errors over samples are those of one measurement as an estimate for all samples. Where every measurement is
-made on the same samples most of that error is the same in all of them, and their differences are known better than
-that: the rules are then more careful than they state. On noise whose size is reported truly and that is drawn anew at
-every measurement, the hardest case, they stop within 100 measurements with these probabilities (tolerance 0, 2,000
-series):
+On noise whose size is reported truly and that is drawn anew at every measurement they stop within 100 measurements
+with these probabilities (tolerance 0, 2,000 series). What is the same in all measurements, as the luck of the samples,
+is no such noise: without ``per_sample`` the rules are more careful than this. The fluctuations of training itself, from
+epoch to epoch, are true changes and in no standard error: of them ``tolerance`` and ``window`` take care.
 
     window, z                3, 2     3, 2.5   5, 1.5   5, 2     5, 2.5   10, 1    10, 1.5
     "consecutive"            27 %     4 %      9 %      0.5 %    0.05 %   0.8 %    0 %
@@ -40,7 +41,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, get_args
+
+from torch import Tensor
 
 from lightning_robust.functional._arguments import (
     as_number,
@@ -51,6 +54,7 @@ from lightning_robust.functional._arguments import (
     check_positive_integer,
     refusal,
 )
+from lightning_robust.functional._pairing import covariances
 
 Rule = Literal["consecutive", "cusum"]
 Combine = Literal["any", "all", "majority"]
@@ -84,6 +88,7 @@ class Drift:
 def drift(
     values: Sequence[float],
     stderrs: Sequence[float] | None = None,
+    per_sample: Sequence[Tensor | None] | None = None,
     *,
     higher_is_better: bool,
     window: int = 5,
@@ -98,6 +103,8 @@ def drift(
     Args:
         values: One finite number per measurement, in order.
         stderrs: Their standard errors; 0 by default.
+        per_sample: What each measurement found on each sample, finite numbers, (N,); None where that is not known.
+            Measurements with equally many are taken to be made on the same samples, in the same order.
         higher_is_better: Whether a fall is a drift, or a rise.
         window: Measurements that a drift takes, and of as many the reference is a mean.
         warmup: Measurements at the beginning that count neither as reference nor as drift.
@@ -110,14 +117,15 @@ def drift(
         A :class:`Drift`.
 
     Raises:
-        ValueError: If a value is not finite, a standard error negative or there is not one for each value, or an option
-            has a wrong value.
+        ValueError: If a value is not finite, a standard error negative or there is not one for each value, likewise of
+            the values per sample, or an option has a wrong value.
 
     Source: ours; see the module's docstring.
     """
     states = drift_history(
         values,
         stderrs,
+        per_sample,
         higher_is_better=higher_is_better,
         window=window,
         warmup=warmup,
@@ -132,6 +140,7 @@ def drift(
 def drift_history(
     values: Sequence[float],
     stderrs: Sequence[float] | None = None,
+    per_sample: Sequence[Tensor | None] | None = None,
     *,
     higher_is_better: bool,
     window: int = 5,
@@ -144,10 +153,11 @@ def drift_history(
     """What :func:`drift` says after each measurement of the series, in order."""
     check_drift_options(window=window, warmup=warmup, reference=reference, tolerance=tolerance, z=z, rule=rule)
     check_boolean("higher_is_better", higher_is_better)
-    series, errors = _checked(values, stderrs)
+    series = _checked(values)
+    errors = _Errors(*_checked_errors(len(series), stderrs, per_sample))
     sign, tolerance, z = 1.0 if higher_is_better else -1.0, as_number(tolerance), as_number(z)
-    fixed = None if reference is None else _Stretch(as_number(reference), 0.0, None)
-    stretches = _Stretches(series, errors, sign=sign, window=window, first=warmup)
+    fixed = None if reference is None else _Stretch(as_number(reference), slice(0), None)
+    stretches = _Stretches(series, sign=sign, window=window, first=warmup)
     state, total = Drift() if fixed is None else Drift(fixed.mean), 0.0
     states = [state] * min(warmup, len(series))
     for t in range(warmup, len(series)):
@@ -156,7 +166,7 @@ def drift_history(
             states.append(state)
             continue
         fall = sign * (stretch.mean - series[t])
-        limit = max(tolerance * abs(stretch.mean), z * math.hypot(errors[t], stretch.stderr))
+        limit = max(tolerance * abs(stretch.mean), z * errors.of_difference(t, stretch.rows))
         if rule == "consecutive":
             counts = fall > limit
             drifted = counts and state.length + 1 >= window
@@ -207,29 +217,67 @@ def check_drift_options(
     check_choice("rule", rule, get_args(Rule))
 
 
-def _checked(values: Sequence[float], stderrs: Sequence[float] | None) -> tuple[list[float], list[float]]:
+def _checked(values: Sequence[float]) -> list[float]:
     series = as_numbers(values)
     if series is None or not all(map(math.isfinite, series)):
         raise ValueError(refusal("values", "a list of finite numbers", values))
-    errors = [0.0] * len(series) if stderrs is None else as_numbers(stderrs)
-    if errors is None or len(errors) != len(series) or not all(0 <= error < math.inf for error in errors):
-        raise ValueError(refusal("stderrs", f"a list of {len(series)} finite numbers ≥ 0", stderrs))
-    return series, errors
+    return series
 
 
-class _Stretch(NamedTuple):
-    """Mean of consecutive measurements, its standard error, and the index of the best of them."""
+def _checked_errors(
+    count: int, stderrs: Sequence[float] | None, per_sample: Sequence[Tensor | None] | None
+) -> tuple[list[float], list[Tensor | None]]:
+    errors = [0.0] * count if stderrs is None else as_numbers(stderrs)
+    if errors is None or len(errors) != count or not all(0 <= error < math.inf for error in errors):
+        raise ValueError(refusal("stderrs", f"a list of {count} finite numbers ≥ 0", stderrs))
+    if per_sample is None:
+        return errors, [None] * count
+    if (
+        not isinstance(per_sample, list | tuple)
+        or len(per_sample) != count
+        or not all(values is None or _is_flat_and_finite(values) for values in per_sample)
+    ):
+        raise ValueError(
+            refusal("per_sample", f"a list of {count} tensors (N,) of finite numbers, or None", per_sample)
+        )
+    return errors, list(per_sample)
+
+
+def _is_flat_and_finite(values: object) -> bool:
+    return isinstance(values, Tensor) and values.ndim == 1 and len(values) > 0 and bool(values.isfinite().all())
+
+
+class _Errors:
+    """Of differences between one measurement and the mean of others."""
+
+    def __init__(self, stderrs: list[float], per_sample: list[Tensor | None]) -> None:
+        # squares of the largest errors would be endless; a power of two changes nothing else
+        self._unit = math.ldexp(1.0, math.frexp(max(stderrs, default=0.0))[1] - 1)
+        self._covariances = covariances([error / self._unit for error in stderrs], per_sample)
+
+    def of_difference(self, t: int, rows: slice) -> float:
+        """The standard error; that of measurement ``t`` where there are no others."""
+        variance = self._covariances[t, t]
+        if rows.stop:
+            others = self._covariances[rows, rows].mean()
+            variance = variance + others - 2 * self._covariances[t, rows].mean()
+        return self._unit * math.sqrt(max(0.0, float(variance)))
+
+
+@dataclass(frozen=True)
+class _Stretch:
+    """Mean of consecutive measurements, which they are (none, if it is fixed), and the index of the best of them."""
 
     mean: float
-    stderr: float
+    rows: slice
     best: int | None
 
 
 class _Stretches:
     """Finds the best stretch among the measurements so far, each stretch looked at once."""
 
-    def __init__(self, series: list[float], errors: list[float], *, sign: float, window: int, first: int) -> None:
-        self._series, self._errors, self._sign = series, errors, sign
+    def __init__(self, series: list[float], *, sign: float, window: int, first: int) -> None:
+        self._series, self._sign = series, sign
         self._window, self._first, self._end = window, first, first
         self._best: _Stretch | None = None
 
@@ -242,9 +290,8 @@ class _Stretches:
             mean = _mean([self._series[i] for i in rows])
             short = self._end - self._first <= self._window  # the first whole stretch takes the place of shorter ones
             if short or self._best is None or self._sign * (mean - self._best.mean) > 0:
-                stderr = math.hypot(*(self._errors[i] for i in rows)) / size
                 best = max(rows, key=lambda i: self._sign * self._series[i])
-                self._best = _Stretch(mean, stderr, best)
+                self._best = _Stretch(mean, slice(rows.start, rows.stop), best)
         return self._best
 
 

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_cat
 
 from lightning_robust.probe import Probe
 
@@ -53,10 +54,24 @@ class ProbeMetric(Float64Metric, ABC):
     """A torchmetrics ``Metric`` of a network, updated with a :class:`~lightning_robust.Probe`.
 
     ``compute()`` returns a flat dictionary of 0-d tensors, the most telling first; it is empty if no sample was seen.
+
+    Attributes:
+        per_sample: After ``compute()``, what lies behind those of its values that are means over samples: by their
+            keys, (N,), of all processes, in the same order every time. It tells how well two measurements of the same
+            samples can be told apart.
     """
 
     is_differentiable = False
     best_untrained = False  # whether a network that has learnt nothing has the best values
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.per_sample: dict[str, Tensor] = {}
+
+    def reset(self) -> None:
+        """Forget all samples."""
+        super().reset()
+        self.per_sample = {}
 
     def add_configuration(self, *options: object) -> None:
         """Add a state that tells apart metrics of one class with different options.
@@ -88,6 +103,11 @@ class ProbeMetric(Float64Metric, ABC):
     def compute(self) -> dict[str, Tensor]: ...
 
 
+def joined(rows: list[Tensor] | Tensor) -> Tensor:
+    """The rows of all updates and processes, one-dimensional; empty where there are none."""
+    return dim_zero_cat(rows) if len(rows) else torch.empty(0, dtype=torch.float64)
+
+
 def code_points(text: str, *, like: Tensor) -> Tensor:
     """A text as numbers, because only metric states travel between processes."""
     return torch.tensor([ord(char) for char in text], dtype=torch.float64, device=like.device)
@@ -113,21 +133,19 @@ def error_bar(key: str, mean: Tensor, stderr: Tensor) -> dict[str, Tensor]:
     }
 
 
-def error_bar_from_sums(key: str, total: Tensor, total_of_squares: Tensor, num_samples: Tensor) -> dict[str, Tensor]:
-    """The same, from the sum of the samples' values and the sum of their squares."""
-    mean = total / num_samples
-    if num_samples < 2:
-        return error_bar(key, mean, mean.new_tensor(math.nan))
-    variance = (total_of_squares - num_samples * mean.square()).clamp_min(0) / (num_samples - 1)
-    return error_bar(key, mean, (variance / num_samples).sqrt())
+def error_bar_of_mean(key: str, values: Tensor) -> dict[str, Tensor]:
+    """The same for the mean of the samples' values, (N,)."""
+    n = len(values)
+    return error_bar(key, values.mean(), values.std() / math.sqrt(n) if n > 1 else values.new_tensor(math.nan))
 
 
-def error_bar_of_share(key: str, count: Tensor, num_samples: Tensor) -> dict[str, Tensor]:
-    """The same for a share of samples, with the standard error of Agresti & Coull (1998), within 0 and 1.
+def error_bar_of_share(key: str, hits: Tensor) -> dict[str, Tensor]:
+    """The same for a share of hits among N samples, 0 or 1 each, (N,).
 
-    Two successes and two failures are added for the error, not for the share: the plain formula says that a share of 0
-    or 1 is known exactly.
+    The standard error is that of Agresti & Coull (1998): two successes and two failures are added for the error, not
+    for the share, because the plain formula says that a share of 0 or 1 is known exactly. The band stays within both.
     """
-    smoothed = (count + 2) / (num_samples + 4)
-    values = error_bar(key, count / num_samples, (smoothed * (1 - smoothed) / (num_samples + 4)).sqrt())
+    n, count = len(hits), hits.sum()
+    smoothed = (count + 2) / (n + 4)
+    values = error_bar(key, count / n, (smoothed * (1 - smoothed) / (n + 4)).sqrt())
     return {name: value.clamp(0, 1) for name, value in values.items()}

@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_robust.functional._arguments import check_positive_integer
 from lightning_robust.functional._checks import check_targets
 from lightning_robust.functional.attacks import Norm, check_norm
-from lightning_robust.metrics._base import ProbeMetric, error_bar_of_share
+from lightning_robust.metrics._base import ProbeMetric, error_bar_of_share, joined
 from lightning_robust.metrics.linearized_margin import accuracy_key, check_epsilons
 from lightning_robust.probe import Attack, Probe
 
@@ -34,12 +34,13 @@ class AdversarialAccuracy(ProbeMetric):
         ValueError: If ``epsilons`` is empty or holds a negative number, ``norm`` is unknown or ``steps`` is not
             positive.
 
+    State: whether each sample is classified correctly at each ε.
+
     Source: arXiv 1706.06083.
     """
 
     higher_is_better = True
-    correct: Tensor
-    num_samples: Tensor
+    correct: list[Tensor] | Tensor
 
     def __init__(
         self,
@@ -53,23 +54,24 @@ class AdversarialAccuracy(ProbeMetric):
         self.norm = check_norm(norm)
         self.steps = steps
         self.add_configuration(self.epsilons, norm, steps)
-        self.add_float64_state("correct", len(self.epsilons))
-        self.add_float64_state("num_samples")
+        self.add_float64_rows("correct")  # flat, as all rows are
 
     def _add(self, probe: Probe) -> None:
         correct, targets = [], check_targets(probe.targets, num_samples=len(probe))
         for epsilon in self.epsilons:
             attacked = probe.attacked(Attack(epsilon, self.norm, self.steps))
-            correct.append((probe.logits(attacked).argmax(dim=1) == targets).sum())
-        self.correct = self.correct + torch.stack(correct).to(self.correct)
-        self.num_samples = self.num_samples + len(probe)
+            correct.append(probe.logits(attacked).argmax(dim=1) == targets)
+        assert isinstance(self.correct, list)
+        self.correct.append(torch.stack(correct, dim=1).to(self.device, torch.float64).flatten())
 
     def compute(self) -> dict[str, Tensor]:
         """Return the accuracy at each ε over all samples."""
-        n = self.num_samples
-        if n == 0:
+        columns = joined(self.correct).view(-1, len(self.epsilons)).T
+        if columns.numel() == 0:
             return {}
+        keys = [accuracy_key("adversarial", self.norm, epsilon) for epsilon in self.epsilons]
+        self.per_sample = dict(zip(keys, columns, strict=True))
         values: dict[str, Tensor] = {}
-        for epsilon, correct in zip(self.epsilons, self.correct, strict=True):
-            values |= error_bar_of_share(accuracy_key("adversarial", self.norm, epsilon), correct, n)
+        for key, correct in self.per_sample.items():
+            values |= error_bar_of_share(key, correct)
         return values

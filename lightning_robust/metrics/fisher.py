@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
-from torchmetrics.utilities import dim_zero_cat
 
 from lightning_robust.functional._checks import check_targets
 from lightning_robust.functional.fisher import (
@@ -15,7 +12,7 @@ from lightning_robust.functional.fisher import (
     fim_trace,
     saturated,
 )
-from lightning_robust.metrics._base import ProbeMetric, error_bar
+from lightning_robust.metrics._base import ProbeMetric, error_bar, error_bar_of_mean, joined
 from lightning_robust.probe import Probe
 
 
@@ -67,7 +64,7 @@ class FisherSpectralNorm(ProbeMetric):
         c = int(self.num_classes)
         if c == 0:
             return {}
-        rows = dim_zero_cat(self.rows).view(-1, 1 + c + c * (c + 1) // 2)
+        rows = joined(self.rows).view(-1, 1 + c + c * (c + 1) // 2)
         targets, logits, upper = rows[:, 0].long(), rows[:, 1 : 1 + c], rows[:, 1 + c :]
         i, j = torch.triu_indices(c, c, device=upper.device)
         gram = upper.new_zeros(len(upper), c, c)
@@ -75,11 +72,10 @@ class FisherSpectralNorm(ProbeMetric):
         gram[:, j, i] = upper
 
         norms = fim_spectral_norm(logits, gram)
-        n = len(norms)
-        stderr = norms.std() / math.sqrt(n) if n > 1 else norms.new_tensor(math.nan)
         calibrated = calibrated_fim_spectral_norm(logits, gram, targets)
+        self.per_sample = {"fim_spectral_norm": norms}
         return {
-            **error_bar("fim_spectral_norm", norms.mean(), stderr),
+            **error_bar_of_mean("fim_spectral_norm", norms),
             "fim_spectral_norm_median": norms.quantile(0.5),
             "fim_spectral_norm_p95": norms.quantile(0.95),
             "fim_spectral_norm_max": norms.max(),

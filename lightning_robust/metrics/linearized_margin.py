@@ -6,16 +6,14 @@ import math
 from collections.abc import Sequence
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from lightning_robust.functional._arguments import as_number, as_numbers, refusal
+from lightning_robust.functional._checks import check_finite
 from lightning_robust.functional.attacks import Norm, check_norm
-from lightning_robust.functional.linearized_margin import (
-    linearized_accuracy,
-    linearized_margin,
-    linearized_margin_linf,
-)
-from lightning_robust.metrics._base import ProbeMetric, error_bar_from_sums, error_bar_of_share
+from lightning_robust.functional.linearized_margin import linearized_margin, linearized_margin_linf
+from lightning_robust.metrics._base import ProbeMetric, error_bar_of_mean, error_bar_of_share, joined
 from lightning_robust.probe import Probe
 
 DEFAULT_EPSILONS = (1 / 255, 2 / 255, 4 / 255, 8 / 255)
@@ -44,16 +42,13 @@ class LinearizedAccuracy(ProbeMetric):
         ValueError: If ``epsilons`` is empty, holds a negative number, ``norm`` is unknown, or ``order`` is neither 1
             nor 2.
 
+    State: the margin of each sample.
+
     Source: ours, on the linearised distance of arXiv 1511.04599.
     """
 
     higher_is_better = True
-    robust: Tensor
-    margin: Tensor
-    margin_square: Tensor
-    clipped: Tensor
-    clipped_square: Tensor
-    num_samples: Tensor
+    margins: list[Tensor] | Tensor
 
     def __init__(
         self, epsilons: Sequence[float] = DEFAULT_EPSILONS, norm: Norm = "linf", order: Literal[1, 2] = 1
@@ -65,9 +60,7 @@ class LinearizedAccuracy(ProbeMetric):
             raise ValueError(refusal("order", "1 or 2", order))
         self.order = int(order)
         self.add_configuration(self.epsilons, norm, self.order)
-        self.add_float64_state("robust", len(self.epsilons) + 1)  # the last one at 0
-        for name in ("margin", "margin_square", "clipped", "clipped_square", "num_samples"):
-            self.add_float64_state(name)
+        self.add_float64_rows("margins")
 
     def _add(self, probe: Probe) -> None:
         linearization = probe.linearization if self.order == 1 else probe.relinearization(self.norm)
@@ -77,27 +70,27 @@ class LinearizedAccuracy(ProbeMetric):
             margins = linearized_margin_linf(linearization.logits, linearization.gap_l1, probe.targets)
         else:
             raise ValueError("Expected a linearisation with `gap_l1` for norm 'linf', but it has none. Use norm='l2'.")
-        margins = margins.to(self.margin)
-        clipped = margins.clamp_max(2 * max(self.epsilons))
-        self.robust = self.robust + linearized_accuracy(margins, (*self.epsilons, 0.0)) * len(margins)
-        self.margin = self.margin + margins.sum()
-        self.margin_square = self.margin_square + margins.square().sum()
-        self.clipped = self.clipped + clipped.sum()
-        self.clipped_square = self.clipped_square + clipped.square().sum()
-        self.num_samples = self.num_samples + len(margins)
+        check_finite(margins.masked_fill(margins.isposinf(), 0.0), "gradients of the logits")
+        assert isinstance(self.margins, list)
+        self.margins.append(margins.to(self.device, torch.float64))
 
     def compute(self) -> dict[str, Tensor]:
         """Return the statistics over all samples, as the class docstring lists them."""
-        n = self.num_samples
-        if n == 0:
+        margins = joined(self.margins)
+        if len(margins) == 0:
             return {}
         kind = "linearized" if self.order == 1 else f"linearized_order{self.order}"
-        values: dict[str, Tensor] = {}
-        for epsilon, robust in zip((*self.epsilons, 0.0), self.robust.round(), strict=True):
-            values |= error_bar_of_share(accuracy_key(kind, self.norm, epsilon), robust, n)
+        shares = {
+            accuracy_key(kind, self.norm, epsilon): (margins > epsilon).double() for epsilon in (*self.epsilons, 0.0)
+        }
         key = f"{kind}_margin_{self.norm}"
-        values |= error_bar_from_sums(key, self.margin, self.margin_square, n)
-        values |= error_bar_from_sums(f"{key}_clipped", self.clipped, self.clipped_square, n)
+        means = {key: margins, f"{key}_clipped": margins.clamp_max(2 * max(self.epsilons))}
+        self.per_sample = shares | means
+        values: dict[str, Tensor] = {}
+        for key, hits in shares.items():
+            values |= error_bar_of_share(key, hits)
+        for key, distances in means.items():
+            values |= error_bar_of_mean(key, distances)
         return values
 
 

@@ -180,6 +180,46 @@ def test_a_fall_within_the_logged_standard_errors_is_no_drift(
     assert stopper.stopped_epoch == stopped
 
 
+class OnSamples(Quality):
+    """Its values are means over samples that differ by far more than the values do, shuffled anew if wanted."""
+
+    def __init__(self, values: Sequence[float], *, spread: float = 2.0, shuffled: bool = False) -> None:
+        super().__init__(values, stderr=spread / math.sqrt(8))
+        self.spread, self.shuffled = spread, shuffled
+
+    def compute(self) -> dict[str, Tensor]:
+        computed, generator = super().compute(), torch.Generator().manual_seed(self.number)
+        deviations = self.spread * torch.linspace(-1.5, 1.5, 8) + 0.1 * torch.randn(8, generator=generator)
+        order = torch.randperm(8, generator=generator) if self.shuffled else torch.arange(8)
+        self.per_sample = {self.key: computed[self.key] + (deviations - deviations.mean())[order]}
+        return computed
+
+
+@pytest.mark.parametrize(("shuffled", "stopped"), [(False, 5), (True, 0)])
+def test_measurements_of_the_same_samples_are_told_apart_within_their_standard_errors(
+    tmp_path: Path, shuffled: bool, stopped: int
+) -> None:
+    metric = OnSamples([1.0] * 3 + [0.6] * 20, shuffled=shuffled)
+    measuring, stopper = monitor(metric), RobustnessDriftStopping(KEY, patience=3)
+    fit(tmp_path, measuring, stopper, max_epochs=8)
+    assert stopper.stopped_epoch == stopped
+    last = measuring.per_sample[KEY]
+    assert last.dtype == torch.float32
+    assert float(last.mean()) == pytest.approx(0.6)
+
+
+def test_values_per_sample_that_are_no_numbers_are_not_paired(tmp_path: Path) -> None:
+    class Endless(OnSamples):
+        def compute(self) -> dict[str, Tensor]:
+            computed = super().compute()
+            self.per_sample[self.key][0] = math.inf
+            return computed
+
+    stopper = RobustnessDriftStopping(KEY, patience=3)
+    fit(tmp_path, monitor(Endless([1.0] * 3 + [0.6] * 20)), stopper, max_epochs=8)
+    assert stopper.stopped_epoch == 0
+
+
 def test_the_warm_up_does_not_count(tmp_path: Path) -> None:
     values = [9.0, 9.0] + [1.0] * 4 + [0.5] * 20
     stopper = RobustnessDriftStopping(KEY, patience=3, warmup=2)
@@ -549,12 +589,18 @@ def test_the_best_of_several_keys_survives_measurements_in_which_one_is_missing(
 
 
 def killed_and_resumed(
-    root: Path, values: Sequence[float], *, killed_in: int, every_n_epochs: int = 1, **options: Any
+    root: Path,
+    values: Sequence[float],
+    *,
+    killed_in: int,
+    every_n_epochs: int = 1,
+    metric: type[Quality] = Quality,
+    **options: Any,
 ) -> tuple[RobustnessDriftStopping, Repeatable]:
     """A run that is ended in the middle of an epoch, and goes on from the last checkpoint."""
     for ckpt_path, killers in ((None, [Killer(killed_in)]), (root / "last.ckpt", [])):
         stopper, model = RobustnessDriftStopping(KEY, patience=3, **options), module()
-        measuring = monitor(Quality(values), every_n_epochs=every_n_epochs)
+        measuring = monitor(metric(values), every_n_epochs=every_n_epochs)
         checkpoint = ModelCheckpoint(root, save_last=True, enable_version_counter=False)
         try:
             fit(root, measuring, stopper, checkpoint, *killers, model=model, ckpt_path=ckpt_path, max_epochs=40)
@@ -575,6 +621,14 @@ def test_a_resumed_run_stops_as_an_uninterrupted_one(tmp_path: Path, killed_in: 
     assert resumed.stopped_epoch == whole.stopped_epoch
     assert resumed.stopping_reason_message == whole.stopping_reason_message
     assert resumed.state_dict() == whole.state_dict()
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory")
+@pytest.mark.parametrize("killed_in", [2, 5, 6])
+def test_a_resumed_run_pairs_samples_as_an_uninterrupted_one(tmp_path: Path, killed_in: int) -> None:
+    values = [1.0] * 4 + [0.6] * 36
+    resumed, _ = killed_and_resumed(tmp_path, values, killed_in=killed_in, metric=OnSamples)
+    assert resumed.stopped_epoch == 6
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory")

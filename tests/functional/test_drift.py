@@ -2,12 +2,15 @@
 
 import math
 import random
+from collections.abc import Sequence
 from statistics import median
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from lightning_robust.functional.drift import Drift, Rule, drift, drift_history, drifted_together, least_measurements
 
@@ -116,6 +119,60 @@ def test_z_alone_is_in_standard_errors_of_the_measurement_and_the_mean() -> None
 def test_the_larger_of_both_limits_counts(tolerance: float, z: float, limit: float) -> None:
     state = drift([4.0, 4.0], [0.0, 0.2], higher_is_better=True, window=1, tolerance=tolerance, z=z)
     assert state.limit == pytest.approx(limit)
+
+
+# --- measurements of the same samples -------------------------------------------------------------------------------
+
+
+def found(generator: torch.Generator, means: Sequence[float], *, num_samples: int, luck: float) -> list[Tensor]:
+    """Values per sample, of standard deviation 1 but for what is the same in all measurements."""
+    same = luck * torch.randn(num_samples, generator=generator, dtype=torch.float64)
+    noise = torch.randn(len(means), num_samples, generator=generator, dtype=torch.float64)
+    return list(torch.tensor(means, dtype=torch.float64)[:, None] + same + noise)
+
+
+def reported(per_sample: list[Tensor]) -> tuple[list[float], list[float]]:
+    """Means and standard errors, as metrics log them."""
+    return (
+        [float(values.mean()) for values in per_sample],
+        [float(values.std()) / math.sqrt(len(values)) for values in per_sample],
+    )
+
+
+def test_of_the_same_samples_the_error_is_that_of_paired_differences() -> None:
+    per_sample = found(torch.Generator().manual_seed(0), [1.0] * 4 + [0.0], num_samples=50, luck=3.0)
+    state = drift(*reported(per_sample), per_sample, higher_is_better=True, window=4, tolerance=0, z=2)
+    paired = torch.stack(per_sample[:4]).mean(dim=0) - per_sample[4]
+    assert state.fall == pytest.approx(float(paired.mean()))
+    assert state.limit == pytest.approx(2 * float(paired.std()) / math.sqrt(50))
+    apart = drift(*reported(per_sample), higher_is_better=True, window=4, tolerance=0, z=2)
+    assert apart.limit > 2 * state.limit
+
+
+def test_without_values_per_sample_errors_are_independent() -> None:
+    values, stderrs = [1.0, 1.0, 0.5], [0.1, 0.2, 0.2]
+    for per_sample in (None, [None] * 3, [torch.randn(n + 2) for n in range(3)]):
+        state = drift(values, stderrs, per_sample, higher_is_better=True, window=2, z=2)
+        assert state.limit == pytest.approx(2 * math.hypot(0.2, math.hypot(0.1, 0.2) / 2))
+
+
+def test_against_a_fixed_reference_samples_do_not_pair() -> None:
+    per_sample = found(torch.Generator().manual_seed(0), [0.0] * 3, num_samples=50, luck=3.0)
+    values, stderrs = reported(per_sample)
+    options: dict[str, Any] = {"higher_is_better": True, "reference": 1.0, "tolerance": 0}
+    assert drift(values, stderrs, per_sample, **options) == drift(values, stderrs, **options)
+    assert drift(values, stderrs, per_sample, **options).limit == pytest.approx(2 * stderrs[-1])
+
+
+def test_errors_of_any_size_are_paired() -> None:
+    """Their squares would be beyond all floats."""
+    per_sample = found(torch.Generator().manual_seed(0), [1.0, 0.0], num_samples=50, luck=3.0)
+    values, stderrs = reported(per_sample)
+    small = drift(values, stderrs, per_sample, higher_is_better=True, z=2)
+    for scale in (2.0**-1000, 2.0**1000):
+        scaled = [scale * error for error in stderrs]
+        state = drift(values, scaled, per_sample, higher_is_better=True, tolerance=0, z=2)
+        assert state.limit == pytest.approx(scale * small.limit, rel=1e-12)
 
 
 # --- cumulative sums ------------------------------------------------------------------------------------------------
@@ -274,6 +331,32 @@ def test_noise_of_twice_the_reported_size_drifts_often() -> None:
     assert stops > 0.2 * num_series, f"{stops} of {num_series} series"
 
 
+@pytest.mark.parametrize("luck", [0.0, 2.0])
+@pytest.mark.parametrize(("rule", "level"), [("consecutive", 0.03), ("cusum", 0.09)])
+def test_noise_beside_the_luck_of_the_samples_rarely_drifts(rule: Rule, level: float, luck: float) -> None:
+    generator, num_series = torch.Generator().manual_seed(0), 400
+    false_stops = 0
+    for _ in range(num_series):
+        per_sample = found(generator, [0.0] * 100, num_samples=64, luck=luck)
+        false_stops += first_drift(*reported(per_sample), per_sample=per_sample, tolerance=0, rule=rule) is not None
+    assert false_stops <= level * num_series, f"{false_stops} of {num_series} series"
+
+
+def test_beside_the_luck_of_the_samples_a_true_fall_is_found_that_is_within_the_errors() -> None:
+    """By four standard errors of one measurement without luck, 0.9 of one with it."""
+    generator, num_series, before = torch.Generator().manual_seed(0), 100, 20
+    paired, apart = [], []
+    for _ in range(num_series):
+        means = [0.0] * before + [-4.0 / 8] * 40
+        per_sample = found(generator, means, num_samples=64, luck=4.3)
+        values, stderrs = reported(per_sample)
+        for waited, samples in ((paired, per_sample), (apart, None)):
+            after = first_drift(values, stderrs, per_sample=samples, tolerance=0)
+            waited.append(math.inf if after is None else after - before)
+    assert median(paired) == 5
+    assert median(apart) == math.inf
+
+
 @pytest.mark.parametrize(
     ("rule", "fall", "delay"),
     [("consecutive", 3, 5), ("consecutive", 4, 5), ("cusum", 3, 3), ("cusum", 4, 2)],
@@ -367,6 +450,18 @@ def test_without_errors_they_are_zero() -> None:
             for value in ([1.0, math.nan], [math.inf], [None], ["1"], [True], 1.0, None, "12", [[1.0]])
         ),
         *(("stderrs", value) for value in ([0.1], [0.1] * 3, [0.1, -0.1], [0.1, math.nan], [0.1, math.inf], 0.1, "ab")),
+        *(
+            ("per_sample", value)
+            for value in (
+                [None],
+                [torch.ones(3), torch.ones(2, 3)],
+                [torch.ones(3), torch.ones(0)],
+                [torch.ones(3), torch.tensor([1.0, math.nan])],
+                [None, [1.0, 2.0]],
+                torch.ones(2, 3),
+                3,
+            )
+        ),
         *(("higher_is_better", value) for value in (None, 1, 0, "max", math.nan)),
         *(("window", value) for value in (0, -1, True, 1.5, 2.0, "5", None)),
         *(("warmup", value) for value in (-1, True, 1.5, "5", None)),
@@ -382,7 +477,7 @@ def test_a_wrong_argument_is_named_with_what_came(argument: str, value: Any) -> 
     for function in (drift, drift_history):
         with pytest.raises(ValueError, match=f"`{argument}`") as raised:
             function(**given)
-        assert str(raised.value).endswith(f"but got {value!r}.")
+        assert isinstance(value, Tensor) or str(raised.value).endswith(f"but got {value!r}.")
 
 
 @pytest.mark.parametrize("value", ["most", "", None, 1, ("any",)], ids=repr)

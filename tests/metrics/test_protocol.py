@@ -17,6 +17,7 @@ from lightning_robust import (
     WeightCurvatureIndex,
 )
 from lightning_robust.metrics import METRICS, ProbeMetric
+from lightning_robust.metrics._curvature import CurvatureMetric
 from tests.helpers import processes
 from tests.helpers.networks import build
 
@@ -46,14 +47,17 @@ def measured(name: str, sizes: list[int]) -> dict[str, Tensor]:
     return metric.compute()
 
 
-def measured_by_process(rank: int, sizes: list[int]) -> dict[str, dict[str, Tensor]]:
+Found = tuple[dict[str, Tensor], dict[str, Tensor]]  # values, and what lies behind them
+
+
+def measured_by_process(rank: int, sizes: list[int]) -> dict[str, Found]:
     processes.join_group()
     values = {}
     for name, factory in FACTORIES.items():
         metric = factory().to("cpu")  # `to` makes torchmetrics forget the type of states
         if sizes[rank]:  # a process without samples may not even know of the update
             metric.update(probes(sizes)[rank])
-        values[name] = metric.compute()
+        values[name] = metric.compute(), metric.per_sample
     return values
 
 
@@ -84,13 +88,40 @@ def test_values_do_not_depend_on_how_samples_are_batched(name: str, sizes: list[
 @pytest.mark.parametrize("shards", SHARDS)
 def test_processes_give_the_value_of_one(shards: str) -> None:
     results = processes.run(measured_by_process, 3, SHARDS[shards])
-    for name in FACTORIES:
-        expected = measured(name, SHARDS[shards])
+    for name, factory in FACTORIES.items():
+        metric = factory()
+        for probe in probes(SHARDS[shards]):
+            metric.update(probe)
+        alone = metric.compute(), metric.per_sample
         for result in results:
-            assert result[name].keys() == expected.keys()
-            for key, value in result[name].items():
-                torch.testing.assert_close(value, expected[key], rtol=1e-6, atol=1e-9)
-                assert torch.equal(value, results[0][name][key])
+            for found, expected, first in zip(result[name], alone, results[0][name], strict=True):
+                assert found.keys() == expected.keys()
+                for key, value in found.items():
+                    torch.testing.assert_close(value, expected[key], rtol=1e-6, atol=1e-9)
+                    assert torch.equal(value, first[key])
+
+
+@every_metric
+@pytest.mark.parametrize("sizes", [[30], [17, 2, 11]], ids=str)
+def test_values_per_sample_have_the_mean_that_is_returned_in_the_order_of_the_samples(
+    name: str, sizes: list[int]
+) -> None:
+    metric = FACTORIES[name]()
+    assert metric.per_sample == {}
+    for probe in probes(sizes):
+        metric.update(probe)
+    values = metric.compute()
+    means = {key for key in values if f"{key}_stderr" in values} - {"fim_spectral_norm_calibrated"}
+    assert set(metric.per_sample) == (set() if isinstance(metric, CurvatureMetric) else means)
+    singles = probes([1] * 30)
+    for key, found in metric.per_sample.items():
+        torch.testing.assert_close(found.mean(), values[key])
+        for sample in (0, 29):
+            single = FACTORIES[name]()
+            single.update(singles[sample])
+            torch.testing.assert_close(found[sample], single.compute()[key], rtol=1e-5, atol=1e-7)
+    metric.reset()
+    assert metric.per_sample == {}
 
 
 @every_metric
