@@ -20,30 +20,36 @@ class CifarDataModule(LightningDataModule):
         folder: With ``cifar10_train_10k_dev.npz`` and ``cifar10_test_1000_dev.npz``.
         batch_size: Of the training batches.
         num_train: Training images, drawn at random.
-        num_val: Images of the first validation set; the second one has the rest of the test images.
+        num_val: Test images of the first validation set.
+        num_held_out: Images of the second one, of those to train on that are not trained on.
         seed: Of the training images and the order of their batches.
     """
 
     def __init__(
-        self, folder: str, batch_size: int = 32, num_train: int = 4000, num_val: int = 500, seed: int = 0
+        self,
+        folder: str,
+        batch_size: int = 32,
+        num_train: int = 4000,
+        num_val: int = 1000,
+        num_held_out: int = 1500,
+        seed: int = 0,
     ) -> None:
         super().__init__()
         self.folder = Path(folder)
         self.batch_size = batch_size
         self.num_train = num_train
         self.num_val = num_val
+        self.num_held_out = num_held_out
         self.seed = seed
 
     def setup(self, stage: str) -> None:
         """Load the images."""
-        images, targets = _load(self.folder / "cifar10_train_10k_dev.npz")
-        chosen = torch.randperm(len(targets), generator=torch.Generator().manual_seed(self.seed))[: self.num_train]
-        self.train_set = TensorDataset(images[chosen], targets[chosen])
-        images, targets = _load(self.folder / "cifar10_test_1000_dev.npz")
-        order = torch.randperm(len(targets), generator=torch.Generator().manual_seed(0))
-        val, held_out = order[: self.num_val], order[self.num_val :]
-        self.val_set = TensorDataset(images[val], targets[val])
-        self.held_out_set = TensorDataset(images[held_out], targets[held_out])
+        train, test = (_load(self.folder / f"cifar10_{part}_dev.npz") for part in ("train_10k", "test_1000"))
+        order = torch.randperm(len(train[1]), generator=torch.Generator().manual_seed(self.seed))
+        self.train_set = TensorDataset(*_rows(train, order[: self.num_train]))
+        fixed = torch.randperm(len(test[1]), generator=torch.Generator().manual_seed(0))
+        self.val_set = TensorDataset(*_rows(test, fixed[: self.num_val]))
+        self.held_out_set = TensorDataset(*_rows(train, order[self.num_train :][: self.num_held_out]))
 
     def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
         """Shuffled training batches."""
@@ -58,3 +64,7 @@ class CifarDataModule(LightningDataModule):
 def _load(path: Path) -> tuple[Tensor, Tensor]:
     arrays = np.load(path)
     return torch.tensor(arrays["x"]).permute(0, 3, 1, 2).float() / 255, torch.tensor(arrays["y"])
+
+
+def _rows(tensors: tuple[Tensor, Tensor], rows: Tensor) -> tuple[Tensor, Tensor]:
+    return tensors[0][rows], tensors[1][rows]

@@ -99,13 +99,14 @@ class DigitsClassifier(Classifier):
 
 
 class OverfittingClassifier(Classifier):
-    """Adversarial training until it overfits: gradient descent without regularisation, its rate divided by ten midway.
+    """Adversarial training until it overfits: gradient descent without regularisation.
 
     Args:
         learning_rate: Of gradient descent with a momentum of 0.9.
         attack_epsilon: See :class:`Classifier`.
         attack_steps: See :class:`Classifier`.
         image_size: Height and width; 8 are grey digits, others have three colours.
+        decay: Whether the rate is divided by ten midway.
         seed: Of the initial weights.
     """
 
@@ -115,16 +116,20 @@ class OverfittingClassifier(Classifier):
         attack_epsilon: float = 0.1,
         attack_steps: int = 7,
         image_size: int = 8,
+        decay: bool = True,
         seed: int = 0,
     ) -> None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             network = overfitting_cnn() if image_size == 8 else overfitting_cnn(3, image_size, (32, 64, 128), 3)
         super().__init__(network, learning_rate, attack_epsilon, attack_steps)
+        self.decay = decay
         self.save_hyperparameters()
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Gradient descent, with one step of its rate."""
+        """Gradient descent, with one step of its rate or none."""
         optimizer = torch.optim.SGD(self.parameters(), lr=self.learning_rate, momentum=0.9)
+        if not self.decay:
+            return optimizer
         half = max(1, (self.trainer.max_epochs or 2) // 2)
         return {"optimizer": optimizer, "lr_scheduler": torch.optim.lr_scheduler.StepLR(optimizer, half)}

@@ -97,7 +97,7 @@ def train(seed: int, *, epochs: int, folder: str | None = None, curvature: bool 
     else:
         epsilon = 4 / 255
         data = CifarDataModule(folder, seed=seed)
-        model = OverfittingClassifier(0.02, epsilon, attack_steps=3, image_size=32, seed=seed)
+        model = OverfittingClassifier(0.02, epsilon, attack_steps=3, image_size=32, decay=False, seed=seed)
     metrics: list[ProbeMetric] = [LinearizedAccuracy([epsilon])]
     if curvature:
         metrics += [FisherSpectralNorm(), WeightCurvatureIndex()]
@@ -109,7 +109,7 @@ def train(seed: int, *, epochs: int, folder: str | None = None, curvature: bool 
         RobustnessMonitor(
             [AdversarialAccuracy([epsilon], steps=20)],
             dataloader_idx=1,
-            max_samples=1000,
+            max_samples=2000,
             log_key_prefix="attack/",
             valid_range=(0, 1),
         ),

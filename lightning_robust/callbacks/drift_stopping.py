@@ -41,9 +41,10 @@ class RobustnessDriftStopping(EarlyStopping):
     Put it beside a :class:`~lightning_robust.RobustnessMonitor`. It looks at each *measurement* once, however many
     validations lie between two of them, and leaves out those that are missing or not finite. The rule is that of
     :func:`lightning_robust.functional.drift`: ``patience`` measurements in a row, each worse than the best mean of
-    ``patience`` consecutive ones by more than ``tolerance`` (relative) and more than ``z`` standard errors of the
-    difference. These come from ``<key>_stderr`` and, for the keys in the monitor's ``per_sample``, from what each
-    measurement found on each sample, which is kept, 4 bytes each, also in checkpoints.
+    ``patience`` consecutive ones by more than ``tolerance`` (relative), by more than ``z`` standard errors of the
+    difference, and by more than ``z`` times what the series goes up and down by itself. The standard errors come from
+    ``<key>_stderr`` and, for the keys in the monitor's ``per_sample``, from what each measurement found on each sample,
+    which is kept, 4 bytes each, also in checkpoints.
 
     It is Lightning's EarlyStopping otherwise: ``min_epochs``, ``trainer.should_stop``, ``stopped_epoch``,
     ``stopping_reason_message``, ``wait_count`` and ``best_score`` mean what they mean there. All processes follow the
@@ -55,8 +56,8 @@ class RobustnessDriftStopping(EarlyStopping):
         mode: ``"max"`` or ``"min"``, as in EarlyStopping: what is best, of keys that no RobustnessMonitor logs. Of the
             others it is what the metric says (``higher_is_better``).
         tolerance: Change that does not matter, relative to the best.
-        z: Change that does not matter either, in standard errors. A key without a standard error has ``tolerance``
-            alone.
+        z: Change that does not matter either, in standard errors or, if that is more, in standard deviations of the ups
+            and downs from one measurement to the next.
         patience: Measurements that a drift takes.
         warmup: Measurements at the beginning that do not count, neither as the best nor as drift. λ, the trace and the
             index are lowest in a network that has learnt nothing, and need one.

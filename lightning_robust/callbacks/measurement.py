@@ -19,6 +19,7 @@ from lightning_robust.callbacks.overhead import Times
 from lightning_robust.callbacks.sample_selection import SampleCollector
 from lightning_robust.callbacks.undisturbed import undisturbed
 from lightning_robust.functional import gathered_weights
+from lightning_robust.functional._arguments import class_of
 from lightning_robust.functional._grad_mode import differentiable
 from lightning_robust.metrics import ProbeMetric
 from lightning_robust.probe import Probe
@@ -43,7 +44,8 @@ class Measurement:
 
     Attributes:
         samples_at_once: The same, lower if memory ran out.
-        per_sample: What lies behind the values of each metric, by its number, once they are known.
+        per_sample: What lies behind the values of each metric, by its number, once they are known: copies, float32 on
+            the CPU.
     """
 
     def __init__(
@@ -175,7 +177,8 @@ class Measurement:
                 f"Expected each metric to log its own keys, but two log {sorted(twice)[:3]}."
                 " Another RobustnessMonitor with another `log_key_prefix` can measure the second."
             )
-        values[number], self.per_sample[number] = computed, metric.per_sample
+        self.per_sample[number] = _kept(metric.per_sample)
+        values[number] = computed
 
     def _agree(self, device: torch.device, times: Times) -> Verdict:
         outcome = Outcome().to(device)
@@ -187,6 +190,15 @@ class Measurement:
     def _reset(self) -> None:
         for metric in self._metrics:
             metric.reset()
+
+
+def _kept(per_sample: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies, which neither the metric nor a view's whole storage lives on in."""
+    for key, found in per_sample.items():
+        if not isinstance(found, Tensor) or found.ndim != 1 or not len(found):
+            came = f"of shape {tuple(found.shape)}" if isinstance(found, Tensor) else class_of(found)
+            raise ValueError(f"Expected `per_sample` of a metric to hold tensors (N,), but {key!r} is {came}.")
+    return {key: found.detach().to("cpu", torch.float32, copy=True) for key, found in per_sample.items()}
 
 
 def in_words(error: Exception) -> str:

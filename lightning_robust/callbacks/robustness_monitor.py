@@ -358,7 +358,7 @@ class RobustnessMonitor(Callback):
         if verdict.disagree:
             self._notices.once(advice.UNSHARED)
         self.per_sample = {
-            self.log_key_prefix + key: found.to("cpu", torch.float32)
+            self.log_key_prefix + key: found
             for number in values
             for key, found in measurement.per_sample[number].items()
         }

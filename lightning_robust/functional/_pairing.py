@@ -18,7 +18,7 @@ def covariances(stderrs: Sequence[float], per_sample: Sequence[Tensor | None]) -
     Args:
         stderrs: Standard errors of T measurements.
         per_sample: Finite values, (N,) for each measurement, or None where they are not known. Its error is independent
-            of the others then, as it is where all samples have the same value.
+            of the others then, as that of equal values, whose mean has none.
 
     Returns:
         (T, T), float64, positive semi-definite, with the squares of ``stderrs`` on the diagonal.
@@ -31,9 +31,16 @@ def covariances(stderrs: Sequence[float], per_sample: Sequence[Tensor | None]) -
     for size in {len(values) for values in known.values()}:
         paired = torch.tensor([t for t, values in known.items() if len(values) == size])
         values = torch.stack([known[int(t)] for t in paired])
-        centred = values - values.mean(dim=1, keepdim=True)
+        values = _rescaled(values)  # squares of very large or small numbers are none
+        centred = _rescaled(values - values.mean(dim=1, keepdim=True))
         norms = centred.norm(dim=1, keepdim=True)
         units = torch.where(norms > 0, centred / norms, 0.0)
         correlations[paired[:, None], paired] = units @ units.T
     correlations.fill_diagonal_(1.0)
     return errors[:, None] * correlations * errors
+
+
+def _rescaled(values: Tensor) -> Tensor:
+    """Each row divided by its largest entry; zeros stay."""
+    largest = values.abs().amax(dim=1, keepdim=True)
+    return torch.where(largest > 0, values / largest, 0.0)

@@ -57,8 +57,8 @@ class ProbeMetric(Float64Metric, ABC):
 
     Attributes:
         per_sample: After ``compute()``, what lies behind those of its values that are means over samples: by their
-            keys, (N,), of all processes, in the same order every time. It tells how well two measurements of the same
-            samples can be told apart.
+            keys, (N,), process by process and in the order of the updates. It tells how well two measurements of the
+            same samples can be told apart.
     """
 
     is_differentiable = False

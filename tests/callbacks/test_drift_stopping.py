@@ -220,6 +220,59 @@ def test_values_per_sample_that_are_no_numbers_are_not_paired(tmp_path: Path) ->
     assert stopper.stopped_epoch == 0
 
 
+@pytest.mark.parametrize(
+    "odd",
+    [None, [torch.ones(8)], {"quality": None}, {"quality": torch.ones(8, 1)}, {"quality": torch.ones(0)}],
+    ids=str,
+)
+def test_values_per_sample_that_are_none_are_the_metric_s_failure(tmp_path: Path, odd: Any) -> None:
+    class Odd(Quality):
+        def compute(self) -> dict[str, Tensor]:
+            self.per_sample = odd
+            return super().compute()
+
+    measuring = monitor(Odd([1.0] * 20), FisherSpectralNorm())
+    with robustness_warnings() as messages:
+        run = fit(tmp_path, measuring, RobustnessDriftStopping("robust/fim_spectral_norm", warmup=1), max_epochs=2)
+    assert run.current_epoch == 2
+    assert "robust/fim_spectral_norm" in run.callback_metrics
+    assert [message for message in messages if "Odd" in message]
+
+
+def test_what_is_kept_per_sample_is_a_copy(tmp_path: Path) -> None:
+    """A metric may fill the same buffer again."""
+    kept = []
+
+    class Buffered(OnSamples):
+        buffer = torch.empty(100, dtype=torch.float32)
+
+        def compute(self) -> dict[str, Tensor]:
+            computed = super().compute()
+            self.buffer[:8] = self.per_sample[self.key]
+            self.per_sample = {self.key: self.buffer[:8].requires_grad_()}
+            return computed
+
+    class Keeper(Callback):
+        def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            kept.extend(measuring.per_sample.values())
+
+    measuring = monitor(Buffered([1.0] * 3 + [0.6] * 20))
+    fit(tmp_path, measuring, Keeper(), max_epochs=5, num_sanity_val_steps=0)
+    assert [round(float(found.mean()), 5) for found in kept] == [1.0] * 3 + [0.6] * 2
+    assert all(found.untyped_storage().nbytes() == 4 * 8 for found in kept)
+    assert not any(found.requires_grad for found in kept)
+
+
+def test_ups_and_downs_that_are_in_no_standard_error_are_no_drift(tmp_path: Path) -> None:
+    unsteady = [1.0, 0.8, 1.0, 0.8, 1.0] + [0.8, 0.78, 0.8, 0.78, 0.8] * 3
+    stopper = RobustnessDriftStopping(KEY, patience=3)
+    fit(tmp_path, monitor(Quality(unsteady)), stopper, max_epochs=8)
+    assert stopper.stopped_epoch == 0
+    steady = [0.9, 0.9, 0.9, 0.9, 0.9, *unsteady[5:]]
+    fit(tmp_path, monitor(Quality(steady)), stopper, max_epochs=8)
+    assert stopper.stopped_epoch == 7
+
+
 def test_the_warm_up_does_not_count(tmp_path: Path) -> None:
     values = [9.0, 9.0] + [1.0] * 4 + [0.5] * 20
     stopper = RobustnessDriftStopping(KEY, patience=3, warmup=2)
@@ -235,7 +288,7 @@ def test_a_large_fall_stops_a_cumulative_sum_at_once(tmp_path: Path) -> None:
 
 
 def test_a_fixed_reference_takes_the_place_of_the_best(tmp_path: Path) -> None:
-    stopper = RobustnessDriftStopping(KEY, patience=3, reference=0.55, tolerance=0)
+    stopper = RobustnessDriftStopping(KEY, patience=3, reference=0.55, tolerance=0, z=0)
     fit(tmp_path, monitor(Quality([0.6, 0.9, 0.56, 0.56, 0.56, 0.5, 0.5, 0.5, 0.5])), stopper, max_epochs=9)
     assert stopper.stopped_epoch == 7
 
@@ -290,16 +343,16 @@ def test_values_that_are_missing_or_no_numbers_are_left_out(tmp_path: Path, miss
 def test_values_of_the_user_that_are_no_numbers_are_left_out_and_said_once(tmp_path: Path) -> None:
     stopper = RobustnessDriftStopping("val_acc", mode="max", patience=2)
     with robustness_warnings() as messages:
-        fit(tmp_path, stopper, model=Accuracy([0.9, math.nan, 0.5, math.inf, 0.5, 0.5]), max_epochs=6)
-    assert stopper.stopped_epoch == 4
+        fit(tmp_path, stopper, model=Accuracy([0.9, 0.9, math.nan, 0.5, math.inf, 0.5, 0.5]), max_epochs=7)
+    assert stopper.stopped_epoch == 5
     assert messages == ["RobustnessDriftStopping leaves out values of `val_acc` that are not finite."]
 
 
 def test_neither_sanity_checking_nor_validation_outside_of_fit_counts(tmp_path: Path) -> None:
     stopper = RobustnessDriftStopping("val_acc", mode="max", patience=2)
-    model = Accuracy([0.9, 0.8, 0.7, 0.6])
-    run = fit(tmp_path, stopper, model=model, max_epochs=4, num_sanity_val_steps=2)
-    assert series(stopper, "val_acc") == [0.9, 0.8, 0.7]
+    model = Accuracy([0.9, 0.9, 0.7, 0.7, 0.7])
+    run = fit(tmp_path, stopper, model=model, max_epochs=5, num_sanity_val_steps=2)
+    assert series(stopper, "val_acc") == [0.9, 0.9, 0.7, 0.7]
     before = stopper.state_dict()
     model.accuracies = [0.1] * 20
     run.validate(model, loader(), verbose=False)
@@ -844,7 +897,7 @@ def test_an_old_standard_error_is_none(tmp_path: Path) -> None:
 
 
 def test_the_change_of_accuracy_is_that_between_measurements_of_one_epoch(tmp_path: Path) -> None:
-    values = {"val_rob": [0.3, 0.9, 0.9, 0.4, 0.4, 0.4], "val_acc": [0.5, 0.5, 0.5, 0.9, 0.9, 0.9]}
+    values = {"val_rob": [0.9, 0.9, 0.9, 0.4, 0.4, 0.4], "val_acc": [0.5, 0.5, 0.5, 0.9, 0.9, 0.9]}
     stopper = RobustnessDriftStopping("val_rob", mode="max", patience=2)
     fit(tmp_path, stopper, model=Logging(values), max_epochs=2, val_check_interval=0.25, num_sanity_val_steps=0)
     assert stopper.stopping_reason_message is not None

