@@ -193,7 +193,7 @@ class Measurement:
 
 
 def _kept(per_sample: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies, which neither the metric nor a view's whole storage lives on in."""
+    """Copies: metrics may go on writing to their tensors, and views keep all that lies behind them."""
     for key, found in per_sample.items():
         if not isinstance(found, Tensor) or found.ndim != 1 or not len(found):
             came = f"of shape {tuple(found.shape)}" if isinstance(found, Tensor) else class_of(found)
