@@ -43,12 +43,14 @@ class Record:
         series: By key.
         best: Values of the best measurement, by key.
         best_epoch: When it was made.
+        best_is_latest: Whether none has been made since.
         accuracy_key: As what clean accuracy is logged.
     """
 
     series: dict[str, Series] = field(default_factory=dict)
     best: dict[str, float] = field(default_factory=dict)
     best_epoch: int | None = None
+    best_is_latest: bool = False
     accuracy_key: str | None = None
 
     def keep_if_better(self, epoch: int, values: Mapping[str, float], weights: Mapping[str, float]) -> bool:
@@ -62,6 +64,7 @@ class Record:
             if key in self.best
         ]
         better = not self.best or sum(changes) > 0
+        self.best_is_latest = better
         if better:
             self.best_epoch = epoch
         self.best = {**self.best, **values} if better else {**values, **self.best}

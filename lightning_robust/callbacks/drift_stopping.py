@@ -61,16 +61,18 @@ class RobustnessDriftStopping(EarlyStopping):
         patience: Measurements that a drift takes.
         warmup: Measurements at the beginning that do not count, neither as the best nor as drift. λ, the trace and the
             index are lowest in a network that has learnt nothing, and need one.
-        reference: A fixed value in place of the best so far; for one key.
+        reference: A fixed value in place of the best so far, below which (above, where lower is better) values may fall
+            by ``tolerance``; for one key.
         rule: ``"consecutive"``, or ``"cusum"`` for a cumulative sum, which reacts to a large fall faster than after
             ``patience`` measurements, and to a small one that single measurements interrupt.
         combine: Of several keys: ``"any"`` stops with the first that has drifted, ``"all"`` when all have,
             ``"majority"`` when those that have hold more than half of the weight. By default ``"any"``, and
             ``"majority"`` of keys with weights.
         action: ``"stop"``, or ``"warn"`` for one warning per drift.
-        restore_best_weights: At the end of ``fit`` put the weights of the best measurement back (the best single one,
-            after warm-up; of several keys the one with the best weighted relative change). Keeps one copy of the
-            weights in main memory, and in checkpoints.
+        restore_best_weights: At the end of ``fit``, stopped or not, put the weights of the best measurement back (the
+            best single one, after warm-up; of several keys the one with the best weighted relative change), unless it
+            is the latest: weights after it are not known to be worse. Keeps one copy of the weights in main memory, and
+            in checkpoints.
         strict: Whether a key that is not logged is an error, at the first validation that should have logged it.
 
     Raises:
@@ -240,8 +242,8 @@ class RobustnessDriftStopping(EarlyStopping):
             super().on_validation_end(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Put the best weights back."""
-        if not self.restore_best_weights or self.best_epoch is None:
+        """Put the best weights back, unless nothing is known of later ones."""
+        if not self.restore_best_weights or self.best_epoch is None or self._record.best_is_latest:
             return
         if self._best_weights is None:
             self._notices.once(drift_words.no_best_weights(self.best_epoch))

@@ -603,6 +603,18 @@ def test_the_best_weights_are_put_back_bit_by_bit_whether_or_not_the_run_was_sto
     assert not same(model.state_dict(), weights.by_epoch[max(weights.by_epoch)])
 
 
+@pytest.mark.parametrize("epochs", [3, 5])
+def test_weights_after_the_last_measurement_stay_if_that_was_the_best(tmp_path: Path, epochs: int) -> None:
+    """Those of a run that a budget, or the cadence, leaves with old measurements only."""
+    stopper, weights, model = RobustnessDriftStopping(KEY, patience=3, restore_best_weights=True), Weights(), module()
+    before = monitor(Quality([0.5, 0.0, 0.0, 0.0, 0.6] + [0.0] * 20), every_n_epochs=4)
+    with robustness_warnings() as messages:
+        fit(tmp_path, before, stopper, weights, model=model, max_epochs=epochs + 1)
+    assert stopper.best_epoch == epochs // 5 * 4
+    assert same(model.state_dict(), weights.by_epoch[epochs])
+    assert len(messages) == 1  # it could not have stopped the run
+
+
 def test_weights_stay_as_they_are_unless_the_best_ones_are_wanted(tmp_path: Path) -> None:
     weights, model = Weights(), module()
     fit(tmp_path, monitor(Quality(FALL)), RobustnessDriftStopping(KEY, patience=3), weights, model=model)
