@@ -8,6 +8,7 @@ from pathlib import Path
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor
 
 
 class EpochTable(Callback):
@@ -15,18 +16,23 @@ class EpochTable(Callback):
 
     Args:
         columns: Heading of each column, and the logged key that it shows. A key that has a standard error beside it is
-            shown as ``value ± stderr``.
+            shown as ``value ± stderr``; what was not logged anew is left blank.
         note: Printed under the table.
     """
 
     def __init__(self, columns: dict[str, str], note: str = "") -> None:
         self.columns = columns
         self.note = note
+        self._old: dict[str, Tensor] = {}  # what Lightning keeps; values logged anew are other tensors
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the headings."""
         if trainer.is_global_zero:
             print("\n" + self._row("epoch", list(self.columns)), flush=True)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Remember what has been shown."""
+        self._old = dict(trainer.callback_metrics)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print a row."""
@@ -36,9 +42,14 @@ class EpochTable(Callback):
         cells = []
         for key in self.columns.values():
             value, stderr = logged.get(key), logged.get(f"{key}_stderr")
-            cell = "–" if value is None else f"{float(value):.3f}"
-            cells.append(cell if stderr is None else f"{cell} ± {float(stderr):.3f}")
-        print(self._row(str(trainer.current_epoch), cells), flush=True)
+            if value is None:
+                cell = "–"
+            elif value is self._old.get(key):
+                cell = ""
+            else:
+                cell = f"{float(value):.3f}" + ("" if stderr is None else f" ± {float(stderr):.3f}")
+            cells.append(cell)
+        print(self._row(str(trainer.current_epoch), cells).rstrip(), flush=True)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the note, and say how to look at the run."""

@@ -1,9 +1,10 @@
 """What measuring costs, and a budget for it: the share that is logged, and what is left out, on all processes alike."""
 
+import gc
 import math
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from lightning_robust import Probe, ProbeMetric, RobustnessMonitor
 from lightning_robust.callbacks import overhead
-from lightning_robust.callbacks.overhead import Overhead, Times, largest
+from lightning_robust.callbacks.overhead import Collections, Overhead, Times, largest
 from tests.helpers import processes
 from tests.helpers.interrupted import Repeatable
 from tests.helpers.training import History, classifier, loader, robustness_warnings, samples, trainer
@@ -182,6 +183,74 @@ def test_the_clocks_count_what_happens_inside_as_spent(clock: Clock) -> None:
         clock.now += 4
         raise KilledError
     assert clocks.times == Times(22, 7, 4)
+
+
+@pytest.fixture
+def collections_of_two_seconds(clock: Clock) -> Iterator[None]:
+    """Collections of garbage that nobody asked for are put off, those that a test asks for take their time."""
+
+    def take_time(phase: str, info: dict[str, int]) -> None:
+        clock.now += 2 if phase == "stop" else 0
+
+    gc.disable()
+    gc.callbacks.insert(0, take_time)  # before all others see the end
+    yield
+    gc.callbacks.remove(take_time)
+    gc.enable()
+
+
+@pytest.mark.usefixtures("collections_of_two_seconds")
+def test_collections_of_garbage_are_spent_but_not_expected_again(clock: Clock) -> None:
+    clocks = Overhead()
+    clocks.begin()
+    gc.collect()
+    clocks.begin_measurement()
+    with clocks.counted():
+        clock.now += 3
+        gc.collect()
+        assert clocks.times == Times(7, 5, 3)
+        gc.collect(0)
+    gc.collect()
+    with clocks.counted():
+        clock.now += 1
+    assert clocks.times == Times(12, 8, 4)
+    clocks.begin_measurement()
+    with clocks.counted():
+        gc.collect()
+    assert clocks.times == Times(14, 10, 0)
+
+
+@pytest.mark.usefixtures("collections_of_two_seconds")
+def test_nobody_looks_at_collections_outside_of_a_measurement(clock: Clock) -> None:
+    before = list(gc.callbacks)
+    collections = Collections()
+    with suppress(KilledError), collections:
+        assert len(gc.callbacks) == len(before) + 1
+        gc.collect()
+        raise KilledError
+    gc.collect()
+    assert gc.callbacks == before
+    assert collections.seconds == 2
+    with collections:
+        assert collections.seconds == 0
+
+
+@pytest.mark.usefixtures("collections_of_two_seconds")
+def test_a_collection_in_the_first_measurement_does_not_delay_the_second_twice(tmp_path: Path, clock: Clock) -> None:
+    class Collecting(Costly):
+        def compute(self) -> dict[str, Tensor]:
+            if not self.seen:
+                gc.collect()
+            return super().compute()
+
+    metric = Collecting(wait_by(clock), [0.2])
+    monitor, measured = RobustnessMonitor([metric], max_samples=10, overhead_budget=BUDGET), Measured(metric)
+    data = loader(samples(8 * STEPS), batch_size=8)
+    run = trainer(monitor, measured, root=tmp_path, max_epochs=20, num_sanity_val_steps=0)
+    with robustness_warnings():
+        run.fit(Slow(clock), data, data)
+    assert measured.epochs[:3] == [0, 11, 12]  # 2.2 + 0.2 of 48 seconds, 2.2 + 2 · 0.2 of 52
+    assert measured.shares[1] == pytest.approx(2.4 / (48 + 2.4), rel=1e-6)
 
 
 def test_the_clocks_go_on_from_a_state(clock: Clock) -> None:

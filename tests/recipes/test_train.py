@@ -10,7 +10,7 @@ import torch
 from lightning_robust import AdversarialAccuracy, LinearizedAccuracy, RobustnessMonitor
 from recipes.epoch_table import EpochTable
 from recipes.train import main
-from tests.helpers.training import CLOCKS
+from tests.helpers.training import CLOCKS, classifier, loader, trainer
 
 ROOT = Path(__file__).parents[2]
 DIGITS = ROOT / "configs" / "digits.yaml"
@@ -61,6 +61,17 @@ def test_configuration_files_run_and_name_their_launch_command(
     assert "clean accuracy" in heading
     assert row.count("±") == sum(f"{key}_stderr" in cli.trainer.callback_metrics for key in columns_of(cli)) >= 3
     assert "–" not in row
+
+
+def test_the_table_leaves_blank_what_was_not_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    columns = {"accuracy": "val_acc", "λ": "robust/fim_spectral_norm", "missing": "nowhere"}
+    monitor = RobustnessMonitor(["fisher_spectral_norm"], every_n_epochs=2)
+    run = trainer(monitor, EpochTable(columns), root=tmp_path, max_epochs=4, num_sanity_val_steps=1)
+    run.fit(classifier(), loader(), loader())
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if line[:5].strip().isdigit()]
+    assert [len(row) for row in rows] == [6, 3, 6, 3]  # epoch, accuracy, λ ± its error, –
+    assert [row[-1] for row in rows] == ["–"] * 4
+    assert [row[3] for row in rows if len(row) == 6] == ["±", "±"]
 
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")
