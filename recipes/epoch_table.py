@@ -30,8 +30,8 @@ class EpochTable(Callback):
         if trainer.is_global_zero:
             print("\n" + self._row("epoch", list(self.columns)), flush=True)
 
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Remember what has been shown."""
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """What stands there in a resumed run is of the run before."""
         self._old = dict(trainer.callback_metrics)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -41,15 +41,11 @@ class EpochTable(Callback):
         logged = trainer.callback_metrics
         cells = []
         for key in self.columns.values():
-            value, stderr = logged.get(key), logged.get(f"{key}_stderr")
-            if value is None:
-                cell = "–"
-            elif value is self._old.get(key):
-                cell = ""
-            else:
-                cell = f"{float(value):.3f}" + ("" if stderr is None else f" ± {float(stderr):.3f}")
-            cells.append(cell)
+            stderr = f"{key}_stderr"
+            value = f"{float(logged[key]):.3f}" if self._is_new(logged, key) else "" if key in logged else "–"
+            cells.append(f"{value} ± {float(logged[stderr]):.3f}" if value and self._is_new(logged, stderr) else value)
         print(self._row(str(trainer.current_epoch), cells).rstrip(), flush=True)
+        self._old = dict(logged)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the note, and say how to look at the run."""
@@ -61,6 +57,9 @@ class EpochTable(Callback):
                 print(
                     f"\nSee the curves, then open the tab CUSTOM SCALARS:\n\n    {program} --logdir {logger.log_dir}\n"
                 )
+
+    def _is_new(self, logged: dict[str, Tensor], key: str) -> bool:
+        return key in logged and logged[key] is not self._old.get(key)
 
     def _row(self, epoch: str, cells: list[str]) -> str:
         return f"{epoch:>5}  " + "  ".join(

@@ -32,11 +32,13 @@ def _of_key(key: str, drift: Drift, series: Series) -> str:
     by = abs(drift.reference - drift.mean)
     amount = f"{100 * by:.1f} points" if _is_accuracy(key, drift) else f"{100 * by / abs(drift.reference or 1):.1f} %"
     if drift.best is None:
-        than = f"its reference {drift.reference:.4g}"
+        than, change = f"its reference {drift.reference:.4g}", f"{drift.mean:#.4g}"
     else:
         than = f"its best at epoch {series.epochs[drift.best]}"
-    count = "1 measurement" if drift.length == 1 else f"{drift.length} measurements"
-    return f"{key} {verb} {amount} {side} {than} over {count} ({drift.reference:.4g} to {drift.mean:.4g})"
+        change = f"{drift.reference:#.4g} to {drift.mean:#.4g}"
+    if drift.length == 1:
+        return f"{key} {verb} {amount} {side} {than} over 1 measurement ({change})"
+    return f"{key} {verb} {amount} {side} {than} over {drift.length} measurements (on average {change})"
 
 
 def _is_accuracy(key: str, drift: Drift) -> bool:

@@ -4,21 +4,18 @@ A measurement is made if the share would be within the budget after it, were it 
 
     (spent + cost) / (elapsed + cost) ≤ budget.
 
-The first one is always made, since without it nothing is known. A collection of garbage that falls into a measurement
-is spent on it, but is no part of what the next one is expected to cost: the next one hardly meets another, and a full
-one, which the objects of a whole start-up bring about in the first measurement, takes as long as that. Processes have
-clocks of their own and must decide alike, so the largest of their times counts on all of them.
+The first one is always made, since without it nothing is known. Processes have clocks of their own and must decide
+alike, so the largest of their times counts on all of them.
 
 Source: ours.
 """
 
 from __future__ import annotations
 
-import gc
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,7 +30,7 @@ class Times(NamedTuple):
     Attributes:
         elapsed: Since the beginning of the run, with what it took before it was resumed.
         spent: Of these, on measuring.
-        cost: Of these, on the last measurement without the collections of garbage in it; 0 before the first.
+        cost: Of these, on the last measurement; 0 before the first.
     """
 
     elapsed: float = 0.0
@@ -58,7 +55,6 @@ class Overhead:
         self._before = 0.0  # seconds of the run before it was resumed
         self._spent = self._cost = 0.0
         self._counting_since: float | None = None
-        self._collections = Collections()
         self.made = self.left_out = 0  # measurements under a budget
 
     def begin(self) -> None:
@@ -71,16 +67,18 @@ class Overhead:
         self._begun = None
 
     def begin_measurement(self) -> None:
-        """Start to count what one measurement costs."""
-        self._cost = 0.0
+        """Start to count what one measurement costs, if the clock runs."""
+        self._cost = self._cost if self._begun is None else 0.0
 
     @contextmanager
     def counted(self, *, as_cost: bool = True) -> Iterator[None]:
-        """Count what happens inside as measuring, and as a part of what one measurement costs."""
+        """Count what happens inside as measuring, and as a part of what one measurement costs, while the clock runs."""
+        if self._begun is None:
+            yield
+            return
         self._counting_since = time.perf_counter()
         try:
-            with self._collections:
-                yield
+            yield
         finally:
             _, self._spent, cost = self.times
             self._cost = cost if as_cost else self._cost
@@ -92,8 +90,7 @@ class Overhead:
         now = time.perf_counter()
         running = 0.0 if self._begun is None else now - self._begun
         counting = 0.0 if self._counting_since is None else now - self._counting_since
-        cost = self._cost if self._counting_since is None else self._cost + counting - self._collections.seconds
-        return Times(self._before + running, self._spent + counting, cost)
+        return Times(self._before + running, self._spent + counting, self._cost + counting)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers."""
@@ -104,33 +101,6 @@ class Overhead:
         state = dict(state_dict)
         self.made, self.left_out = state.pop("made", 0), state.pop("left_out", 0)
         self._before, self._spent, self._cost = Times(**state)
-
-
-class Collections:
-    """Collections of garbage while the context is open.
-
-    Attributes:
-        seconds: What they took, since the context was opened.
-    """
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-        self._since: float | None = None
-
-    def __enter__(self) -> Self:
-        self.seconds, self._since = 0.0, None
-        gc.callbacks.append(self._note)
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        gc.callbacks.remove(self._note)
-
-    def _note(self, phase: str, info: Mapping[str, int]) -> None:
-        now = time.perf_counter()
-        if phase == "start":
-            self._since = now
-        elif self._since is not None:
-            self.seconds += now - self._since
 
 
 class SlowestClock(Float64Metric):

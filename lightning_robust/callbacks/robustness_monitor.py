@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
@@ -181,13 +182,14 @@ class RobustnessMonitor(Callback):
     # ---- hooks -------------------------------------------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Begin a new run."""
-        self._last_epoch = None
-        self._values = {}
-        self._targets = None
+        """Begin a new run; what is validated or tested after one is no part of it."""
         self._unexamined = True
-        self._overhead = Overhead()
         self._notices.forget()
+        if stage == "fit":
+            self._last_epoch = None
+            self._values = {}
+            self._targets = None
+            self._overhead = Overhead()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say it if nothing will ever be measured, or if a stopper will count what is not."""
@@ -302,6 +304,10 @@ class RobustnessMonitor(Callback):
         times = self._overhead.times
         if trainer.world_size > 1:
             times = largest(times, _device(pl_module))
+        if times.cost == 0:
+            # It is due after the objects of a whole start-up, takes as long as a small measurement, and would count as
+            # what the next one costs if it happened within the first.
+            gc.collect()
         if times.affords(self.overhead_budget):
             self._overhead.made += 1
             return True
@@ -339,7 +345,8 @@ class RobustnessMonitor(Callback):
                 self._conclude(trainer, pl_module, measurement)
         elif share is not None:
             values = {"overhead": share}
-            self._guard(lambda: self._log_values(pl_module, values, in_bar=[]), "log its share of the time")
+            with self._overhead.counted(as_cost=False):
+                self._guard(lambda: self._log_values(pl_module, values, in_bar=[]), "log its share of the time")
 
     def _conclude(self, trainer: Trainer, pl_module: LightningModule, measurement: Measurement) -> None:
         fitting = trainer.state.fn == TrainerFn.FITTING

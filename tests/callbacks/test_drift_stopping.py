@@ -506,7 +506,7 @@ def test_the_reason_says_what_fell_by_how_much_since_when_and_what_became_of_acc
     fit(tmp_path, monitor(Quality(FALL)), stopper, model=model, max_epochs=8)
     assert stopper.stopping_reason_message == (
         "RobustnessDriftStopping stops: robust/quality fell 42.9 % below its best at epoch 2 over 3 measurements"
-        " (0.7 to 0.4); clean accuracy rose 12.5 points (val_acc)."
+        " (on average 0.7000 to 0.4000); clean accuracy rose 12.5 points (val_acc)."
     )
 
 
@@ -516,7 +516,7 @@ def test_accuracies_fall_by_points(tmp_path: Path) -> None:
     fit(tmp_path, monitor(*metrics), stopper, model=Accuracy([0.5] * 20))
     assert stopper.stopping_reason_message == (
         "RobustnessDriftStopping stops: robust/linearized_accuracy_linf_0.1 fell 30.0 points below its best at epoch 2"
-        " over 1 measurement (0.7 to 0.4); clean accuracy stayed (robust/linearized_accuracy_linf_0)."
+        " over 1 measurement (0.7000 to 0.4000); clean accuracy stayed (robust/linearized_accuracy_linf_0)."
     )
 
 
@@ -525,7 +525,7 @@ def test_where_lower_is_better_the_reason_says_that_it_rose(tmp_path: Path) -> N
     fit(tmp_path, monitor(Harm([2.0, 2.0, 3.0, 3.0])), stopper, model=Accuracy([0.9, 0.9, 0.8, 0.8]), max_epochs=4)
     assert stopper.stopping_reason_message == (
         "RobustnessDriftStopping stops: robust/quality rose 50.0 % above its best at epoch 0 over 2 measurements"
-        " (2 to 3); clean accuracy fell 10.0 points (val_acc)."
+        " (on average 2.000 to 3.000); clean accuracy fell 10.0 points (val_acc)."
     )
 
 
@@ -534,7 +534,7 @@ def test_a_fixed_reference_is_not_called_the_best(tmp_path: Path) -> None:
     fit(tmp_path, monitor(Quality([0.6, 0.6, 0.4, 0.4])), stopper, model=Accuracy([0.9] * 4), max_epochs=4)
     message = stopper.stopping_reason_message
     assert message is not None
-    assert "robust/quality fell 20.0 % below its reference 0.5 over 2 measurements (0.5 to 0.4)" in message
+    assert "robust/quality fell 20.0 % below its reference 0.5 over 2 measurements (on average 0.4000)" in message
     assert "best" not in message
 
 
@@ -558,7 +558,7 @@ def test_the_warning_is_given_once_per_drift_and_training_goes_on(tmp_path: Path
     assert len(messages) == 2
     assert all(message.startswith("RobustnessDriftStopping warns: robust/quality fell") for message in messages)
     assert all(message.endswith("Training goes on.") for message in messages)
-    assert ["(1 to 0.5)" in message for message in messages] == [True, False]
+    assert ["1.000 to 0.5000)" in message for message in messages] == [True, False]
 
 
 @pytest.mark.parametrize(("max_epochs", "told"), [(1, True), (5, True), (6, False)])

@@ -1,10 +1,9 @@
 """What measuring costs, and a budget for it: the share that is logged, and what is left out, on all processes alike."""
 
-import gc
 import math
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
@@ -19,8 +18,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lightning_robust import Probe, ProbeMetric, RobustnessMonitor
-from lightning_robust.callbacks import overhead
-from lightning_robust.callbacks.overhead import Collections, Overhead, Times, largest
+from lightning_robust.callbacks import overhead, robustness_monitor
+from lightning_robust.callbacks.overhead import Overhead, Times, largest
 from tests.helpers import processes
 from tests.helpers.interrupted import Repeatable
 from tests.helpers.training import History, classifier, loader, robustness_warnings, samples, trainer
@@ -185,72 +184,17 @@ def test_the_clocks_count_what_happens_inside_as_spent(clock: Clock) -> None:
     assert clocks.times == Times(22, 7, 4)
 
 
-@pytest.fixture
-def collections_of_two_seconds(clock: Clock) -> Iterator[None]:
-    """Collections of garbage that nobody asked for are put off, those that a test asks for take their time."""
-
-    def take_time(phase: str, info: dict[str, int]) -> None:
-        clock.now += 2 if phase == "stop" else 0
-
-    gc.disable()
-    gc.callbacks.insert(0, take_time)  # before all others see the end
-    yield
-    gc.callbacks.remove(take_time)
-    gc.enable()
-
-
-@pytest.mark.usefixtures("collections_of_two_seconds")
-def test_collections_of_garbage_are_spent_but_not_expected_again(clock: Clock) -> None:
+def test_nothing_counts_while_the_clock_does_not_run(clock: Clock) -> None:
     clocks = Overhead()
-    clocks.begin()
-    gc.collect()
-    clocks.begin_measurement()
     with clocks.counted():
         clock.now += 3
-        gc.collect()
-        assert clocks.times == Times(7, 5, 3)
-        gc.collect(0)
-    gc.collect()
+    clocks.begin()
     with clocks.counted():
         clock.now += 1
-    assert clocks.times == Times(12, 8, 4)
-    clocks.begin_measurement()
+    clocks.end()
     with clocks.counted():
-        gc.collect()
-    assert clocks.times == Times(14, 10, 0)
-
-
-@pytest.mark.usefixtures("collections_of_two_seconds")
-def test_nobody_looks_at_collections_outside_of_a_measurement(clock: Clock) -> None:
-    before = list(gc.callbacks)
-    collections = Collections()
-    with suppress(KilledError), collections:
-        assert len(gc.callbacks) == len(before) + 1
-        gc.collect()
-        raise KilledError
-    gc.collect()
-    assert gc.callbacks == before
-    assert collections.seconds == 2
-    with collections:
-        assert collections.seconds == 0
-
-
-@pytest.mark.usefixtures("collections_of_two_seconds")
-def test_a_collection_in_the_first_measurement_does_not_delay_the_second_twice(tmp_path: Path, clock: Clock) -> None:
-    class Collecting(Costly):
-        def compute(self) -> dict[str, Tensor]:
-            if not self.seen:
-                gc.collect()
-            return super().compute()
-
-    metric = Collecting(wait_by(clock), [0.2])
-    monitor, measured = RobustnessMonitor([metric], max_samples=10, overhead_budget=BUDGET), Measured(metric)
-    data = loader(samples(8 * STEPS), batch_size=8)
-    run = trainer(monitor, measured, root=tmp_path, max_epochs=20, num_sanity_val_steps=0)
-    with robustness_warnings():
-        run.fit(Slow(clock), data, data)
-    assert measured.epochs[:3] == [0, 11, 12]  # 2.2 + 0.2 of 48 seconds, 2.2 + 2 · 0.2 of 52
-    assert measured.shares[1] == pytest.approx(2.4 / (48 + 2.4), rel=1e-6)
+        clock.now += 3
+    assert clocks.times == Times(1, 1, 1)
 
 
 def test_the_clocks_go_on_from_a_state(clock: Clock) -> None:
@@ -367,6 +311,25 @@ def test_sanity_checking_is_neither_measured_nor_the_first(tmp_path: Path, clock
     assert len(metric.seen) == 1
 
 
+@pytest.mark.parametrize(("budget", "epochs"), [(BUDGET, [0, 11, 12, 13, 14, 15]), (None, list(range(16)))])
+def test_garbage_is_collected_before_the_first_measurement_lest_it_be_an_estimate_for_the_second(
+    tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch, budget: float | None, epochs: list[int]
+) -> None:
+    collected: list[float] = []
+
+    def collect() -> None:
+        collected.append(clock.now)
+        clock.now += 2
+
+    monkeypatch.setattr(robustness_monitor, "gc", SimpleNamespace(collect=collect))
+    begun = clock.now
+    measured = fit(tmp_path, clock, costs=[0.2], epochs=16, overhead_budget=budget)
+    assert measured.epochs == epochs  # the second one after 2.2 + 0.2 of 50.4 seconds
+    assert collected == ([] if budget is None else [begun + STEPS])
+    if budget is not None:
+        assert measured.shares[:2] == pytest.approx([2.2 / 6.2, 2.4 / 50.4], rel=1e-6)
+
+
 def test_a_measurement_that_fails_has_cost_its_time(tmp_path: Path, clock: Clock) -> None:
     class Failing(Costly):
         def compute(self) -> dict[str, Tensor]:
@@ -447,6 +410,24 @@ def test_measurements_before_a_run_was_resumed_are_points_of_its_curve(tmp_path:
     assert len(before.epochs) >= 5
     assert 0 < len(after.epochs) < 5
     assert messages == []
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory")
+@pytest.mark.parametrize("between", ["validate", "test"])
+def test_what_is_measured_after_a_run_is_no_part_of_its_times(tmp_path: Path, clock: Clock, between: str) -> None:
+    metric = Costly(wait_by(clock), [0.5])
+    monitor, model = RobustnessMonitor([metric], max_samples=10, overhead_budget=BUDGET), Slow(clock)
+    data = loader(samples(8 * STEPS), batch_size=8)
+    run = trainer(monitor, root=tmp_path, max_epochs=13)
+    run.fit(model, data, data)
+    before, count = monitor.state_dict(), len(metric.seen)
+    getattr(run, between)(model, data, verbose=False)
+    assert len(metric.seen) == count + 1
+    assert monitor.state_dict() | {"values": None} == before | {"values": None}
+    run.save_checkpoint(tmp_path / "later.ckpt", weights_only=False)
+    whole = fit(tmp_path, clock, costs=[0.5], epochs=20, overhead_budget=BUDGET).epochs
+    resumed = fit(tmp_path, clock, epochs=20, ckpt_path=str(tmp_path / "later.ckpt"), overhead_budget=BUDGET).epochs
+    assert resumed == [epoch for epoch in whole if epoch >= 13] != []
 
 
 # --- arguments ------------------------------------------------------------------------------------------------------

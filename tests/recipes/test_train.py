@@ -10,7 +10,7 @@ import torch
 from lightning_robust import AdversarialAccuracy, LinearizedAccuracy, RobustnessMonitor
 from recipes.epoch_table import EpochTable
 from recipes.train import main
-from tests.helpers.training import CLOCKS, classifier, loader, trainer
+from tests.helpers.training import CLOCKS, Classifier, classifier, loader, trainer
 
 ROOT = Path(__file__).parents[2]
 DIGITS = ROOT / "configs" / "digits.yaml"
@@ -72,6 +72,30 @@ def test_the_table_leaves_blank_what_was_not_measured(tmp_path: Path, capsys: py
     assert [len(row) for row in rows] == [6, 3, 6, 3]  # epoch, accuracy, λ ± its error, –
     assert [row[-1] for row in rows] == ["–"] * 4
     assert [row[3] for row in rows if len(row) == 6] == ["±", "±"]
+
+
+def test_the_table_shows_what_was_logged_in_training_and_no_error_of_another_epoch(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Logging(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            self.log("step", float(self.global_step), on_step=True)
+            self.log("epoch", float(self.current_epoch), on_step=False, on_epoch=True)
+            return super().training_step(batch, batch_idx)
+
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.log("value", 2.0)
+            if self.current_epoch == 0:
+                self.log("value_stderr", 0.5)
+
+    table = EpochTable({"step": "step", "epoch": "epoch", "value": "value"})
+    trainer(table, root=tmp_path, max_epochs=3, limit_train_batches=4).fit(Logging(), loader(), loader())
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if line[:5].strip().isdigit()]
+    assert rows == [
+        ["0", "3.000", "–", "2.000", "±", "0.500"],  # Lightning adds an epoch up after its validation
+        ["1", "7.000", "0.000", "2.000"],
+        ["2", "11.000", "1.000", "2.000"],
+    ]
 
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")
