@@ -19,8 +19,8 @@ demo: $(VENV)/.demo  ## train on the embedded digits with the monitor on, and sa
 test: $(VENV)/.test  ## run the whole test suite
 	$(BIN)/python -m pytest $(PARALLEL) --dist loadfile $(PYTEST_ARGS)
 
-test-long: $(VENV)/.test  ## run what takes minutes more: a thousand fault schedules
-	$(BIN)/python -m pytest $(PARALLEL) -m long $(PYTEST_ARGS)
+test-long: $(VENV)/.test  ## run what takes minutes more: fault schedules, trainings
+	$(BIN)/python -m pytest $(PARALLEL) --dist worksteal -m long $(PYTEST_ARGS)
 
 test-oldest: $(OLDEST)/.test  ## run the suite with the oldest versions that are supported
 	$(OLDEST)/bin/python -m pytest $(PARALLEL) --dist loadfile $(PYTEST_ARGS)
