@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -27,7 +28,10 @@ from lightning_robust.probe import Probe
 Values = dict[int, dict[str, Tensor]]  # of each metric, by its number
 _LONGEST = 1000  # characters of an error that travel, and are shown in a warning
 # beside those that Lightning knows
-_SHORTAGES = ("out of memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+_SHORTAGE = re.compile(
+    r"out of memory|not enough memory|CUBLAS_STATUS_ALLOC_FAILED|CUDNN_STATUS_ALLOC_FAILED"
+    r"|could not create a (?:primitive|memory object)$"  # oneDNN; a primitive *descriptor* is missing for other reasons
+)
 
 
 class Measurement:
@@ -214,4 +218,4 @@ def in_words(error: Exception) -> str:
 def ran_out_of_memory(error: Exception) -> bool:
     """Whether half as much at once might have gone well."""
     known = isinstance(error, torch.OutOfMemoryError | MemoryError) or is_oom_error(error)
-    return known or any(phrase in in_words(error) for phrase in _SHORTAGES)
+    return known or _SHORTAGE.search(in_words(error)) is not None
