@@ -36,9 +36,8 @@ def _of_key(key: str, drift: Drift, series: Series) -> str:
     else:
         than = f"its best at epoch {series.epochs[drift.best]}"
         change = f"{drift.reference:#.4g} to {drift.mean:#.4g}"
-    if drift.length == 1:
-        return f"{key} {verb} {amount} {side} {than} over 1 measurement ({change})"
-    return f"{key} {verb} {amount} {side} {than} over {drift.length} measurements (on average {change})"
+    over = f"1 measurement ({change})" if drift.length == 1 else f"{drift.length} measurements (on average {change})"
+    return f"{key} {verb} {amount} {side} {than} over {over}"
 
 
 def _is_accuracy(key: str, drift: Drift) -> bool:

@@ -38,13 +38,18 @@ class Times(NamedTuple):
     cost: float = 0.0
 
     @property
+    def nothing_measured(self) -> bool:
+        """Whether nothing is known of what a measurement costs."""
+        return self.cost == 0
+
+    @property
     def share(self) -> float:
         """Of the wall time that was spent on measuring."""
         return self.spent / self.elapsed if self.elapsed else 0.0
 
     def affords(self, budget: float) -> bool:
         """Whether the share would be within a budget after one more measurement."""
-        return self.cost == 0 or self.spent + self.cost <= budget * (self.elapsed + self.cost)
+        return self.nothing_measured or self.spent + self.cost <= budget * (self.elapsed + self.cost)
 
 
 class Overhead:

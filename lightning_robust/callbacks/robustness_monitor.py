@@ -257,9 +257,6 @@ class RobustnessMonitor(Callback):
         self._measurement = None
         if trainer.sanity_checking or not self._is_due(trainer):
             return
-        with self._overhead.counted(as_cost=False):
-            if not self._is_affordable(trainer, pl_module):
-                return
         loaders = CombinedLoader(trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders).flattened
         obstacle = advice.obstacle(trainer)
         if obstacle is None and self.dataloader_idx >= len(loaders):
@@ -267,6 +264,9 @@ class RobustnessMonitor(Callback):
         if obstacle is not None:
             self._notices.once(obstacle)
             return
+        with self._overhead.counted(as_cost=False):
+            if not self._is_affordable(trainer, pl_module):
+                return
         self._overhead.begin_measurement()
         with self._overhead.counted():
             self._measurement = self._new_measurement(trainer, loaders)
@@ -304,7 +304,7 @@ class RobustnessMonitor(Callback):
         times = self._overhead.times
         if trainer.world_size > 1:
             times = largest(times, _device(pl_module))
-        if times.cost == 0:
+        if times.nothing_measured:
             # It is due after the objects of a whole start-up, takes as long as a small measurement, and would count as
             # what the next one costs if it happened within the first.
             gc.collect()

@@ -330,6 +330,20 @@ def test_garbage_is_collected_before_the_first_measurement_lest_it_be_an_estimat
         assert measured.shares[:2] == pytest.approx([2.2 / 6.2, 2.4 / 50.4], rel=1e-6)
 
 
+def test_what_cannot_be_measured_is_no_measurement_within_a_budget(
+    tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(robustness_monitor, "gc", SimpleNamespace(collect=lambda: pytest.fail("nothing is measured")))
+    metric = Costly(wait_by(clock), [0.2])
+    monitor = RobustnessMonitor([metric], dataloader_idx=1, overhead_budget=BUDGET)
+    with robustness_warnings() as messages:
+        trainer(monitor, root=tmp_path, max_epochs=3).fit(Slow(clock), loader(), loader())
+    assert len(messages) == 1
+    assert metric.seen == []
+    times = monitor.state_dict()["times"]
+    assert (times["made"], times["left_out"], times["spent"]) == (0, 0, 0)
+
+
 def test_a_measurement_that_fails_has_cost_its_time(tmp_path: Path, clock: Clock) -> None:
     class Failing(Costly):
         def compute(self) -> dict[str, Tensor]:
