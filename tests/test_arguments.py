@@ -42,6 +42,7 @@ MODEL = random_linear(0, num_classes=CHANNELS, num_features=CHANNELS)
 INPUTS = random(1, 4, CHANNELS)
 TARGETS = torch.tensor([0, 1, 2, 0])
 LOGITS = random(2, 4, CHANNELS)
+PROBS = LOGITS.softmax(dim=1)
 GRAM = torch.eye(CHANNELS, dtype=torch.float64).expand(4, CHANNELS, CHANNELS)
 PROBE = Probe(MODEL, INPUTS, TARGETS)
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -248,6 +249,23 @@ def sums(x: Tensor) -> Tensor:
     return torch.stack([total, -total], dim=1)
 
 
+def is_prediction(value: Any) -> bool:
+    """A tensor of which each row of three is made of probabilities."""
+    if not samples(value) or value.shape[-1] != CHANNELS:
+        return False
+    return bool((value >= 0).all()) and bool((value.sum(dim=-1) == 1).all())
+
+
+def aims(value: Any) -> bool:
+    """Classes (4, K) or (K,), none of them the one that a sample is to leave."""
+    given = isinstance(value, Tensor) and value.dtype in integers and value.ndim in (1, 2) and value.numel() > 0
+    if not given or (value.ndim == 2 and len(value) != len(INPUTS)):
+        return False
+    rows = value.long().expand(len(INPUTS), -1)
+    in_range = bool((rows >= 0).all()) and bool((rows < CHANNELS).all())
+    return in_range and not bool((rows == MODEL(INPUTS).argmax(dim=1, keepdim=True)).any())
+
+
 def samples(value: Any) -> bool:
     return isinstance(value, Tensor) and value.dtype in FLOATING and value.ndim > 0 and value.numel() > 0
 
@@ -443,6 +461,44 @@ CALLEES: dict[str, Callee] = {
             "generator": optional(instance(torch.Generator)),
         },
     ),
+    "trace_fisher_rao_paths": Callee(
+        lambda **given: functional.trace_fisher_rao_paths(
+            **({"model": MODEL, "inputs": INPUTS, "max_steps": 2} | given)
+        ),
+        {
+            "model": is_function,
+            "targets": optional(aims),
+            "labels": optional(labels),
+            "damping": optional(number(positive)),
+            "step_length": optional(number(positive)),
+            "max_euclidean_step": optional(number(positive)),
+            "max_steps": integer(1),
+            "solver": one_of("gram", "cg"),
+            "mode": one_of("path", "poster"),
+            **UNITS,
+            "chunk_size": optional(integer(1)),
+        },
+    ),
+    "fisher_rao_distance": Callee(
+        lambda **given: functional.fisher_rao_distance(**({"p": PROBS, "q": PROBS} | given)),
+        {name: lambda value: is_prediction(value) and value.ndim < 3 for name in ("p", "q")},
+    ),
+    "fisher_rao_margin_bound": Callee(
+        lambda **given: functional.fisher_rao_margin_bound(
+            **({"probs": PROBS, "source": TARGETS, "target": TARGETS} | given)
+        ),
+        {
+            "probs": lambda value: is_prediction(value) and value.shape == PROBS.shape,
+            "source": labels,
+            "target": labels,
+        },
+    ),
+    "class_shielding": Callee(
+        lambda **given: functional.class_shielding(
+            **({"paths": functional.trace_fisher_rao_paths(MODEL, INPUTS), "num_classes": CHANNELS} | given)
+        ),
+        {"paths": instance(functional.FisherRaoPaths), "num_classes": lambda value: type(value) is int and value == 3},
+    ),
     "hessian_trace": Callee(
         lambda **given: functional.hessian_trace(
             **({"model": MODEL, "inputs": INPUTS, "targets": TARGETS, "max_probes": 2} | given)
@@ -513,7 +569,7 @@ CALLEES: dict[str, Callee] = {
     ),
 }
 # Counts of passes: whether there is time for so many is no question of arguments.
-COUNTS = ("steps", "num_probes", "max_probes")
+COUNTS = ("steps", "max_steps", "num_probes", "max_probes")
 # Where a tensor, function or module is needed, the type of what came says enough.
 OBJECTS = (
     "model",
@@ -528,6 +584,13 @@ OBJECTS = (
     "gap_l1",
     "margins",
     "linearization",
+    "labels",
+    "paths",
+    "p",
+    "q",
+    "probs",
+    "source",
+    "target",
 )
 
 every_argument = pytest.mark.parametrize(

@@ -1,7 +1,9 @@
 """Estimators as pure functions: torch in, torch out, options keyword-only."""
 
+from lightning_robust.functional._ratios import Estimate
 from lightning_robust.functional._sharding import gathered_weights
 from lightning_robust.functional.attacks import pgd
+from lightning_robust.functional.class_shielding import ClassShielding, class_shielding
 from lightning_robust.functional.drift import Drift, drift, drift_history, drifted_together
 from lightning_robust.functional.fisher import (
     CalibratedSpectralNorm,
@@ -10,6 +12,12 @@ from lightning_robust.functional.fisher import (
     fim_trace,
     fit_temperature,
     saturated,
+)
+from lightning_robust.functional.fisher_rao import (
+    FisherRaoPaths,
+    fisher_rao_distance,
+    fisher_rao_margin_bound,
+    trace_fisher_rao_paths,
 )
 from lightning_robust.functional.hessian_trace import TraceEstimate, hessian_trace
 from lightning_robust.functional.linearization import Linearization, linearize, relinearize
@@ -22,15 +30,21 @@ from lightning_robust.functional.weight_curvature_index import weight_curvature_
 
 __all__ = [
     "CalibratedSpectralNorm",
+    "ClassShielding",
     "Drift",
+    "Estimate",
+    "FisherRaoPaths",
     "Linearization",
     "TraceEstimate",
     "calibrated_fim_spectral_norm",
+    "class_shielding",
     "drift",
     "drift_history",
     "drifted_together",
     "fim_spectral_norm",
     "fim_trace",
+    "fisher_rao_distance",
+    "fisher_rao_margin_bound",
     "fit_temperature",
     "gathered_weights",
     "hessian_trace",
@@ -41,5 +55,6 @@ __all__ = [
     "pgd",
     "relinearize",
     "saturated",
+    "trace_fisher_rao_paths",
     "weight_curvature_index",
 ]

@@ -55,12 +55,14 @@ def full_precision(tensor: Tensor) -> Tensor:
 
 
 @contextmanager
-def differentiable(*callables: object) -> Iterator[None]:
+def differentiable(*callables: object, twice: bool = False) -> Iterator[None]:
     """Switch derivatives on and shield every module among ``callables`` from them (see the module's docstring).
 
     Args:
         callables: Modules, bound methods of modules, partial applications of either, or plain functions. Functions are
             not looked into: networks that they close over must be named beside them, or keep their modes.
+        twice: Whether second derivatives are wanted. Attention then runs by its mathematical definition, because the
+            fast kernels have none (pytorch#116350).
 
     Raises:
         ValueError: If a pass through one of them is a matter of several processes.
@@ -78,6 +80,8 @@ def differentiable(*callables: object) -> Iterator[None]:
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         if any(isinstance(module, nn.RNNBase) for module in modules):
             stack.enter_context(_without_cudnn())
+        if twice:
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         stack.enter_context(_in_eval_mode(modules))
         stack.enter_context(without_leftovers(modules))
         stack.enter_context(without_backward_hooks(modules))
@@ -138,8 +142,6 @@ def differentiable_weights(
 ) -> Iterator[Weights]:
     """Make the outputs of ``model`` twice differentiable with respect to its weights, and shield them all the same.
 
-    Attention runs by its mathematical definition: the fast kernels have no second derivative (pytorch#116350).
-
     Args:
         model: Module, bound method of a module, partial application of either, or a plain function.
         others: What else takes part, such as a loss with class weights.
@@ -154,7 +156,7 @@ def differentiable_weights(
             "Expected a model whose weights are known, a torch.nn.Module or a method of one, but got a plain function"
             f" {getattr(model, '__name__', model)!r}. Pass the network that it calls as `module`."
         )
-    with differentiable(model, module, *others), sdpa_kernel(SDPBackend.MATH):
+    with differentiable(model, module, *others, twice=True):
         weights = Weights(module)
         if any(tensor.is_complex() for tensor in weights.tensors.values()):
             raise ValueError(f"Expected a model with real weights, but {type(module).__name__} has complex ones.")

@@ -21,14 +21,22 @@ _GRAM_ELEMENTS = 2**20
 
 def samples_at_once(x: Tensor, num_classes: int, chunk_size: int | None) -> int:
     """How many samples pass through the network together."""
+    most = largest_chunk(x, num_classes, chunk_size)
     if chunk_size is not None:
-        return max(1, chunk_size // num_classes)
+        return most
+    num_chunks = -(-len(x) // most)
+    return -(-len(x) // num_chunks)  # chunks of about equal size
+
+
+def largest_chunk(x: Tensor, num_rows: int, chunk_size: int | None) -> int:
+    """How many samples pass through the network together at the most, if each holds ``num_rows`` rows."""
+    if chunk_size is not None:
+        return max(1, chunk_size // num_rows)
     size = max(1, x[0].numel())
-    samples = max(1, _DEFAULT_ELEMENTS // (size * num_classes))
+    samples = max(1, _DEFAULT_ELEMENTS // (size * num_rows))
     if x.device.type == "cpu":
         samples = min(samples, max(8, _DEFAULT_CPU_INPUT_ELEMENTS // size))
-    num_chunks = -(-len(x) // samples)
-    return -(-len(x) // num_chunks)  # chunks of about equal size
+    return samples
 
 
 def linearized_chunk(
@@ -57,13 +65,6 @@ def linearized_chunk(
     to_close = logits.detach() if logits_before is None else logits_before
     predicted = to_close.argmax(dim=1, keepdim=True)
 
-    def jacobian(classes: range) -> Tensor:
-        """Rows of J, (n, len(classes), D)."""
-        rows = x.new_empty(num_samples, len(classes), x[0].numel())
-        for row, c in enumerate(classes):
-            rows[:, row] = input_gradient(logits[:, c], leaf, std)
-        return rows
-
     gaps = to_close.gather(1, predicted) - to_close
 
     def slopes(differences: Tensor, c: int) -> Tensor:
@@ -73,9 +74,9 @@ def linearized_chunk(
     gram = x.new_empty(num_samples, num_classes, num_classes, dtype=wide(x))
     gap_l1 = x.new_empty(num_samples, num_classes)
     if num_classes <= max_rows:
-        rows = jacobian(range(num_classes))
+        rows = jacobian_rows(logits, leaf, std, range(num_classes))
         top = rows.take_along_dim(predicted[..., None], dim=1)[:, 0]
-        gram[:] = _products(rows, rows)
+        gram[:] = products(rows, rows)
         for c in range(num_classes):
             gap_l1[:, c] = slopes(top - rows[:, c], c)
     else:  # one sample with more classes than rows may be held: two blocks of classes at a time
@@ -83,14 +84,14 @@ def linearized_chunk(
         blocks = [range(start, min(start + size, num_classes)) for start in range(0, num_classes, size)]
         top = input_gradient(logits.gather(1, predicted), leaf, std)
         for i, block in enumerate(blocks):
-            rows = jacobian(block)
+            rows = jacobian_rows(logits, leaf, std, block)
             here = slice(block.start, block.stop)
-            gram[:, here, here] = _products(rows, rows)
+            gram[:, here, here] = products(rows, rows)
             for row, c in enumerate(block):
                 gap_l1[:, c] = slopes(top - rows[:, row], c)
             for other in blocks[:i]:
                 there = slice(other.start, other.stop)
-                gram[:, here, there] = _products(rows, jacobian(other))
+                gram[:, here, there] = products(rows, jacobian_rows(logits, leaf, std, other))
                 gram[:, there, here] = gram[:, here, there].mT
     return to_close, gram, gap_l1
 
@@ -141,13 +142,28 @@ def input_gradient(outputs: Tensor, leaf: Tensor, std: Tensor | None) -> Tensor:
     return (gradient if std is None else gradient / std).reshape(len(leaf), -1)
 
 
-def _products(a: Tensor, b: Tensor) -> Tensor:
+def jacobian_rows(logits: Tensor, leaf: Tensor, std: Tensor | None, classes: range) -> Tensor:
+    """Rows of J for some classes, (n, len(classes), D)."""
+    rows = leaf.new_empty(len(leaf), len(classes), leaf[0].numel())
+    for row, c in enumerate(classes):
+        rows[:, row] = input_gradient(logits[:, c], leaf, std)
+    return rows
+
+
+def products(a: Tensor, b: Tensor) -> Tensor:
     """Inner products of rows, (n, A, D) × (n, B, D) → (n, A, B), in float64, which no global TF32 setting reaches."""
     step = max(1, _GRAM_ELEMENTS // max(a[..., 0].numel(), b[..., 0].numel()))
-    products = a.new_zeros(len(a), a.shape[1], b.shape[1], dtype=wide(a))
+    sums = a.new_zeros(len(a), a.shape[1], b.shape[1], dtype=wide(a))
     for p, q in zip(torch.split(a, step, dim=2), torch.split(b, step, dim=2), strict=True):
-        products += p.to(products.dtype) @ q.to(products.dtype).mT
-    return products
+        sums += p.to(sums.dtype) @ q.to(sums.dtype).mT
+    return sums
+
+
+def combination(weights: Tensor, rows: Tensor) -> Tensor:
+    """Sums of rows by weights, (n, A) × (n, A, D) → (n, D), likewise."""
+    step = max(1, _GRAM_ELEMENTS // rows[..., 0].numel())
+    left = weights[:, None].to(wide(rows))
+    return torch.cat([(left @ part.to(left.dtype))[:, 0] for part in torch.split(rows, step, dim=2)], dim=1)
 
 
 def wide(like: Tensor) -> torch.dtype:

@@ -109,7 +109,7 @@ def linearize(
     mean = channelwise(input_mean, inputs, name="input_mean", positive=False)
     with differentiable(model):
         x = full_precision(inputs)
-        num_classes = _count_classes(model, x)
+        num_classes = count_classes(model, x)
         max_rows = num_classes if chunk_size is None else chunk_size
         chunks = [
             linearized_chunk(model, chunk, std, Room.of(chunk, std, mean, valid_range), max_rows)
@@ -241,7 +241,7 @@ def _towards_boundary(
     return torch.where(computable.view(-1, *(1,) * (x.ndim - 1)), moved, x)
 
 
-def _count_classes(model: Callable[[Tensor], Tensor], x: Tensor) -> int:
+def count_classes(model: Callable[[Tensor], Tensor], x: Tensor) -> int:
     """Number of classes, from two samples: the size of a chunk depends on it."""
     with torch.no_grad():
         logits = model(x[:2].clone())

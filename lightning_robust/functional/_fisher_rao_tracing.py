@@ -1,0 +1,238 @@
+"""The passes behind Fisher–Rao paths: all paths advance together, and those that have ended make room for others."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lightning_robust.functional._linearized_chunk import input_gradient, jacobian_rows, wide
+from lightning_robust.functional._natural_gradient import (
+    NaturalGradient,
+    fisher_rao_speed,
+    solve_by_conjugate_gradients,
+    solve_by_gram,
+)
+
+Solver = Literal["gram", "cg"]
+# Halvings of the last step that locate the crossing.
+_HALVINGS = 20
+# By default the damping is this share of the largest eigenvalue that the start's gradient has at even odds, ‖g‖²/4,
+_DAMPING = 1e-2
+# and a step this share of the way to a boundary one nat further away than it is, linearised at the start.
+_SHARE_OF_THE_WAY = 0.25
+
+
+class Settings(NamedTuple):
+    """How paths are traced (see :func:`~lightning_robust.functional.trace_fisher_rao_paths`)."""
+
+    damping: float | None
+    step_length: float
+    max_euclidean_step: float | None
+    max_steps: int
+    solver: Solver
+    poster: bool
+
+
+class Paths(NamedTuple):
+    """Paths, one in each row, normalised as the inputs are.
+
+    Attributes:
+        number: (m,), which paths they are.
+        source: (m,), class that is to be left.
+        target: (m,), class that is aimed at.
+        start: (m, ...), where they begin.
+        x: (m, ...), where they are.
+        lower: (m, ...), what ``x`` may not fall below, of a shape that broadcasts.
+        upper: (m, ...), what it may not exceed, likewise.
+        logits: (m, C), at ``x``.
+        length: (m,), float64, way on the simplex so far.
+        steps: (m,), so far.
+        damping: (m,), float64, λ.
+        longest: (m,), float64, Euclidean bound of a step, un-normalised.
+    """
+
+    number: Tensor
+    source: Tensor
+    target: Tensor
+    start: Tensor
+    x: Tensor
+    lower: Tensor
+    upper: Tensor
+    logits: Tensor
+    length: Tensor
+    steps: Tensor
+    damping: Tensor
+    longest: Tensor
+
+    def rows(self, chosen: Tensor) -> Paths:
+        """Some of them."""
+        return Paths(*(part[chosen] for part in self))
+
+    @property
+    def contrast(self) -> Tensor:
+        """``e_source − e_target``, (m, C), float64: what the logits are multiplied with to give the gap."""
+        c = self.logits.shape[1]
+        return (F.one_hot(self.source, c) - F.one_hot(self.target, c)).to(wide(self.logits))
+
+
+def distance_of_logits(first: Tensor, second: Tensor) -> Tensor:
+    """Fisher–Rao distance of the predictions of two rows of logits, (n, C) each, (n,) in float64."""
+    roots, others = ((_widened(z).log_softmax(dim=1) / 2).exp() for z in (first, second))
+    return distance_of_roots(roots, others)
+
+
+def distance_of_roots(first: Tensor, second: Tensor) -> Tensor:
+    """The same of the square roots of probabilities: by their chord, because cosines of small angles are 1."""
+    chord: Tensor = torch.linalg.vector_norm(first - second, dim=-1)
+    return 4 * (chord / 2).clamp_max(1).asin()
+
+
+class Ended(NamedTuple):
+    """Paths that have ended, and whether each has left its class, (m,)."""
+
+    paths: Paths
+    success: Tensor
+
+
+class Tracer:
+    """Follows the natural gradient of the gap to a target through a network, downwards.
+
+    Args:
+        model: Maps inputs (n, ...) to logits (n, C).
+        std: What the inputs were divided by.
+        settings: See there.
+    """
+
+    def __init__(self, model: Callable[[Tensor], Tensor], std: Tensor | None, settings: Settings) -> None:
+        self._model = model
+        self._std = std
+        self._settings = settings
+
+    def trace(self, begin: Callable[[Tensor], Paths], num_paths: int, *, at_once: int) -> Iterator[Ended]:
+        """Trace paths to their ends, which come in any order.
+
+        Args:
+            begin: Makes the paths of given numbers, (m,), at their starts.
+            num_paths: How many there are.
+            at_once: How many advance together, at the most.
+        """
+        going = self._bounded(begin(torch.arange(min(at_once, num_paths))))
+        begun = len(going.x)
+        while len(going.x):
+            going, *ended = self._advance(going)
+            yield from (group for group in ended if len(group.success))
+            numbers = torch.arange(begun, min(begun + at_once - len(going.x), num_paths))
+            if len(numbers):
+                begun += len(numbers)
+                going = Paths(*map(torch.cat, zip(going, self._bounded(begin(numbers)), strict=True)))
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Of points (m, ...), without a graph."""
+        with torch.no_grad():
+            logits: Tensor = self._model(x.clone())
+        return logits
+
+    def _bounded(self, paths: Paths) -> Paths:
+        """Paths at their starts, with the damping and the bound of a step that are given or follow from the start."""
+        settings, leaf = self._settings, paths.x.clone().requires_grad_()
+        logits = self._model(leaf.clone())
+        gap = (paths.contrast.to(logits) * logits).sum(dim=1)
+        slope = _widened(input_gradient(gap, leaf, self._std)).square().sum(dim=1)
+        if settings.damping is None:
+            damping = torch.where(slope > 0, slope * (_DAMPING / 4), 1)  # from a flat start no path leads anywhere
+        else:
+            damping = torch.full_like(slope, settings.damping)
+        if settings.max_euclidean_step is None and not settings.poster:
+            longest = _SHARE_OF_THE_WAY * (_widened(gap.detach()).abs() + 1) / slope.sqrt()
+        else:
+            longest = torch.full_like(slope, settings.max_euclidean_step or torch.inf)
+        return paths._replace(damping=damping, longest=longest)
+
+    def _advance(self, paths: Paths) -> tuple[Paths, Ended, Ended]:
+        """Take one step of each path: those that go on, those that have left their class, and those that never will."""
+        ahead = _inside(paths, paths.x - self._step(paths, paths.x))
+        if not self._settings.poster:  # the midpoint rule: of second order
+            ahead = _inside(paths, paths.x - self._step(paths, (paths.x + ahead) / 2))
+        logits = self.logits(ahead)
+        computable = flat(ahead).isfinite().all(dim=1) & logits.isfinite().all(dim=1)
+        moved = computable & (flat(ahead) != flat(paths.x)).any(dim=1)
+        crossed = moved & (logits.argmax(dim=1) != paths.source)
+        if not self._settings.poster and crossed.any():
+            rows = crossed.nonzero()[:, 0]
+            ahead[rows], logits[rows] = self._crossing(paths.rows(rows), ahead[rows], logits[rows])
+        way = 1.0 if self._settings.poster else distance_of_logits(paths.logits, logits)
+        there = paths._replace(x=ahead, logits=logits, length=paths.length + way, steps=paths.steps + 1)
+        on = moved & ~crossed & (there.steps < self._settings.max_steps)
+        lost = paths.rows(~moved), there.rows(moved & ~crossed & ~on)
+        never = Paths(*map(torch.cat, zip(*lost, strict=True)))
+        return there.rows(on), _ended(there.rows(crossed), success=True), _ended(never, success=False)
+
+    def _step(self, paths: Paths, x: Tensor) -> Tensor:
+        """The step at points (m, ...), whose lengths are bounded as the settings say; normalised as they are."""
+        leaf = x.clone().requires_grad_()
+        logits = self._model(leaf.clone())
+        probs = _widened(logits.detach()).softmax(dim=1)
+        natural = self._natural_gradient(logits, leaf, probs, paths)
+        euclidean = torch.linalg.vector_norm(natural.direction, dim=1).to(probs)
+        if self._settings.poster:
+            length = 1 / natural.squared_norm.sqrt()
+        else:
+            length = self._settings.step_length / fisher_rao_speed(probs, natural.change)
+        length = torch.minimum(length, paths.longest / euclidean)
+        step = (length[:, None] * natural.direction).to(x).reshape(x.shape)
+        return step if self._std is None else step / self._std
+
+    def _natural_gradient(self, logits: Tensor, leaf: Tensor, probs: Tensor, paths: Paths) -> NaturalGradient:
+        if self._settings.solver == "gram":
+            rows = jacobian_rows(logits, leaf, self._std, range(logits.shape[1]))
+            return solve_by_gram(probs, rows, paths.contrast, paths.damping)
+        cotangent = torch.zeros_like(logits, requires_grad=True)
+        (pulled,) = torch.autograd.grad(logits, leaf, cotangent, create_graph=True, materialize_grads=True)
+
+        def push(rows: Tensor) -> Tensor:
+            """``J p``: the derivative of ``Jᵀ u``, which is linear in ``u``, along ``p``."""
+            if not pulled.requires_grad:
+                return torch.zeros_like(logits)
+            along = rows.to(leaf).reshape(leaf.shape)
+            along = along if self._std is None else along / self._std
+            (pushed,) = torch.autograd.grad(pulled, cotangent, along, retain_graph=True, materialize_grads=True)
+            return pushed
+
+        def pull(changes: Tensor) -> Tensor:
+            return input_gradient((changes.to(logits) * logits).sum(dim=1), leaf, self._std)
+
+        return solve_by_conjugate_gradients(probs, push, pull, paths.contrast, paths.damping)
+
+    def _crossing(self, paths: Paths, ahead: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """The crossing on the way from ``x`` to points outside the class: just beyond it, and the logits there."""
+        before, beyond = paths.x, ahead
+        for _ in range(_HALVINGS):
+            middle = (before + beyond) / 2
+            found = self.logits(middle)
+            outside = found.argmax(dim=1) != paths.source
+            logits = torch.where(outside[:, None], found, logits)
+            outside = outside.view(-1, *(1,) * (ahead.ndim - 1))
+            before, beyond = torch.where(outside, before, middle), torch.where(outside, middle, beyond)
+        return beyond, logits
+
+
+def _inside(paths: Paths, x: Tensor) -> Tensor:
+    return torch.minimum(torch.maximum(x, paths.lower), paths.upper)
+
+
+def _ended(paths: Paths, *, success: bool) -> Ended:
+    return Ended(paths, torch.full_like(paths.steps, success, dtype=torch.bool))
+
+
+def flat(x: Tensor) -> Tensor:
+    """Samples (n, ...), none of them, too, as (n, D)."""
+    return x.reshape(len(x), math.prod(x.shape[1:]))
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    return tensor.to(wide(tensor))
