@@ -8,6 +8,7 @@ from lightning_robust import functional
 from lightning_robust.callbacks import RobustnessDriftStopping, RobustnessMonitor, RobustnessWarning
 from lightning_robust.metrics import (
     AdversarialAccuracy,
+    FisherRaoMargin,
     FisherSpectralNorm,
     HessianTrace,
     LinearizedAccuracy,
@@ -18,6 +19,7 @@ from lightning_robust.probe import Probe
 
 __all__ = [
     "AdversarialAccuracy",
+    "FisherRaoMargin",
     "FisherSpectralNorm",
     "HessianTrace",
     "LinearizedAccuracy",

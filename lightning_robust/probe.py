@@ -29,9 +29,11 @@ from lightning_robust.functional._checks import (
 from lightning_robust.functional._curvature_plan import Estimator, make_plan
 from lightning_robust.functional._curvature_probes import Draws, curvature_sums
 from lightning_robust.functional._curvature_sums import CurvatureSums
+from lightning_robust.functional._fisher_rao_tracing import Settings
 from lightning_robust.functional._grad_mode import differentiable, full_precision
 from lightning_robust.functional._losses import LossFn, check_loss_fn
 from lightning_robust.functional.attacks import Norm, pgd
+from lightning_robust.functional.fisher_rao import FisherRaoPaths, trace_fisher_rao_paths
 from lightning_robust.functional.linearization import Linearization, linearize, relinearize
 
 
@@ -211,6 +213,37 @@ class Probe:
             module=self.module,
             chunk_size=chunk_size,
         )
+
+    def fisher_rao_paths(self, *, num_targets: int | None, options: Settings) -> FisherRaoPaths:
+        """Paths to other classes (see :func:`~lightning_robust.functional.trace_fisher_rao_paths`).
+
+        Args:
+            num_targets: How many of the most probable other classes of each sample to aim at; None for all.
+            options: How to trace them.
+        """
+        key = ("fisher_rao_paths", num_targets, options)
+        if key not in self._done:
+            self._done[key] = trace_fisher_rao_paths(
+                self.model,
+                self.inputs,
+                targets=None if num_targets is None else self._most_probable_others(num_targets),
+                labels=self.targets,
+                **options._asdict(),
+                input_std=self.input_std,
+                input_mean=self.input_mean,
+                valid_range=self.valid_range,
+                chunk_size=self.chunk_size,
+            )
+        paths = self._done[key]
+        assert isinstance(paths, FisherRaoPaths)
+        return paths
+
+    def _most_probable_others(self, count: int) -> Tensor:
+        """Classes (N, count), or all others if there are fewer, in the order of the predictions."""
+        logits = self.logits(self.inputs)
+        labels = check_targets(self.targets, num_samples=len(logits), num_classes=logits.shape[1])
+        others = logits.scatter(1, labels.to(logits.device)[:, None], -torch.inf)
+        return others.topk(min(count, logits.shape[1] - 1), dim=1).indices
 
     def logits(self, inputs: Tensor) -> Tensor:
         """Outputs of the network at other inputs, which must be logits ``(N, C)``, in eval mode and without a graph."""

@@ -178,6 +178,8 @@ def cifar_classifiers(folder: str, *, num_samples: int = 250) -> Iterator[tuple[
 def with_weights(network: nn.Module, path: Path) -> nn.Module:
     """Put weights into a network by their order, whatever the names of its layers are."""
     state = torch.load(path, weights_only=True)
-    names = [key for key in network.state_dict() if not key.endswith("num_batches_tracked")]
-    network.load_state_dict(dict(zip(names, state.values(), strict=True)), strict=False)
+    names, given = (
+        [key for key in keys if not key.endswith("num_batches_tracked")] for keys in (network.state_dict(), state)
+    )
+    network.load_state_dict({name: state[key] for name, key in zip(names, given, strict=True)}, strict=False)
     return network

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from lightning_robust import (
     AdversarialAccuracy,
+    FisherRaoMargin,
     FisherSpectralNorm,
     HessianTrace,
     LinearizedAccuracy,
@@ -43,6 +44,7 @@ INPUTS = random(1, 4, CHANNELS)
 TARGETS = torch.tensor([0, 1, 2, 0])
 LOGITS = random(2, 4, CHANNELS)
 PROBS = LOGITS.softmax(dim=1)
+TRACED = functional.trace_fisher_rao_paths(MODEL, INPUTS)
 GRAM = torch.eye(CHANNELS, dtype=torch.float64).expand(4, CHANNELS, CHANNELS)
 PROBE = Probe(MODEL, INPUTS, TARGETS)
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -327,6 +329,13 @@ CURVATURE: dict[str, Rule] = {
     "num_probes": integer(1),
     "per_layer": is_boolean,
 }
+PATHS: dict[str, Rule] = {
+    "damping": optional(number(positive)),
+    "step_length": optional(number(positive)),
+    "max_euclidean_step": optional(number(positive)),
+    "max_steps": integer(1),
+    "solver": one_of("gram", "cg"),
+}
 UNITS: dict[str, Rule] = {
     "input_std": optional(each_std),
     "input_mean": optional(of_each_channel),
@@ -380,6 +389,11 @@ CALLEES: dict[str, Callee] = {
     "AdversarialAccuracy": Callee(
         AdversarialAccuracy,
         {"epsilons": epsilons, "norm": one_of("linf", "l2"), "steps": integer(1)},
+        measure,
+    ),
+    "FisherRaoMargin": Callee(
+        lambda **given: FisherRaoMargin(**({"max_steps": 2} | given)),
+        {"num_targets": optional(integer(1)), **PATHS, "per_class": is_boolean},
         measure,
     ),
     "HessianTrace": Callee(HessianTrace, CURVATURE, measure),
@@ -469,11 +483,7 @@ CALLEES: dict[str, Callee] = {
             "model": is_function,
             "targets": optional(aims),
             "labels": optional(labels),
-            "damping": optional(number(positive)),
-            "step_length": optional(number(positive)),
-            "max_euclidean_step": optional(number(positive)),
-            "max_steps": integer(1),
-            "solver": one_of("gram", "cg"),
+            **PATHS,
             "mode": one_of("path", "poster"),
             **UNITS,
             "chunk_size": optional(integer(1)),
@@ -494,9 +504,7 @@ CALLEES: dict[str, Callee] = {
         },
     ),
     "class_shielding": Callee(
-        lambda **given: functional.class_shielding(
-            **({"paths": functional.trace_fisher_rao_paths(MODEL, INPUTS), "num_classes": CHANNELS} | given)
-        ),
+        lambda **given: functional.class_shielding(**({"paths": TRACED, "num_classes": CHANNELS} | given)),
         {"paths": instance(functional.FisherRaoPaths), "num_classes": lambda value: type(value) is int and value == 3},
     ),
     "hessian_trace": Callee(

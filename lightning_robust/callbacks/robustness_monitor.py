@@ -83,7 +83,8 @@ class RobustnessMonitor(Callback):
         seed: Chooses the subset.
 
     Attributes:
-        directions: For each key that its metrics have computed, whether higher values are better.
+        directions: For each key that its metrics have computed, whether higher values are better; None if nobody can
+            say so.
         best_untrained: Those keys that are best in a network that has learnt nothing.
         incomplete: Whether something has failed in the last measurement.
         per_sample: By key, what the last measurement found on each sample where the value is their mean, (N,), of all
@@ -146,7 +147,7 @@ class RobustnessMonitor(Callback):
             "chunk_size": self.chunk_size,
             "loss_fn": loss_fn,
         }
-        self.directions: dict[str, bool] = {}
+        self.directions: dict[str, bool | None] = {}
         self.best_untrained: set[str] = set()
         self.incomplete = False
         self.per_sample: dict[str, Tensor] = {}
@@ -384,8 +385,7 @@ class RobustnessMonitor(Callback):
     def _log(self, trainer: Trainer, pl_module: LightningModule, values: Values, verdict: Verdict) -> None:
         for number, computed in values.items():
             metric, keys = self.metrics[number], [self.log_key_prefix + key for key in computed]
-            if metric.higher_is_better is not None:
-                self.directions |= dict.fromkeys(keys, metric.higher_is_better)
+            self.directions |= {self.log_key_prefix + key: metric.direction(key) for key in computed}
             if metric.best_untrained:
                 self.best_untrained.update(keys)
         flat = reporting.flattened(values, verdict)

@@ -19,8 +19,12 @@ from lightning_robust.functional._natural_gradient import (
 )
 
 Solver = Literal["gram", "cg"]
-# Halvings of the last step that locate the crossing.
-_HALVINGS = 20
+Mode = Literal["path", "poster"]
+# A crossing is located up to a gap of so many nats between two logits, or of so many times their rounding error, or in
+# so many trials.
+_GAP = 1e-6
+_ROUNDINGS = 16
+_TRIALS = 30
 # By default the damping is this share of the largest eigenvalue that the start's gradient has at even odds, ‖g‖²/4,
 _DAMPING = 1e-2
 # and a step this share of the way to a boundary one nat further away than it is, linearised at the start.
@@ -28,14 +32,14 @@ _SHARE_OF_THE_WAY = 0.25
 
 
 class Settings(NamedTuple):
-    """How paths are traced (see :func:`~lightning_robust.functional.trace_fisher_rao_paths`)."""
+    """How paths are traced: options of :func:`~lightning_robust.functional.trace_fisher_rao_paths`."""
 
     damping: float | None
     step_length: float
     max_euclidean_step: float | None
     max_steps: int
     solver: Solver
-    poster: bool
+    mode: Mode
 
 
 class Paths(NamedTuple):
@@ -112,6 +116,7 @@ class Tracer:
         self._model = model
         self._std = std
         self._settings = settings
+        self._poster = settings.mode == "poster"
 
     def trace(self, begin: Callable[[Tensor], Paths], num_paths: int, *, at_once: int) -> Iterator[Ended]:
         """Trace paths to their ends, which come in any order.
@@ -121,6 +126,8 @@ class Tracer:
             num_paths: How many there are.
             at_once: How many advance together, at the most.
         """
+        if not num_paths:
+            return
         going = self._bounded(begin(torch.arange(min(at_once, num_paths))))
         begun = len(going.x)
         while len(going.x):
@@ -147,7 +154,7 @@ class Tracer:
             damping = torch.where(slope > 0, slope * (_DAMPING / 4), 1)  # from a flat start no path leads anywhere
         else:
             damping = torch.full_like(slope, settings.damping)
-        if settings.max_euclidean_step is None and not settings.poster:
+        if settings.max_euclidean_step is None and not self._poster:
             longest = _SHARE_OF_THE_WAY * (_widened(gap.detach()).abs() + 1) / slope.sqrt()
         else:
             longest = torch.full_like(slope, settings.max_euclidean_step or torch.inf)
@@ -156,16 +163,16 @@ class Tracer:
     def _advance(self, paths: Paths) -> tuple[Paths, Ended, Ended]:
         """Take one step of each path: those that go on, those that have left their class, and those that never will."""
         ahead = _inside(paths, paths.x - self._step(paths, paths.x))
-        if not self._settings.poster:  # the midpoint rule: of second order
+        if not self._poster:  # the midpoint rule: of second order
             ahead = _inside(paths, paths.x - self._step(paths, (paths.x + ahead) / 2))
         logits = self.logits(ahead)
         computable = flat(ahead).isfinite().all(dim=1) & logits.isfinite().all(dim=1)
         moved = computable & (flat(ahead) != flat(paths.x)).any(dim=1)
         crossed = moved & (logits.argmax(dim=1) != paths.source)
-        if not self._settings.poster and crossed.any():
+        if not self._poster and crossed.any():
             rows = crossed.nonzero()[:, 0]
             ahead[rows], logits[rows] = self._crossing(paths.rows(rows), ahead[rows], logits[rows])
-        way = 1.0 if self._settings.poster else distance_of_logits(paths.logits, logits)
+        way = 1.0 if self._poster else distance_of_logits(paths.logits, logits)
         there = paths._replace(x=ahead, logits=logits, length=paths.length + way, steps=paths.steps + 1)
         on = moved & ~crossed & (there.steps < self._settings.max_steps)
         lost = paths.rows(~moved), there.rows(moved & ~crossed & ~on)
@@ -179,7 +186,7 @@ class Tracer:
         probs = _widened(logits.detach()).softmax(dim=1)
         natural = self._natural_gradient(logits, leaf, probs, paths)
         euclidean = torch.linalg.vector_norm(natural.direction, dim=1).to(probs)
-        if self._settings.poster:
+        if self._poster:
             length = 1 / natural.squared_norm.sqrt()
         else:
             length = self._settings.step_length / fisher_rao_speed(probs, natural.change)
@@ -189,8 +196,13 @@ class Tracer:
 
     def _natural_gradient(self, logits: Tensor, leaf: Tensor, probs: Tensor, paths: Paths) -> NaturalGradient:
         if self._settings.solver == "gram":
-            rows = jacobian_rows(logits, leaf, self._std, range(logits.shape[1]))
-            return solve_by_gram(probs, rows, paths.contrast, paths.damping)
+            # S has no part in what is common to all logits: relative to the source, one backward pass less will do
+            others = other_classes(paths.source, logits.shape[1])
+            relative = logits.gather(1, others) - logits.gather(1, paths.source[:, None])
+            rows = jacobian_rows(relative, leaf, self._std, range(others.shape[1]))
+            contrast = paths.contrast.gather(1, others)
+            natural = solve_by_gram(probs.gather(1, others), rows, contrast, paths.damping)
+            return natural._replace(change=torch.zeros_like(probs).scatter(1, others, natural.change))
         cotangent = torch.zeros_like(logits, requires_grad=True)
         (pulled,) = torch.autograd.grad(logits, leaf, cotangent, create_graph=True, materialize_grads=True)
 
@@ -210,15 +222,37 @@ class Tracer:
 
     def _crossing(self, paths: Paths, ahead: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
         """The crossing on the way from ``x`` to points outside the class: just beyond it, and the logits there."""
+        shape = (-1, *(1,) * (ahead.ndim - 1))
         before, beyond = paths.x, ahead
-        for _ in range(_HALVINGS):
-            middle = (before + beyond) / 2
+        gap_before, gap_beyond = _lead(paths.logits, paths.source), _lead(logits, paths.source)
+        rounding = torch.finfo(logits.dtype).eps * logits.abs().amax(dim=1)
+        allowed = (_ROUNDINGS * rounding).clamp_min(_GAP)
+        for trial in range(_TRIALS):
+            # if it closes evenly, half of what is allowed beyond; every third time the middle, lest one end stays
+            share = (gap_before + allowed / 2) / (gap_before - gap_beyond)
+            share = share.nan_to_num(nan=0.5).clamp(0, 1) if trial % 3 < 2 else torch.full_like(share, 0.5)
+            middle = before + share.view(shape) * (beyond - before)
             found = self.logits(middle)
-            outside = found.argmax(dim=1) != paths.source
+            lead, outside = _lead(found, paths.source), found.argmax(dim=1) != paths.source
             logits = torch.where(outside[:, None], found, logits)
-            outside = outside.view(-1, *(1,) * (ahead.ndim - 1))
+            gap_before, gap_beyond = torch.where(outside, gap_before, lead), torch.where(outside, lead, gap_beyond)
+            outside = outside.view(shape)
             before, beyond = torch.where(outside, before, middle), torch.where(outside, middle, beyond)
+            if (gap_beyond >= -allowed).all():
+                break
         return beyond, logits
+
+
+def other_classes(source: Tensor, num_classes: int) -> Tensor:
+    """All classes but each sample's own, in order: (n, C − 1)."""
+    others = torch.arange(num_classes - 1, device=source.device).expand(len(source), -1)
+    return others + (others >= source[:, None])
+
+
+def _lead(logits: Tensor, source: Tensor) -> Tensor:
+    """By how much the logit of the source exceeds the largest other one, (n,)."""
+    others = logits.gather(1, other_classes(source, logits.shape[1]))
+    return logits.gather(1, source[:, None])[:, 0] - others.amax(dim=1)
 
 
 def _inside(paths: Paths, x: Tensor) -> Tensor:

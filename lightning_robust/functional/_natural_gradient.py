@@ -57,7 +57,7 @@ def solve_by_gram(probs: Tensor, rows: Tensor, contrast: Tensor, damping: Tensor
     """Solve exactly, from whole Jacobians.
 
     Args:
-        probs: (n, C), float64.
+        probs: (n, C), float64; all classes, or all but one if rows and contrast are relative to that one.
         rows: ``J``, (n, C, D).
         contrast: ``a``, (n, C), float64.
         damping: ``λ``, (n,), float64, positive.

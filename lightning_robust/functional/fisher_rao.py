@@ -25,8 +25,8 @@ has the step along ``+v``, which would widen the gap to the target; paths here d
 
 Source: Rao 1945 and Amari 2016 (distance); De & Säfken, "The Myth of Robust Classes" (margins, shielding); bound, path
 length, step control and the exact solution of each step are ours.
-Cost: per step of a path, two forward passes and 2 C backward passes with respect to the input, on as many paths at once
-as memory is meant for, and one forward pass more; at the end of each path 20 forward passes.
+Cost: per step of a path, three forward passes and 2 (C − 1) backward passes with respect to the input, on as many paths
+at once as memory is meant for; at the end of each path a few forward passes.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -56,12 +56,20 @@ from lightning_robust.functional._checks import (
     check_valid_range,
     unnormalised,
 )
-from lightning_robust.functional._fisher_rao_tracing import Paths, Settings, Solver, Tracer, distance_of_roots, flat
+from lightning_robust.functional._fisher_rao_tracing import (
+    Mode,
+    Paths,
+    Settings,
+    Solver,
+    Tracer,
+    distance_of_roots,
+    flat,
+    other_classes,
+)
 from lightning_robust.functional._grad_mode import differentiable, full_precision
 from lightning_robust.functional._linearized_chunk import largest_chunk, wide
 from lightning_robust.functional.linearization import count_classes
 
-Mode = Literal["path", "poster"]
 # Vectors of the size of an input that conjugate gradients hold for a path, those in the graph of J p among them.
 _VECTORS_OF_CG = 8
 # With a ResNet-20 and small networks on CIFAR-10, margins are within 1 % on average of those of steps eight times
@@ -238,7 +246,14 @@ def trace_fisher_rao_paths(
 
     Source: De & Säfken, "The Myth of Robust Classes"; what differs is in the module's docstring.
     """
-    settings = _settings(damping, step_length, max_euclidean_step, max_steps, solver, mode)
+    settings = check_path_options(
+        damping=damping,
+        step_length=step_length,
+        max_euclidean_step=max_euclidean_step,
+        max_steps=max_steps,
+        solver=solver,
+        mode=mode,
+    )
     if chunk_size is not None:
         check_positive_integer("chunk_size", chunk_size)
     check_function("model", model)
@@ -313,19 +328,18 @@ def _bound(before: Tensor, after: Tensor) -> Tensor:
     return 2 * half_chord.clamp_max(1 / math.sqrt(2)).asin()  # arccos √(1 − s²) = arcsin s, exact for small s
 
 
-def _settings(
+def check_path_options(
+    *,
     damping: float | None,
     step_length: float | None,
     max_euclidean_step: float | None,
     max_steps: int,
     solver: Solver,
-    mode: Mode,
+    mode: Mode = "path",
 ) -> Settings:
-    for name, value in (
-        ("damping", damping),
-        ("step_length", step_length),
-        ("max_euclidean_step", max_euclidean_step),
-    ):
+    """Return the options of :func:`trace_fisher_rao_paths` that say how to trace, or raise a ``ValueError``."""
+    lengths = {"damping": damping, "step_length": step_length, "max_euclidean_step": max_euclidean_step}
+    for name, value in lengths.items():
         if value is not None and not 0 < as_number(value) < math.inf:
             raise ValueError(refusal(name, "a positive number or None", value))
     check_positive_integer("max_steps", max_steps)
@@ -339,15 +353,14 @@ def _settings(
         max_euclidean_step=None if max_euclidean_step is None else as_number(max_euclidean_step),
         max_steps=max_steps,
         solver=solver,
-        poster=mode == "poster",
+        mode=mode,
     )
 
 
 def _aims(targets: Tensor | None, source: Tensor, num_classes: int) -> Tensor:
     """Classes aimed at, (N, K)."""
     if targets is None:
-        others = torch.arange(num_classes - 1, device=source.device).expand(len(source), -1)
-        return others + (others >= source[:, None])
+        return other_classes(source, num_classes)
     if not isinstance(targets, Tensor):
         raise TypeError(f"Expected argument `targets` to be a tensor (N, K) or (K,), but got {class_of(targets)}.")
     if targets.ndim not in (1, 2) or not targets.numel() or (targets.ndim == 2 and len(targets) != len(source)):

@@ -3,12 +3,14 @@
 from lightning_robust.metrics._base import ProbeMetric
 from lightning_robust.metrics.attacks import AdversarialAccuracy
 from lightning_robust.metrics.fisher import FisherSpectralNorm
+from lightning_robust.metrics.fisher_rao_margin import FisherRaoMargin
 from lightning_robust.metrics.hessian_trace import HessianTrace
 from lightning_robust.metrics.linearized_margin import LinearizedAccuracy
 from lightning_robust.metrics.weight_curvature_index import WeightCurvatureIndex
 
 METRICS: dict[str, type[ProbeMetric]] = {
     "adversarial_accuracy": AdversarialAccuracy,
+    "fisher_rao_margin": FisherRaoMargin,
     "fisher_spectral_norm": FisherSpectralNorm,
     "hessian_trace": HessianTrace,
     "linearized_accuracy": LinearizedAccuracy,
@@ -19,6 +21,7 @@ METRICS: dict[str, type[ProbeMetric]] = {
 __all__ = [
     "METRICS",
     "AdversarialAccuracy",
+    "FisherRaoMargin",
     "FisherSpectralNorm",
     "HessianTrace",
     "LinearizedAccuracy",

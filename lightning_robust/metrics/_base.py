@@ -82,6 +82,10 @@ class ProbeMetric(Float64Metric, ABC):
         digest = hashlib.blake2b(repr(options).encode(), digest_size=8).digest()
         self.add_state("configuration", torch.tensor(list(digest), dtype=torch.float64), dist_reduce_fx="max")
 
+    def direction(self, key: str) -> bool | None:
+        """Whether higher values of one of its keys are better; None if that cannot be said."""
+        return self.higher_is_better
+
     def update(self, probe: Probe) -> None:
         """Add the samples of ``probe``. A probe without samples is valid and adds nothing.
 

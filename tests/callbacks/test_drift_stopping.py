@@ -14,7 +14,14 @@ from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from lightning_robust import FisherSpectralNorm, Probe, ProbeMetric, RobustnessDriftStopping, RobustnessMonitor
+from lightning_robust import (
+    FisherRaoMargin,
+    FisherSpectralNorm,
+    Probe,
+    ProbeMetric,
+    RobustnessDriftStopping,
+    RobustnessMonitor,
+)
 from tests.helpers import processes
 from tests.helpers.interrupted import Repeatable
 from tests.helpers.training import Classifier, classifier, loader, robustness_warnings, samples, trainer
@@ -426,6 +433,17 @@ def test_a_key_of_the_monitor_without_a_metric_needs_a_direction(tmp_path: Path)
     stopper = RobustnessDriftStopping("robust/num_samples", mode="max")
     fit(tmp_path, monitor(Quality(FALL)), stopper, max_epochs=6)
     assert series(stopper, "robust/num_samples") == [8.0] * 6
+
+
+def test_a_key_of_a_metric_that_cannot_say_what_is_better_needs_a_direction(tmp_path: Path) -> None:
+    paths = FisherRaoMargin(num_targets=1)
+    message = "does not know whether high values of `robust/shielded` are good"
+    with pytest.raises(MisconfigurationException, match=message):
+        fit(tmp_path, monitor(paths), RobustnessDriftStopping("robust/shielded"), max_epochs=2)
+    for key, mode, reference in (("robust/shielded", "min", 2.0), ("robust/fisher_rao_margin", None, -1.0)):
+        stopper = RobustnessDriftStopping(key, mode=mode, reference=reference)
+        fit(tmp_path, monitor(paths), stopper, max_epochs=6)
+        assert len(series(stopper, key)) == 6
 
 
 def test_an_unknown_key_is_refused_with_those_that_there_are(tmp_path: Path) -> None:

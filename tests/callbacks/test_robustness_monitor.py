@@ -389,3 +389,25 @@ def test_nothing_is_kept_between_measurements(tmp_path: Path) -> None:
     trainer(monitor, root=tmp_path).fit(classifier(), loader(), loader())
     assert all(len(metric.metric_state.get("rows", [])) == 0 for metric in monitor.metrics)
     assert monitor._measurement is None
+
+
+def test_fisher_rao_margins_have_a_monitor_of_their_own_at_a_slower_cadence(tmp_path: Path) -> None:
+    history = History("paths/")
+    slow = RobustnessMonitor(
+        ["fisher_rao_margin"], every_n_epochs=2, max_samples=10, log_key_prefix="paths/", on_error="raise"
+    )
+    run = trainer(
+        RobustnessMonitor(["fisher_spectral_norm"], on_error="raise"), slow, history, root=tmp_path, max_epochs=4
+    )
+    run.fit(classifier(), loader(), loader())
+    logged = {key for key in run.callback_metrics if key.startswith("paths/")} - {"paths/overhead", "paths/seconds"}
+    bars = ("fisher_rao_margin", "fisher_rao_margin_excess", "shielded")
+    assert logged == {
+        *(f"paths/{key}{suffix}" for key in bars for suffix in ("", "_stderr", "_lower", "_upper")),
+        "paths/fisher_rao_margin_bound",
+        "paths/fisher_rao_margin_unreached",
+        "paths/num_samples",
+        *(f"paths/{key}/{label}" for key in ("fisher_rao_margin", "shielded") for label in range(NUM_CLASSES)),
+    }
+    values = [row["paths/fisher_rao_margin"] for row in history.rows]  # Lightning goes on showing the last one
+    assert values[0] == values[1] != values[2] == values[3]

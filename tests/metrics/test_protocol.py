@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_robust import (
     AdversarialAccuracy,
+    FisherRaoMargin,
     FisherSpectralNorm,
     HessianTrace,
     LinearizedAccuracy,
@@ -30,6 +31,7 @@ FACTORIES: dict[str, Callable[[], ProbeMetric]] = {
     "wci": WeightCurvatureIndex,
     "adversarial_wci": lambda: WeightCurvatureIndex(attack="pgd", epsilon=0.1, steps=3),
     "adversarial": lambda: AdversarialAccuracy([0.02, 0.1], steps=3),
+    "fisher_rao_margin": lambda: FisherRaoMargin(num_targets=2, max_steps=20, per_class=False),
 }
 SHARDS = {"even": [10, 10, 10], "uneven": [17, 2, 11], "with an empty one": [12, 0, 18]}
 every_metric = pytest.mark.parametrize("name", FACTORIES)
@@ -69,7 +71,7 @@ def test_values_are_finite_scalars_with_bands_around_the_mean(name: str) -> None
         assert value.shape == ()
         assert value.isfinite(), key
         if f"{key}_stderr" in values:
-            ends = (0, 1) if "accuracy" in key else (-torch.inf, torch.inf)
+            ends = (0, 1) if "accuracy" in key or key == "shielded" else (-torch.inf, torch.inf)
             for edge, sign in (("lower", -1), ("upper", 1)):
                 expected = (value + 2 * sign * values[f"{key}_stderr"]).clamp(*ends)
                 torch.testing.assert_close(values[f"{key}_{edge}"], expected)
@@ -112,7 +114,7 @@ def test_values_per_sample_have_the_mean_that_is_returned_in_the_order_of_the_sa
         metric.update(probe)
     values = metric.compute()
     means = {key for key in values if f"{key}_stderr" in values} - {"fim_spectral_norm_calibrated"}
-    assert set(metric.per_sample) == (set() if isinstance(metric, CurvatureMetric) else means)
+    assert set(metric.per_sample) == (set() if isinstance(metric, CurvatureMetric | FisherRaoMargin) else means)
     singles = probes([1] * 30)
     for key, found in metric.per_sample.items():
         torch.testing.assert_close(found.mean(), values[key])
@@ -192,7 +194,9 @@ def test_what_is_not_a_probe_is_refused(name: str) -> None:
 
 @every_metric
 def test_direction_is_stated(name: str) -> None:
-    assert FACTORIES[name]().higher_is_better is ("accuracy" in next(iter(measured(name, [30]))))
+    metric, first = FACTORIES[name](), next(iter(measured(name, [30])))
+    assert metric.higher_is_better is any(word in first for word in ("accuracy", "margin"))
+    assert metric.direction(first) is metric.higher_is_better
 
 
 def test_every_metric_has_a_name() -> None:

@@ -1,0 +1,210 @@
+"""Which classes are far from a change of class, and which stand in the way? The study of "The Myth of Robust Classes".
+
+    python -m recipes.class_shielding
+    python -m recipes.class_shielding --config configs/class_shielding_cifar10.yaml --images … --weights …
+
+Traces Fisher–Rao paths from images of every class towards every other class, and counts which class they enter first.
+By default it trains a small CNN on the digits of scikit-learn; any other network, weights and images can be named.
+"""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jsonargparse import auto_cli
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from lightning_robust.functional import (
+    ClassShielding,
+    Estimate,
+    FisherRaoPaths,
+    class_shielding,
+    trace_fisher_rao_paths,
+)
+from recipes.classifier import DigitsClassifier
+from recipes.digits import DigitsDataModule
+from recipes.networks import initialised
+from recipes.shielding_figures import draw
+from recipes.zoo import train_quietly, with_weights
+
+CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+# The poster's figures for 800 test images of CIFAR-10 and 3,659 paths, in the order of the classes.
+POSTER = {
+    "shielding": (58.2, 40.5, 12.1, 9.8, 18.4, 14.2, 21.0, 27.5, 62.7, 51.7),  # %
+    "margin": (3.21, 2.76, 1.05, 0.98, 1.48, 1.12, 1.78, 2.05, 3.45, 2.98),  # steps
+    "l2": (0.98, 0.84, 0.32, 0.28, 0.52, 0.35, 0.60, 0.70, 1.12, 0.95),
+    "rank": (1, 3, 9, 10, 7, 8, 6, 5, 2, 4),
+}
+GROUP = 20  # images between two strokes of the progress bar
+
+
+def trace(
+    network: nn.Module, inputs: Tensor, targets: Tensor, *, quiet: bool = False, **options: Any
+) -> FisherRaoPaths:
+    """Trace paths from all images towards all other classes, with a progress bar."""
+    groups = zip(torch.split(inputs, GROUP), torch.split(targets, GROUP), strict=True)
+    with tqdm(total=len(inputs), unit=" images", disable=quiet, desc="tracing") as bar:
+        parts = []
+        for x, y in groups:
+            parts.append(trace_fisher_rao_paths(network, x, labels=y, **options))
+            bar.update(len(x))
+    return FisherRaoPaths.joined(parts)
+
+
+def digits_to_study(num_images: int, *, epochs: int, seed: int) -> tuple[nn.Module, Tensor, Tensor]:
+    """A network trained on digits, and validation images."""
+    data, model = DigitsDataModule(seed=seed), DigitsClassifier(dropout=0.0)
+    initialised(model, seed=seed)
+    train_quietly(model, data, epochs=epochs)
+    images, labels = data.val_set.tensors
+    return model.network, *evenly(images, labels, num_images)
+
+
+def images_of(path: str, num_images: int) -> tuple[Tensor, Tensor]:
+    """Images in [0, 1], (N, channels, S, S), and their classes, from a file with arrays ``x`` (bytes) and ``y``."""
+    arrays = np.load(path)
+    images, labels = evenly(torch.tensor(arrays["x"]), torch.tensor(arrays["y"]), num_images)
+    return (images.permute(0, 3, 1, 2) if images.ndim == 4 else images[:, None]).float() / 255, labels
+
+
+def evenly(images: Tensor, labels: Tensor, num_images: int) -> tuple[Tensor, Tensor]:
+    """As many images of each class as there are, or as are asked for, in the order in which they come."""
+    classes = sorted(set(labels.tolist()))
+    chosen = [(labels == c).nonzero()[: -(-num_images // len(classes)), 0] for c in classes]
+    rows = torch.cat(chosen).sort().values[:num_images]
+    return images[rows], labels[rows]
+
+
+def table(found: ClassShielding, names: list[str], *, mode: str) -> str:
+    """The poster's columns, with standard errors, and its figures beside them where the classes are its."""
+    ours = {
+        "shielding %": _cells(found.shielding, 100, 1),
+        "mean FR margin" if mode == "path" else "mean steps": _cells(found.margin, 1, 2),
+        "mean ‖δ‖₂": _cells(found.l2, 1, 3),
+        "rank": [str(int(rank)) for rank in found.vulnerability_rank],
+        "shielded %": _cells(found.shielded, 100, 1),
+        "margin / bound": _cells(found.excess, 1, 2) if mode == "path" else [],
+    }
+    columns = {heading: cells for heading, cells in ours.items() if cells}
+    if tuple(names) == CIFAR10:
+        columns |= {f"poster: {name}": [f"{value:g}" for value in values] for name, values in POSTER.items()}
+    widths = [max(map(len, (heading, *cells))) for heading, cells in columns.items()]
+    first = max(map(len, (*names, "class")))
+
+    def line(name: str, cells: list[str]) -> str:
+        return f"{name:{first}}  " + "  ".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
+
+    rows = [line(name, [cells[c] for cells in columns.values()]) for c, name in enumerate(names)]
+    return "\n".join([line("class", list(columns)), *rows])
+
+
+def _cells(estimate: Estimate, factor: float, digits: int) -> list[str]:
+    pairs = zip(estimate.value.tolist(), estimate.stderr.tolist(), strict=True)
+    return [f"{factor * value:.{digits}f} ± {factor * stderr:.{digits}f}" for value, stderr in pairs]
+
+
+def summary(found: ClassShielding, paths: FisherRaoPaths, names: list[str]) -> str:
+    """How many paths there are, who shields most, and in which direction."""
+    left, of_all = int(paths.has_left.sum()), int(((paths.steps > 0) | ~paths.success).sum())
+    order = found.shielding.value.nan_to_num(nan=-1.0).argsort(descending=True, stable=True)[:3]
+    shares = (f"{names[c]} {_cells(found.shielding, 100, 1)[c]} %" for c in order)
+    there, back, difference = (
+        f"{100 * float(share.value):.1f} ± {100 * float(share.stderr):.1f}"
+        for share in (found.robust_to_fragile, found.fragile_to_robust, found.asymmetry)
+    )
+    lines = [
+        f"{left} of {of_all} paths left their class; {int(paths.shielded.sum())} of these entered another one than they"
+        " aimed at.",
+        f"Shielding most, of the paths that first entered a class the share that aimed elsewhere: {', '.join(shares)}.",
+        f"Shielded from robust to fragile classes {there} %, back {back} %, difference {difference}.",
+    ]
+    if tuple(names) == CIFAR10:
+        margin, shielding = (
+            spearman(estimate.value, torch.tensor(POSTER[name]))
+            for estimate, name in ((found.margin, "margin"), (found.shielding, "shielding"))
+        )
+        lines.append(f"Spearman with the poster, over classes: margin {margin:.2f}, shielding {shielding:.2f}.")
+    return "\n".join(lines)
+
+
+def spearman(first: Tensor, second: Tensor) -> float:
+    """Correlation of the ranks, those of ties at random."""
+    ranks = torch.stack([values.argsort(stable=True).argsort() for values in (first, second)]).double()
+    return float(torch.corrcoef(ranks)[0, 1])
+
+
+def write_csv(found: ClassShielding, names: list[str], path: Path) -> None:
+    """One row per class, each estimate beside its standard error."""
+    estimates = ("shielding", "interception", "shielded", "success", "margin", "excess", "l2", "linf")
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        heads = [head for name in estimates for head in (name, f"{name}_stderr")]
+        writer.writerow(["class", *heads, "vulnerability_rank"])
+        for c, name in enumerate(names):
+            pairs = (getattr(found, estimate) for estimate in estimates)
+            cells = [float(part[c]) for pair in pairs for part in (pair.value, pair.stderr)]
+            writer.writerow([name, *cells, int(found.vulnerability_rank[c])])
+
+
+def study(
+    network: nn.Module | None = None,
+    weights: str | None = None,
+    images: str | None = None,
+    mean: list[float] | None = None,
+    std: list[float] | None = None,
+    class_names: list[str] | None = None,
+    num_images: int = 200,
+    mode: Literal["path", "poster"] = "path",
+    damping: float | None = None,
+    max_steps: int = 100,
+    solver: Literal["gram", "cg"] = "gram",
+    folder: str = "runs/class_shielding",
+    epochs: int = 12,
+    seed: int = 0,
+) -> None:
+    """Trace, count, print and draw.
+
+    Args:
+        network: Any classifier; by default a small CNN, which is trained on digits.
+        weights: File with its weights (a state dict), which are put in by their order.
+        images: File (npz) with arrays ``x``, bytes (N, S, S) or (N, S, S, 3), and ``y``, classes.
+        mean: What is subtracted from images in [0, 1], per channel.
+        std: What they are divided by after that.
+        class_names: In the order of the classes.
+        num_images: Spread evenly over the classes.
+        mode: ``path``, or ``poster`` for steps of length 1, which are counted.
+        damping: λ of the natural gradient; see ``trace_fisher_rao_paths``.
+        max_steps: After so many steps a path is given up.
+        solver: See there.
+        folder: Where figures and the table are written.
+        epochs: Of training on digits.
+        seed: Of training on digits.
+    """
+    if network is None or images is None:
+        network, inputs, targets = digits_to_study(num_images, epochs=epochs, seed=seed)
+    else:
+        inputs, targets = images_of(images, num_images)
+        network = network if weights is None else with_weights(network, Path(weights))
+    shift, scale = (None if part is None else torch.tensor(part).view(-1, 1, 1) for part in (mean, std))
+    inputs = inputs if shift is None else inputs - shift
+    inputs = inputs if scale is None else inputs / scale
+    units: dict[str, Any] = {"input_mean": mean, "input_std": std, "valid_range": (0.0, 1.0)}
+    options: dict[str, Any] = {"mode": mode, "damping": damping, "max_steps": max_steps, "solver": solver}
+    paths = trace(network, inputs, targets, **units, **options)
+    num_classes = paths.logits.shape[2]
+    names = class_names or [str(c) for c in range(num_classes)]
+    found = class_shielding(paths, num_classes)
+    print(f"\n{table(found, names, mode=mode)}\n\n± one standard error over images\n\n{summary(found, paths, names)}\n")
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    write_csv(found, names, Path(folder) / "classes.csv")
+    for path in (Path(folder) / "classes.csv", *draw(found, names, Path(folder), mode=mode)):
+        print(path)
+
+
+if __name__ == "__main__":
+    auto_cli(study, as_positional=False)

@@ -1,0 +1,150 @@
+"""The study of class shielding runs on any network and images, and says what it has seen."""
+
+import csv
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from jsonargparse import auto_cli
+
+from lightning_robust.functional import class_shielding, trace_fisher_rao_paths
+from recipes import benchmark_fisher_rao
+from recipes import class_shielding as recipe
+from recipes.networks import CifarResNet, initialised
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+DATA = Path(os.environ.get("LIGHTNING_ROBUST_DATA", Path(__file__).parents[3] / "shared" / "data"))
+FILES = ("classes.csv", "shielding_landscape.png", "path_matrix.png", "margins.png")
+
+
+def launch(*args: str) -> None:
+    auto_cli(recipe.study, args=list(args), as_positional=False)
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_default_studies_digits_and_writes_a_table_and_figures(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = str(CONFIGS / "class_shielding.yaml")
+    launch("--config", config, "--num_images", "30", "--epochs", "2", "--folder", str(tmp_path))
+    out = capsys.readouterr().out
+    headings = ("shielding %", "mean FR margin", "mean ‖δ‖₂", "rank", "shielded %", "margin / bound")
+    assert all(heading in out for heading in headings)
+    assert "poster" not in out
+    assert "paths left their class" in out
+    for name in FILES:
+        assert str(tmp_path / name) in out
+        head = (tmp_path / name).read_bytes()[:4]
+        assert head == (b"clas" if name.endswith("csv") else b"\x89PNG")
+    rows = rows_of(tmp_path / "classes.csv")
+    assert [row["class"] for row in rows] == [str(c) for c in range(10)]
+    assert sorted(int(row["vulnerability_rank"]) for row in rows) == list(range(1, 11))
+    for row in rows:
+        assert float(row["excess"]) >= 1
+        assert f"{float(row['margin']):.2f} ± {float(row['margin_stderr']):.2f}" in out
+
+
+def study_of_noise(tmp_path: Path, *options: str) -> list[dict[str, str]]:
+    """Any classifier, weights and images: here random ones, with the names of CIFAR-10."""
+    network = initialised(CifarResNet(8), seed=0)
+    torch.save(network.state_dict(), tmp_path / "weights.pth")
+    generator = np.random.default_rng(0)
+    images = generator.integers(0, 256, (30, 32, 32, 3), dtype=np.uint8)
+    np.savez(tmp_path / "images.npz", x=images, y=np.arange(30) % 10)
+    files = ("--images", str(tmp_path / "images.npz"), "--weights", str(tmp_path / "weights.pth"))
+    config = str(CONFIGS / "class_shielding_cifar10.yaml")
+    launch("--config", config, "--network.init_args.depth", "8", *files, "--folder", str(tmp_path), *options)
+    return rows_of(tmp_path / "classes.csv")
+
+
+def test_the_posters_figures_stand_beside_those_of_cifar10(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = study_of_noise(tmp_path, "--num_images", "20", "--max_steps", "3")
+    out = capsys.readouterr().out
+    assert "poster: shielding" in out
+    assert "Spearman with the poster" in out
+    (airplane,) = (line for line in out.splitlines() if line.startswith("airplane"))
+    assert airplane.split()[-4:] == ["58.2", "3.21", "0.98", "1"]
+    assert [row["class"] for row in rows] == list(recipe.CIFAR10)
+    assert {row["margin"] for row in rows if row["success"] == "nan"} == {"0.0"}  # all of them misclassified
+
+
+def test_the_mode_of_the_poster_counts_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = study_of_noise(tmp_path, "--num_images", "20", "--mode", "poster", "--damping", "1")
+    out = capsys.readouterr().out
+    assert "mean steps" in out
+    assert "margin / bound" not in out
+    means = [float(row["margin"]) * 18 for row in rows if row["success"] == "1.0"]  # two images, nine paths of each
+    assert means
+    assert all(mean == pytest.approx(round(mean)) for mean in means)
+
+
+def test_images_are_spread_evenly_over_the_classes() -> None:
+    labels = torch.tensor([0] * 50 + [1] * 30 + [2] * 3)
+    images, chosen = recipe.evenly(torch.arange(83), labels, 20)
+    assert torch.bincount(chosen).tolist() == [7, 7, 3]
+    assert torch.equal(labels[images], chosen)
+    assert len(recipe.evenly(torch.arange(83), labels, 1000)[0]) == 83
+
+
+def test_tracing_in_groups_is_tracing_all() -> None:
+    network = initialised(CifarResNet(8), seed=0)
+    images = torch.rand(5, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    labels = network.eval()(images).argmax(dim=1)
+    options: dict[str, Any] = {"max_steps": 3}
+    recipe.GROUP, before = 2, recipe.GROUP
+    paths = recipe.trace(network, images, labels, quiet=True, **options)
+    recipe.GROUP = before
+    expected = trace_fisher_rao_paths(network, images, labels=labels, **options)
+    torch.testing.assert_close(paths.margins, expected.margins, rtol=1e-3, atol=1e-3)
+
+
+def test_rank_correlations_are_those_of_ranks() -> None:
+    values = torch.tensor([0.1, 5.0, 2.0, 3.0])
+    assert recipe.spearman(values, values.exp()) == pytest.approx(1)
+    assert recipe.spearman(values, -values) == pytest.approx(-1)
+    assert recipe.spearman(values, torch.tensor([1.0, 4.0, 3.0, 2.0])) == pytest.approx(0.8)
+
+
+def test_the_benchmark_finds_the_same_margins_by_a_plain_loop(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(sys, "argv", ["benchmark", "--depth", "8", "--num-images", "1", "--rounds", "1"])
+    monkeypatch.setattr(benchmark_fisher_rao, "MAX_STEPS", 2)
+    benchmark_fisher_rao.main()
+    torch.set_num_threads(threads)
+    out = capsys.readouterr().out
+    assert "ratio: median " in out
+    apart = float(out.rpartition("apart by ")[2].split()[0])
+    assert apart < 1e-3
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1500)
+@pytest.mark.skipif(
+    not (DATA / "models").is_dir(), reason="no CIFAR-10 classifiers; set LIGHTNING_ROBUST_DATA to a folder of them"
+)
+def test_on_a_resnet_of_cifar10_paths_arrive_and_vehicles_are_not_the_shields() -> None:
+    """What the README says of 200 images, on 40 of them."""
+    images, labels = recipe.images_of(str(DATA / "cifar10_test_1000_dev.npz"), 40)
+    mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+    inputs = (images - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    network = recipe.with_weights(CifarResNet(20), DATA / "models" / "cifar10_resnet20.pth")
+    units: dict[str, Any] = {"input_mean": mean, "input_std": std, "valid_range": (0.0, 1.0)}
+    paths = recipe.trace(network, inputs, labels, quiet=True, **units)
+    assert paths.success.all()
+    assert (paths.margins >= paths.bound - 1e-4).all()
+    assert paths.shielded.sum() < 0.05 * paths.has_left.sum()
+    counted = recipe.trace(network, inputs, labels, quiet=True, mode="poster", damping=10.0, **units)
+    found = class_shielding(counted, 10)
+    assert counted.shielded.sum() > 0.1 * counted.has_left.sum()
+    vehicles, others = [0, 8, 9], [2, 3]  # airplane, ship, truck; bird, cat
+    assert found.interception.value[vehicles].mean() < found.interception.value[others].mean()
