@@ -8,12 +8,14 @@ import torch
 
 from lightning_robust import Probe, RobustnessMonitor
 from lightning_robust.functional import (
+    class_shielding,
     fim_spectral_norm,
     hessian_trace,
     linearize,
     linearized_margin,
     linearized_margin_linf,
     pgd,
+    trace_fisher_rao_paths,
 )
 from lightning_robust.metrics import METRICS
 from tests.helpers.networks import NETWORKS, build
@@ -51,6 +53,19 @@ def test_estimates_equal_those_of_the_cpu(name: str, tf32: bool) -> None:
         torch.testing.assert_close(
             value.cpu().double(), expected, rtol=tolerance, atol=tolerance * float(expected.max())
         )
+
+
+@pytest.mark.parametrize("solver", ["gram", "cg"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_paths_equal_those_of_the_cpu(name: str, solver: Any) -> None:
+    model, inputs, _ = build(name)
+    expected = trace_fisher_rao_paths(model.double(), inputs.double())
+    there = trace_fisher_rao_paths(model.float().cuda(), inputs.cuda(), solver=solver)
+    assert there.margins.is_cuda
+    torch.testing.assert_close(there.margins.cpu().double(), expected.margins, rtol=1e-3, atol=1e-3)
+    assert torch.equal(there.first_hit.cpu(), expected.first_hit)
+    table, same = class_shielding(there, there.logits.shape[2]), class_shielding(expected, there.logits.shape[2])
+    torch.testing.assert_close(table.margin.value.cpu(), same.margin.value, rtol=1e-3, atol=1e-3, equal_nan=True)
 
 
 @pytest.mark.parametrize("name", NETWORKS)

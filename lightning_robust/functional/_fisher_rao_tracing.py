@@ -23,7 +23,7 @@ Mode = Literal["path", "poster"]
 # A crossing is located up to a gap of so many nats between two logits, or of so many times their rounding error, or in
 # so many trials.
 _GAP = 1e-6
-_ROUNDINGS = 16
+_ROUNDINGS = 64
 _TRIALS = 30
 # By default the damping is this share of the largest eigenvalue that the start's gradient has at even odds, ‖g‖²/4,
 _DAMPING = 1e-2
@@ -47,6 +47,7 @@ class Paths(NamedTuple):
 
     Attributes:
         number: (m,), which paths they are.
+        sample: (m,), of which samples.
         source: (m,), class that is to be left.
         target: (m,), class that is aimed at.
         start: (m, ...), where they begin.
@@ -61,6 +62,7 @@ class Paths(NamedTuple):
     """
 
     number: Tensor
+    sample: Tensor
     source: Tensor
     target: Tensor
     start: Tensor
@@ -76,6 +78,17 @@ class Paths(NamedTuple):
     def rows(self, chosen: Tensor) -> Paths:
         """Some of them."""
         return Paths(*(part[chosen] for part in self))
+
+    @property
+    def places(self) -> tuple[Tensor, Tensor]:
+        """Of the points where they are one path each, (n,), and which of these points each is at, (m,).
+
+        Paths of one sample begin together, and are linearised there together.
+        """
+        rows = torch.arange(len(self.sample), device=self.sample.device)
+        places = torch.where(self.steps == 0, self.sample, -1 - rows)
+        _, which = places.unique(return_inverse=True)  # type: ignore[no-untyped-call]
+        return rows.new_zeros(int(which.max()) + 1).scatter_(0, which, rows), which
 
     @property
     def contrast(self) -> Tensor:
@@ -162,9 +175,10 @@ class Tracer:
 
     def _advance(self, paths: Paths) -> tuple[Paths, Ended, Ended]:
         """Take one step of each path: those that go on, those that have left their class, and those that never will."""
-        ahead = _inside(paths, paths.x - self._step(paths, paths.x))
+        ahead = _inside(paths, paths.x - self._step(paths, paths.x, *paths.places))
         if not self._poster:  # the midpoint rule: of second order
-            ahead = _inside(paths, paths.x - self._step(paths, (paths.x + ahead) / 2))
+            every = torch.arange(len(ahead), device=ahead.device)
+            ahead = _inside(paths, paths.x - self._step(paths, (paths.x + ahead) / 2, every, every))
         logits = self.logits(ahead)
         computable = flat(ahead).isfinite().all(dim=1) & logits.isfinite().all(dim=1)
         moved = computable & (flat(ahead) != flat(paths.x)).any(dim=1)
@@ -179,12 +193,15 @@ class Tracer:
         never = Paths(*map(torch.cat, zip(*lost, strict=True)))
         return there.rows(on), _ended(there.rows(crossed), success=True), _ended(never, success=False)
 
-    def _step(self, paths: Paths, x: Tensor) -> Tensor:
-        """The step at points (m, ...), whose lengths are bounded as the settings say; normalised as they are."""
-        leaf = x.clone().requires_grad_()
-        logits = self._model(leaf.clone())
-        probs = _widened(logits.detach()).softmax(dim=1)
-        natural = self._natural_gradient(logits, leaf, probs, paths)
+    def _step(self, paths: Paths, x: Tensor, some: Tensor, which: Tensor) -> Tensor:
+        """The step at points (m, ...), whose lengths are bounded as the settings say; normalised as they are.
+
+        Points ``x[some]`` are all that there are: path i is at ``x[some[which[i]]]``.
+        """
+        if self._settings.solver == "gram":
+            probs, natural = self._by_gram(paths, x[some], paths.source[some], which)
+        else:
+            probs, natural = self._by_conjugate_gradients(paths, x)
         euclidean = torch.linalg.vector_norm(natural.direction, dim=1).to(probs)
         if self._poster:
             length = 1 / natural.squared_norm.sqrt()
@@ -194,15 +211,26 @@ class Tracer:
         step = (length[:, None] * natural.direction).to(x).reshape(x.shape)
         return step if self._std is None else step / self._std
 
-    def _natural_gradient(self, logits: Tensor, leaf: Tensor, probs: Tensor, paths: Paths) -> NaturalGradient:
-        if self._settings.solver == "gram":
-            # S has no part in what is common to all logits: relative to the source, one backward pass less will do
-            others = other_classes(paths.source, logits.shape[1])
-            relative = logits.gather(1, others) - logits.gather(1, paths.source[:, None])
-            rows = jacobian_rows(relative, leaf, self._std, range(others.shape[1]))
-            contrast = paths.contrast.gather(1, others)
-            natural = solve_by_gram(probs.gather(1, others), rows, contrast, paths.damping)
-            return natural._replace(change=torch.zeros_like(probs).scatter(1, others, natural.change))
+    def _by_gram(self, paths: Paths, x: Tensor, source: Tensor, which: Tensor) -> tuple[Tensor, NaturalGradient]:
+        """Predictions and natural gradients of paths at points ``x[which]``, which leave ``source[which]``."""
+        leaf = x.clone().requires_grad_()
+        logits = self._model(leaf.clone())
+        probs = _widened(logits.detach()).softmax(dim=1)[which]
+        # S has no part in what is common to all logits: relative to the source, one backward pass less will do
+        others = other_classes(source, logits.shape[1])
+        relative = logits.gather(1, others) - logits.gather(1, source[:, None])
+        rows = jacobian_rows(relative, leaf, self._std, range(others.shape[1]))
+        others = others[which]
+        natural = solve_by_gram(
+            probs.gather(1, others), rows, paths.contrast.gather(1, others), paths.damping, which=which
+        )
+        return probs, natural._replace(change=torch.zeros_like(probs).scatter(1, others, natural.change))
+
+    def _by_conjugate_gradients(self, paths: Paths, x: Tensor) -> tuple[Tensor, NaturalGradient]:
+        """The same of paths at points ``x``, without their Jacobians."""
+        leaf = x.clone().requires_grad_()
+        logits = self._model(leaf.clone())
+        probs = _widened(logits.detach()).softmax(dim=1)
         cotangent = torch.zeros_like(logits, requires_grad=True)
         (pulled,) = torch.autograd.grad(logits, leaf, cotangent, create_graph=True, materialize_grads=True)
 
@@ -218,7 +246,7 @@ class Tracer:
         def pull(changes: Tensor) -> Tensor:
             return input_gradient((changes.to(logits) * logits).sum(dim=1), leaf, self._std)
 
-        return solve_by_conjugate_gradients(probs, push, pull, paths.contrast, paths.damping)
+        return probs, solve_by_conjugate_gradients(probs, push, pull, paths.contrast, paths.damping)
 
     def _crossing(self, paths: Paths, ahead: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
         """The crossing on the way from ``x`` to points outside the class: just beyond it, and the logits there."""

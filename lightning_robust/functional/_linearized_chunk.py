@@ -159,11 +159,11 @@ def products(a: Tensor, b: Tensor) -> Tensor:
     return sums
 
 
-def combination(weights: Tensor, rows: Tensor) -> Tensor:
-    """Sums of rows by weights, (n, A) × (n, A, D) → (n, D), likewise."""
-    step = max(1, _GRAM_ELEMENTS // rows[..., 0].numel())
+def combination(weights: Tensor, rows: Tensor, which: Tensor) -> Tensor:
+    """Sums of rows by weights, (n, A) × (m, A, D) → (n, D), likewise; ``which`` of the m, (n,), each of the n takes."""
+    step = max(1, _GRAM_ELEMENTS // weights.numel())
     left = weights[:, None].to(wide(rows))
-    return torch.cat([(left @ part.to(left.dtype))[:, 0] for part in torch.split(rows, step, dim=2)], dim=1)
+    return torch.cat([(left @ part[which].to(left.dtype))[:, 0] for part in torch.split(rows, step, dim=2)], dim=1)
 
 
 def wide(like: Tensor) -> torch.dtype:

@@ -53,21 +53,25 @@ def fisher_rao_speed(probs: Tensor, change: Tensor) -> Tensor:
     return (probs * centred.square()).sum(dim=1).sqrt()
 
 
-def solve_by_gram(probs: Tensor, rows: Tensor, contrast: Tensor, damping: Tensor) -> NaturalGradient:
+def solve_by_gram(
+    probs: Tensor, rows: Tensor, contrast: Tensor, damping: Tensor, *, which: Tensor | None = None
+) -> NaturalGradient:
     """Solve exactly, from whole Jacobians.
 
     Args:
         probs: (n, C), float64; all classes, or all but one if rows and contrast are relative to that one.
-        rows: ``J``, (n, C, D).
+        rows: ``J``, (n, C, D), or (m, C, D) if systems share them.
         contrast: ``a``, (n, C), float64.
         damping: ``λ``, (n,), float64, positive.
+        which: (n,), which of the rows each system has; by default its own.
     """
-    gram = products(rows, rows).to(probs)
+    which = torch.arange(len(rows), device=rows.device) if which is None else which
+    gram = products(rows, rows).to(probs)[which]
     information = probs[:, :, None] * (gram - (probs[:, None] @ gram))  # S K
     identity = torch.eye(probs.shape[1], dtype=probs.dtype, device=probs.device)
     weights: Tensor = torch.linalg.solve(information + damping[:, None, None] * identity, contrast)
     change = (gram @ weights[..., None])[..., 0]
-    return NaturalGradient(combination(weights, rows), change, (contrast * change).sum(dim=1))
+    return NaturalGradient(combination(weights, rows, which), change, (contrast * change).sum(dim=1))
 
 
 def solve_by_conjugate_gradients(

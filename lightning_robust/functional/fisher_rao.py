@@ -278,6 +278,7 @@ def trace_fisher_rao_paths(
             lower, upper = _room(x[rows], std, mean, valid_range)
             return Paths(
                 number=numbers.to(x.device),
+                sample=rows,
                 source=source[rows],
                 target=aims[rows, columns[numbers]],
                 start=x[rows],

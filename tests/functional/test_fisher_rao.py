@@ -348,6 +348,16 @@ def test_finished_paths_make_room_for_others() -> None:
     assert recorder.record.num_input_backwards < 1.35 * (2 * 10 * steps / 7 + paths.steps.numel() / 7)
 
 
+def test_paths_of_one_sample_begin_together() -> None:
+    model, inputs, _ = build("cnn_batchnorm", num_samples=4)
+    recorder = Recorder(model)
+    paths = trace_fisher_rao_paths(recorder, inputs, chunk_size=1000)
+    sizes = recorder.record.batch_sizes  # of two samples for the number of classes, of all, of all paths at the start
+    assert sizes[:3] == [2, 4, 36]
+    assert sizes[3:6] == [4, 36, 36]  # at the start, in the middle of the step, at its end
+    assert paths.steps.max() > 1
+
+
 # --- where no path leads --------------------------------------------------------------------------------------------
 
 
