@@ -124,12 +124,26 @@ def summary(found: ClassShielding, paths: FisherRaoPaths, names: list[str]) -> s
         f"Shielded from robust to fragile classes {there} %, back {back} %, difference {difference}.",
     ]
     if tuple(names) == CIFAR10:
-        margin, shielding = (
-            spearman(estimate.value, torch.tensor(POSTER[name]))
-            for estimate, name in ((found.margin, "margin"), (found.shielding, "shielding"))
+        agreement = ", ".join(
+            f"{name} {value:.2f} [{low:.2f}, {high:.2f}]" for name, (value, low, high) in with_poster(paths).items()
         )
-        lines.append(f"Spearman with the poster, over classes: margin {margin:.2f}, shielding {shielding:.2f}.")
+        lines.append(f"Spearman with the poster, over classes (95 % over resampled images): {agreement}.")
     return "\n".join(lines)
+
+
+def with_poster(paths: FisherRaoPaths, *, num_resamples: int = 200) -> dict[str, tuple[float, float, float]]:
+    """Rank correlations with the poster's figures over classes, each with an interval of 95 %."""
+    generator = torch.Generator().manual_seed(0)
+    n = len(paths.source)
+    chosen = [torch.arange(n), *(torch.randint(n, (n,), generator=generator) for _ in range(num_resamples))]
+    counts = [class_shielding(paths.rows(rows), len(CIFAR10)) for rows in chosen]
+    found = {}
+    for name in ("margin", "l2", "shielding"):
+        reference = torch.tensor(POSTER[name])
+        values = [spearman(getattr(count, name).value.nan_to_num(nan=0.0), reference) for count in counts]
+        low, high = torch.tensor(values[1:]).quantile(torch.tensor([0.025, 0.975])).tolist()
+        found[name] = values[0], low, high
+    return found
 
 
 def spearman(first: Tensor, second: Tensor) -> float:

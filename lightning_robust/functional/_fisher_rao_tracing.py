@@ -52,6 +52,7 @@ class Paths(NamedTuple):
         target: (m,), class that is aimed at.
         start: (m, ...), where they begin.
         x: (m, ...), where they are.
+        move: (m, ...), their last step, or at the start what the next one is expected to be.
         lower: (m, ...), what ``x`` may not fall below, of a shape that broadcasts.
         upper: (m, ...), what it may not exceed, likewise.
         logits: (m, C), at ``x``.
@@ -67,6 +68,7 @@ class Paths(NamedTuple):
     target: Tensor
     start: Tensor
     x: Tensor
+    move: Tensor
     lower: Tensor
     upper: Tensor
     logits: Tensor
@@ -80,14 +82,10 @@ class Paths(NamedTuple):
         return Paths(*(part[chosen] for part in self))
 
     @property
-    def places(self) -> tuple[Tensor, Tensor]:
-        """Of the points where they are one path each, (n,), and which of these points each is at, (m,).
-
-        Paths of one sample begin together, and are linearised there together.
-        """
-        rows = torch.arange(len(self.sample), device=self.sample.device)
-        places = torch.where(self.steps == 0, self.sample, -1 - rows)
-        _, which = places.unique(return_inverse=True)  # type: ignore[no-untyped-call]
+    def samples(self) -> tuple[Tensor, Tensor]:
+        """One path of each of their samples, (n,), and which of these has the sample of each, (m,)."""
+        _, which = self.sample.unique(return_inverse=True)  # type: ignore[no-untyped-call]
+        rows = torch.arange(len(which), device=which.device)
         return rows.new_zeros(int(which.max()) + 1).scatter_(0, which, rows), which
 
     @property
@@ -141,7 +139,7 @@ class Tracer:
         """
         if not num_paths:
             return
-        going = self._bounded(begin(torch.arange(min(at_once, num_paths))))
+        going = self._prepared(begin(torch.arange(min(at_once, num_paths))))
         begun = len(going.x)
         while len(going.x):
             going, *ended = self._advance(going)
@@ -149,7 +147,7 @@ class Tracer:
             numbers = torch.arange(begun, min(begun + at_once - len(going.x), num_paths))
             if len(numbers):
                 begun += len(numbers)
-                going = Paths(*map(torch.cat, zip(going, self._bounded(begin(numbers)), strict=True)))
+                going = Paths(*map(torch.cat, zip(going, self._prepared(begin(numbers)), strict=True)))
 
     def logits(self, x: Tensor) -> Tensor:
         """Of points (m, ...), without a graph."""
@@ -157,8 +155,8 @@ class Tracer:
             logits: Tensor = self._model(x.clone())
         return logits
 
-    def _bounded(self, paths: Paths) -> Paths:
-        """Paths at their starts, with the damping and the bound of a step that are given or follow from the start."""
+    def _prepared(self, paths: Paths) -> Paths:
+        """Paths at their starts, with damping, bound of a step, and first move, which follow from the start."""
         settings, leaf = self._settings, paths.x.clone().requires_grad_()
         logits = self._model(leaf.clone())
         gap = (paths.contrast.to(logits) * logits).sum(dim=1)
@@ -171,14 +169,16 @@ class Tracer:
             longest = _SHARE_OF_THE_WAY * (_widened(gap.detach()).abs() + 1) / slope.sqrt()
         else:
             longest = torch.full_like(slope, settings.max_euclidean_step or torch.inf)
-        return paths._replace(damping=damping, longest=longest)
+        paths = paths._replace(damping=damping, longest=longest)
+        # paths of one sample begin together, and are linearised together
+        return paths if self._poster else paths._replace(move=-self._step(paths, paths.x, *paths.samples))
 
     def _advance(self, paths: Paths) -> tuple[Paths, Ended, Ended]:
         """Take one step of each path: those that go on, those that have left their class, and those that never will."""
-        ahead = _inside(paths, paths.x - self._step(paths, paths.x, *paths.places))
-        if not self._poster:  # the midpoint rule: of second order
-            every = torch.arange(len(ahead), device=ahead.device)
-            ahead = _inside(paths, paths.x - self._step(paths, (paths.x + ahead) / 2, every, every))
+        # the midpoint rule, of second order also if the step before says where about the middle is
+        middle = paths.x if self._poster else _inside(paths, paths.x + paths.move / 2)
+        every = torch.arange(len(middle), device=middle.device)
+        ahead = _inside(paths, paths.x - self._step(paths, middle, every, every))
         logits = self.logits(ahead)
         computable = flat(ahead).isfinite().all(dim=1) & logits.isfinite().all(dim=1)
         moved = computable & (flat(ahead) != flat(paths.x)).any(dim=1)
@@ -187,7 +187,9 @@ class Tracer:
             rows = crossed.nonzero()[:, 0]
             ahead[rows], logits[rows] = self._crossing(paths.rows(rows), ahead[rows], logits[rows])
         way = 1.0 if self._poster else distance_of_logits(paths.logits, logits)
-        there = paths._replace(x=ahead, logits=logits, length=paths.length + way, steps=paths.steps + 1)
+        there = paths._replace(
+            x=ahead, move=ahead - paths.x, logits=logits, length=paths.length + way, steps=paths.steps + 1
+        )
         on = moved & ~crossed & (there.steps < self._settings.max_steps)
         lost = paths.rows(~moved), there.rows(moved & ~crossed & ~on)
         never = Paths(*map(torch.cat, zip(*lost, strict=True)))

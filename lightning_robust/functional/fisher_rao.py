@@ -18,15 +18,17 @@ that no path into class k is shorter than
 the bound. It depends on the prediction alone, and is close to π/2 for every confident one: margins divided by it tell
 what detour the network makes the path take.
 
-Where the poster takes steps of length 1 until the class changes and counts them, here steps are short, of second order
-(the midpoint rule), and bounded in Euclidean length, too: at confident predictions ``G ≈ 0``, and a step of length 1
-leaves the data. The length is summed up on the simplex, and the crossing is located within the last step. The poster
-has the step along ``+v``, which would widen the gap to the target; paths here descend it in both modes.
+Where the poster takes steps of length 1 until the class changes and counts them, here steps are short and of second
+order (the midpoint rule; the step before says where about the middle is, so that each takes one linearisation). They
+are bounded in Euclidean length, too: at confident predictions ``G ≈ 0``, and a step of length 1 leaves the data. The
+length is summed up on the simplex, and the crossing is located within the last step. The poster has the step along
+``+v``, which would widen the gap to the target; paths here descend it in both modes.
 
 Source: Rao 1945 and Amari 2016 (distance); De & Säfken, "The Myth of Robust Classes" (margins, shielding); bound, path
 length, step control and the exact solution of each step are ours.
-Cost: per step of a path, three forward passes and 2 (C − 1) backward passes with respect to the input, on as many paths
-at once as memory is meant for; at the end of each path a few forward passes.
+Cost: per step of a path, two forward passes and C − 1 backward passes with respect to the input, on as many paths at
+once as memory is meant for; as much again for each sample where its paths begin, and a few forward passes where they
+end.
 """
 
 from __future__ import annotations
@@ -283,6 +285,7 @@ def trace_fisher_rao_paths(
                 target=aims[rows, columns[numbers]],
                 start=x[rows],
                 x=x[rows],
+                move=torch.zeros_like(x[rows]),
                 lower=lower,
                 upper=upper,
                 logits=start_logits[rows],

@@ -13,15 +13,18 @@ from lightning_robust.functional.fisher_rao import FisherRaoPaths, check_path_op
 from lightning_robust.metrics._base import ProbeMetric, error_bar, joined
 from lightning_robust.probe import Probe
 
-_QUANTITIES = ("margin", "bound", "excess", "shielded", "unreached")
+_QUANTITIES = ("margin", "bound", "excess", "l2", "linf", "shielded", "unreached")
 _SHARES = ("shielded", "unreached")
 
 
 class FisherRaoMargin(ProbeMetric):
-    """Length of natural-gradient paths on the simplex until the class changes; higher is more robust.
+    """Length of natural-gradient paths on the simplex until the class changes, and what stands in their way.
 
     From each sample paths aim at the other classes. That costs dozens of backward passes for each of them: meant for a
     monitor of its own that measures few samples every n epochs.
+
+    The margin compares classes of one network. It does not tell robust networks from others: it grows with their
+    confidence, towards π/2. How far the inputs must move, ``…_l2`` and ``…_linf``, does.
 
     **Logged metrics** (each under the monitor's prefix)
 
@@ -31,6 +34,9 @@ class FisherRaoMargin(ProbeMetric):
       and is close to π/2 in a confident network.
     - ``fisher_rao_margin_excess``: the one divided by the other, ≥ 1: what detour the network makes the paths take,
       with ``_stderr``, ``_lower``, ``_upper``
+    - ``fisher_rao_margin_l2``, ``fisher_rao_margin_linf``: mean Euclidean distance of the ends of these paths from
+      their samples, and mean largest change of a feature, in units of the un-normalised input, 0 where misclassified,
+      with ``_stderr``, ``_lower``, ``_upper``; higher is more robust
     - ``shielded``: share of the paths that first enter another class than the one aimed at, among those of correctly
       classified samples that leave their class, with ``_stderr``, ``_lower``, ``_upper``
     - ``fisher_rao_margin_unreached``: share of paths that have not left their class, which count in nothing else
@@ -50,12 +56,12 @@ class FisherRaoMargin(ProbeMetric):
     Raises:
         ValueError: If an option has a wrong value.
 
-    State: sums for each class, ``30 C`` numbers.
+    State: sums for each class, ``42 C`` numbers.
 
     Source: De & Säfken, "The Myth of Robust Classes"; bound and excess are ours.
     """
 
-    higher_is_better = True
+    higher_is_better = None
     rows: list[Tensor] | Tensor
     num_classes: Tensor
 
@@ -86,9 +92,8 @@ class FisherRaoMargin(ProbeMetric):
         self.add_float64_state("num_classes", reduce="max")
 
     def direction(self, key: str) -> bool | None:
-        """Margins are better the longer they are; nobody can say so of detours and shields."""
-        undirected = key.startswith(("shielded", "fisher_rao_margin_excess", "fisher_rao_margin_unreached"))
-        return None if undirected else self.higher_is_better
+        """Distances are better the longer they are; nobody can say so of margins, detours and shields."""
+        return True if key.startswith(("fisher_rao_margin_l2", "fisher_rao_margin_linf")) else None
 
     def _add(self, probe: Probe) -> None:
         paths = probe.fisher_rao_paths(num_targets=self.num_targets, options=self.options)
@@ -107,15 +112,13 @@ class FisherRaoMargin(ProbeMetric):
             return {}
         sums = joined(self.rows).view(-1, 6, len(_QUANTITIES), c).sum(dim=0)
         whole, of_class = (_estimates(part) for part in (sums.sum(dim=2), sums))
-        excess = error_bar("fisher_rao_margin_excess", whole["excess"].value, whole["excess"].stderr)
-        shielded = error_bar("shielded", whole["shielded"].value, whole["shielded"].stderr)
-        values = {
-            **error_bar("fisher_rao_margin", whole["margin"].value, whole["margin"].stderr),
-            "fisher_rao_margin_bound": whole["bound"].value,
-            **excess,
-            **{key: value.clamp(0, 1) for key, value in shielded.items()},
-            "fisher_rao_margin_unreached": whole["unreached"].value,
-        }
+        values = _with_error_bar("fisher_rao_margin", whole["margin"])
+        for name in ("excess", "l2", "linf"):
+            values |= _with_error_bar(f"fisher_rao_margin_{name}", whole[name])
+        for name in ("bound", "unreached"):
+            values[f"fisher_rao_margin_{name}"] = whole[name].value
+        shielded = _with_error_bar("shielded", whole["shielded"])
+        values |= {key: value.clamp(0, 1) for key, value in shielded.items()}
         if self.per_class:
             for key, quantity in (("fisher_rao_margin", "margin"), ("shielded", "shielded")):
                 values |= {f"{key}/{label}": value for label, value in enumerate(of_class[quantity].value)}
@@ -129,6 +132,8 @@ def _sums(paths: FisherRaoPaths) -> Tensor:
         "margin": (ended * paths.margins, ended),
         "bound": (ended * paths.bound, ended),
         "excess": (ended * paths.margins, ended * paths.bound),
+        "l2": (ended * paths.l2, ended),
+        "linf": (ended * paths.linf, ended),
         "shielded": (paths.shielded.double(), paths.has_left.double()),
         "unreached": (1 - ended, torch.ones_like(ended)),
     }
@@ -136,6 +141,10 @@ def _sums(paths: FisherRaoPaths) -> Tensor:
     pairs = (torch.stack([of_samples[name][side].sum(dim=1) for name in _QUANTITIES], dim=1) for side in (0, 1))
     numerator, denominator = (sums[..., None] * in_class for sums in pairs)
     return ratio_sums(numerator, denominator)
+
+
+def _with_error_bar(key: str, estimate: Estimate) -> dict[str, Tensor]:
+    return error_bar(key, estimate.value, estimate.stderr)
 
 
 def _estimates(sums: Tensor) -> dict[str, Estimate]:

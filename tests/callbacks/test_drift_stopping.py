@@ -440,7 +440,7 @@ def test_a_key_of_a_metric_that_cannot_say_what_is_better_needs_a_direction(tmp_
     message = "does not know whether high values of `robust/shielded` are good"
     with pytest.raises(MisconfigurationException, match=message):
         fit(tmp_path, monitor(paths), RobustnessDriftStopping("robust/shielded"), max_epochs=2)
-    for key, mode, reference in (("robust/shielded", "min", 2.0), ("robust/fisher_rao_margin", None, -1.0)):
+    for key, mode, reference in (("robust/shielded", "min", 2.0), ("robust/fisher_rao_margin_l2", None, -1.0)):
         stopper = RobustnessDriftStopping(key, mode=mode, reference=reference)
         fit(tmp_path, monitor(paths), stopper, max_epochs=6)
         assert len(series(stopper, key)) == 6

@@ -232,7 +232,7 @@ def test_without_damping_source_and_target_exchange_probability_whatever_the_net
         assert torch.equal(paths.first_hit[reached], paths.targets[reached])
         assert paths.shielded[shielded].all()
         errors.append(float((paths.margins - expected)[reached].abs().max()))
-    assert errors[-1] < 2e-5
+    assert errors[-1] < 1e-4
     order = [math.log2(before / after) for before, after in pairwise(errors)]
     assert min(order) > 1.8, errors
 
@@ -344,8 +344,8 @@ def test_finished_paths_make_room_for_others() -> None:
     assert max(sizes) == 7
     assert len(set(paths.steps.flatten().tolist())) > 3  # paths of different lengths
     steps = int(paths.steps.sum())
-    # two passes with derivatives for each step, as many steps as possible at once
-    assert recorder.record.num_input_backwards < 1.35 * (2 * 10 * steps / 7 + paths.steps.numel() / 7)
+    # nine backward passes for each step, as many steps as possible at once, and ten for seven new paths at the most
+    assert recorder.record.num_input_backwards < 1.35 * 9 * steps / 7 + 10 * paths.steps.numel() / 2
 
 
 def test_paths_of_one_sample_begin_together() -> None:
@@ -354,7 +354,7 @@ def test_paths_of_one_sample_begin_together() -> None:
     paths = trace_fisher_rao_paths(recorder, inputs, chunk_size=1000)
     sizes = recorder.record.batch_sizes  # of two samples for the number of classes, of all, of all paths at the start
     assert sizes[:3] == [2, 4, 36]
-    assert sizes[3:6] == [4, 36, 36]  # at the start, in the middle of the step, at its end
+    assert sizes[3:6] == [4, 36, 36]  # at the start, in the middle of the first step, at its end
     assert paths.steps.max() > 1
 
 

@@ -39,7 +39,10 @@ def dense_path(
     max_steps: int = 200,
     halvings: int = 40,
 ) -> DensePath:
-    """Midpoint steps downwards until the class changes, the crossing by bisection; ``model`` in float64, eval mode."""
+    """Midpoint steps downwards until the class changes, the crossing by bisection; ``model`` in float64, eval mode.
+
+    The step before says where the middle of the next one is about.
+    """
 
     def probs(point: Tensor) -> Tensor:
         with torch.no_grad():
@@ -53,9 +56,9 @@ def dense_path(
     def distance(p: Tensor, q: Tensor) -> float:
         return 2 * math.acos(min(1.0, float((p * q).sqrt().sum())))
 
-    here, length, way = x, 0.0, [probs(x)]
+    here, length, way, move = x, 0.0, [probs(x)], -step(x)
     for number in range(1, max_steps + 1):
-        ahead = here - step(here - step(here) / 2)
+        ahead = here - step(here + move / 2)
         if int(probs(ahead).argmax()) != source:
             low, high = 0.0, 1.0
             for _ in range(halvings):
@@ -64,7 +67,7 @@ def dense_path(
                 low, high = (low, share) if outside else (share, high)
             ahead = here + high * (ahead - here)
         length += distance(way[-1], probs(ahead))
-        here = ahead
+        here, move = ahead, ahead - here
         way.append(probs(here))
         if int(way[-1].argmax()) != source:
             return DensePath(length, int(way[-1].argmax()), here, number, way)

@@ -5,6 +5,7 @@ from torch import Tensor
 from lightning_robust import FisherRaoMargin, Probe
 from lightning_robust.functional import class_shielding, trace_fisher_rao_paths
 from tests.helpers.networks import Linear, build
+from tests.helpers.oracles import Scaled
 from tests.helpers.recording import Recorder
 
 
@@ -23,6 +24,8 @@ def test_values_are_means_over_paths_and_those_of_classes_what_class_shielding_s
     excess = paths.margins.double().sum() / paths.bound.double().sum()
     torch.testing.assert_close(values["fisher_rao_margin_excess"], excess)
     assert excess > 1
+    torch.testing.assert_close(values["fisher_rao_margin_l2"], paths.l2.double().mean())
+    torch.testing.assert_close(values["fisher_rao_margin_linf"], paths.linf.double().mean())
     torch.testing.assert_close(values["shielded"], paths.shielded.sum() / paths.has_left.sum().double())
     assert values["fisher_rao_margin_unreached"] == 0
     stderr = paths.margins.double().mean(dim=1).std() / len(inputs) ** 0.5  # each sample has as many paths
@@ -56,7 +59,7 @@ def test_where_all_is_wrong_the_margin_is_zero_and_nothing_is_shielded() -> None
     model, inputs, _ = build("mlp", num_samples=5)
     wrong = (model.eval()(inputs).argmax(dim=1) + 1) % 6
     values = measured(FisherRaoMargin(), Probe(model, inputs, wrong))
-    assert values["fisher_rao_margin"] == 0
+    assert values["fisher_rao_margin"] == values["fisher_rao_margin_l2"] == 0
     assert "shielded" not in values
     assert "fisher_rao_margin_excess" not in values
 
@@ -101,12 +104,22 @@ def test_single_classes_can_be_left_out() -> None:
     assert not any("/" in key for key in values)
 
 
-def test_of_detours_and_shields_nobody_can_say_what_is_better() -> None:
+def test_of_margins_detours_and_shields_nobody_can_say_what_is_better_and_of_distances_one_can() -> None:
     metric = FisherRaoMargin()
-    for key in ("fisher_rao_margin", "fisher_rao_margin_lower", "fisher_rao_margin_bound", "fisher_rao_margin/3"):
+    for key in ("fisher_rao_margin_l2", "fisher_rao_margin_l2_lower", "fisher_rao_margin_linf"):
         assert metric.direction(key) is True
-    for key in ("fisher_rao_margin_excess", "fisher_rao_margin_excess_upper", "shielded", "shielded/3"):
+    for key in ("fisher_rao_margin", "fisher_rao_margin_lower", "fisher_rao_margin/3", "shielded", "shielded/3"):
         assert metric.direction(key) is None
+
+
+def test_the_margin_grows_with_confidence_and_the_distance_does_not() -> None:
+    model, inputs, _ = build("mlp", num_samples=20)
+    targets = model.eval()(inputs).argmax(dim=1)
+    cautious, confident = (
+        measured(FisherRaoMargin(num_targets=1), Probe(Scaled(model, scale), inputs, targets)) for scale in (0.5, 5.0)
+    )
+    assert confident["fisher_rao_margin"] > 2 * cautious["fisher_rao_margin"]
+    assert confident["fisher_rao_margin_l2"] < cautious["fisher_rao_margin_l2"]
 
 
 def test_another_number_of_classes_is_refused() -> None:
@@ -125,4 +138,4 @@ def test_the_state_does_not_grow_with_samples() -> None:
     model, inputs, targets = build("mlp", num_samples=12)
     for x, y in zip(inputs.split(3), targets.split(3), strict=True):
         metric.update(Probe(model, x, y))
-        assert sum(row.numel() for row in metric.rows) == 30 * 6
+        assert sum(row.numel() for row in metric.rows) == 42 * 6

@@ -2,6 +2,7 @@
 
 import csv
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from lightning_robust.functional import class_shielding, trace_fisher_rao_paths
 from recipes import benchmark_fisher_rao
 from recipes import class_shielding as recipe
 from recipes.networks import CifarResNet, initialised
+from tests.helpers.networks import random, random_linear
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 DATA = Path(os.environ.get("LIGHTNING_ROBUST_DATA", Path(__file__).parents[3] / "shared" / "data"))
@@ -70,6 +72,7 @@ def test_the_posters_figures_stand_beside_those_of_cifar10(tmp_path: Path, capsy
     out = capsys.readouterr().out
     assert "poster: shielding" in out
     assert "Spearman with the poster" in out
+    assert re.search(r"margin -?\d.\d\d \[-?\d.\d\d, -?\d.\d\d\], l2", out)
     (airplane,) = (line for line in out.splitlines() if line.startswith("airplane"))
     assert airplane.split()[-4:] == ["58.2", "3.21", "0.98", "1"]
     assert [row["class"] for row in rows] == list(recipe.CIFAR10)
@@ -113,18 +116,27 @@ def test_rank_correlations_are_those_of_ranks() -> None:
     assert recipe.spearman(values, torch.tensor([1.0, 4.0, 3.0, 2.0])) == pytest.approx(0.8)
 
 
-def test_the_benchmark_finds_the_same_margins_by_a_plain_loop(
+def test_the_benchmark_times_a_plain_loop_beside_the_package(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     threads = torch.get_num_threads()
-    monkeypatch.setattr(sys, "argv", ["benchmark", "--depth", "8", "--num-images", "1", "--rounds", "1"])
-    monkeypatch.setattr(benchmark_fisher_rao, "MAX_STEPS", 2)
+    options = ["--depth", "8", "--num-images", "1", "--rounds", "1", "--max-steps", "1"]
+    monkeypatch.setattr(sys, "argv", ["benchmark", *options])
     benchmark_fisher_rao.main()
     torch.set_num_threads(threads)
     out = capsys.readouterr().out
     assert "ratio: median " in out
-    apart = float(out.rpartition("apart by ")[2].split()[0])
-    assert apart < 1e-3
+    assert out.count("paths per second, mean absolute error") == 2
+
+
+def test_the_plain_loop_of_the_benchmark_finds_the_same_margins() -> None:
+    network = random_linear(0, num_classes=10, num_features=20, dtype=torch.float32).requires_grad_(requires_grad=False)
+    images = random(1, 2, 20, dtype=torch.float32)
+    paths = trace_fisher_rao_paths(network, images)
+    rows = zip(images.split(1), paths.source.tolist(), paths.targets.tolist(), strict=True)
+    alone = [[benchmark_fisher_rao.one_path(network, x, y, k, max_steps=200) for k in aims] for x, y, aims in rows]
+    error = (paths.margins - torch.tensor(alone)).abs()
+    assert error.max() < 0.02 * paths.margins.mean()
 
 
 @pytest.mark.long
