@@ -66,9 +66,21 @@ def digits_to_study(num_images: int, *, epochs: int, seed: int) -> tuple[nn.Modu
 
 
 def images_of(path: str, num_images: int) -> tuple[Tensor, Tensor]:
-    """Images in [0, 1], (N, channels, S, S), and their classes, from a file with arrays ``x`` (bytes) and ``y``."""
+    """Images in [0, 1], (N, channels, S, S), and their classes, from a file with arrays ``x`` and ``y``.
+
+    Raises:
+        ValueError: If these are not bytes of shape (N, S, S) or (N, S, S, channels), and as many classes.
+    """
     arrays = np.load(path)
-    images, labels = evenly(torch.tensor(arrays["x"]), torch.tensor(arrays["y"]), num_images)
+    shapes = {name: (arrays[name].dtype, arrays[name].shape) for name in arrays.files}
+    kind, shape = shapes.get("x", (None, ()))
+    if kind != np.uint8 or len(shape) not in (3, 4) or shapes.get("y", (None, ()))[1] != shape[:1]:
+        came = ", ".join(f"`{name}`, {dtype} of shape {size}" for name, (dtype, size) in shapes.items())
+        raise ValueError(
+            f"Expected {path} to hold `x`, bytes of shape (N, S, S) or (N, S, S, channels), and `y`, classes of shape"
+            f" (N,), but got {came}."
+        )
+    images, labels = evenly(torch.tensor(arrays["x"]), torch.tensor(arrays["y"]).long(), num_images)
     return (images.permute(0, 3, 1, 2) if images.ndim == 4 else images[:, None]).float() / 255, labels
 
 
@@ -83,12 +95,12 @@ def evenly(images: Tensor, labels: Tensor, num_images: int) -> tuple[Tensor, Ten
 def table(found: ClassShielding, names: list[str], *, mode: str) -> str:
     """The poster's columns, with standard errors, and its figures beside them where the classes are its."""
     ours = {
-        "shielding %": _cells(found.shielding, 100, 1),
+        "shields %": _cells(found.shielding, 100, 1),
         "mean FR margin" if mode == "path" else "mean steps": _cells(found.margin, 1, 2),
         "mean ‖δ‖₂": _cells(found.l2, 1, 3),
         "rank": [str(int(rank)) for rank in found.vulnerability_rank],
-        "shielded %": _cells(found.shielded, 100, 1),
-        "margin / bound": _cells(found.excess, 1, 2) if mode == "path" else [],
+        "is shielded %": _cells(found.shielded, 100, 1),
+        "margin / bound": _cells(found.excess, 1, 3) if mode == "path" else [],
     }
     columns = {heading: cells for heading, cells in ours.items() if cells}
     if tuple(names) == CIFAR10:
@@ -109,19 +121,25 @@ def _cells(estimate: Estimate, factor: float, digits: int) -> list[str]:
 
 
 def summary(found: ClassShielding, paths: FisherRaoPaths, names: list[str]) -> str:
-    """How many paths there are, who shields most, and in which direction."""
+    """What the columns mean, how many paths there are, who shields most, and in which direction."""
     left, of_all = int(paths.has_left.sum()), int(((paths.steps > 0) | ~paths.success).sum())
-    order = found.shielding.value.nan_to_num(nan=-1.0).argsort(descending=True, stable=True)[:3]
-    shares = (f"{names[c]} {_cells(found.shielding, 100, 1)[c]} %" for c in order)
+    order = found.shielding.value.nan_to_num(nan=0.0).argsort(descending=True, stable=True)[:3].tolist()
+    shares = [f"{names[c]}: {_cells(found.shielding, 100, 1)[c]} %" for c in order if found.shielding.value[c] > 0]
     there, back, difference = (
-        f"{100 * float(share.value):.1f} ± {100 * float(share.stderr):.1f}"
+        f"{100 * float(share.value):.1f} ± {100 * float(share.stderr):.1f} %"
         for share in (found.robust_to_fragile, found.fragile_to_robust, found.asymmetry)
     )
     lines = [
+        "± one standard error over images (of shares near 0 and 100 %, with two images added on either side)",
+        "shields: of the paths that first enter this class, those that aimed elsewhere; is shielded: of the paths from"
+        " this class, those that first enter another one than they aimed at; rank: 1 has the largest margin;"
+        " misclassified images count as margins of 0",
+        "",
         f"{left} of {of_all} paths left their class; {int(paths.shielded.sum())} of these entered another one than they"
         " aimed at.",
-        f"Shielding most, of the paths that first entered a class the share that aimed elsewhere: {', '.join(shares)}.",
-        f"Shielded from robust to fragile classes {there} %, back {back} %, difference {difference}.",
+        f"Shielding most: {', '.join(shares) or 'none'}.",
+        f"Shielded of the paths from the half of the classes with the larger margins to the other half: {there}; back:"
+        f" {back}; difference: {difference}.",
     ]
     if tuple(names) == CIFAR10:
         agreement = ", ".join(
@@ -199,21 +217,33 @@ def study(
         epochs: Of training on digits.
         seed: Of training on digits.
     """
+    if (network is None) != (images is None) or (network is None and (weights or mean or std)):
+        raise ValueError(
+            "Expected --network and --images together, beside --weights, --mean and --std, or none of them."
+        )
     if network is None or images is None:
         network, inputs, targets = digits_to_study(num_images, epochs=epochs, seed=seed)
     else:
         inputs, targets = images_of(images, num_images)
+        if weights is None:
+            print(f"No --weights are given: {type(network).__name__} is studied with those that it was made with.")
         network = network if weights is None else with_weights(network, Path(weights))
     shift, scale = (None if part is None else torch.tensor(part).view(-1, 1, 1) for part in (mean, std))
     inputs = inputs if shift is None else inputs - shift
     inputs = inputs if scale is None else inputs / scale
     units: dict[str, Any] = {"input_mean": mean, "input_std": std, "valid_range": (0.0, 1.0)}
     options: dict[str, Any] = {"mode": mode, "damping": damping, "max_steps": max_steps, "solver": solver}
-    paths = trace(network, inputs, targets, **units, **options)
-    num_classes = paths.logits.shape[2]
+    with torch.no_grad():
+        logits = network.eval()(inputs)
+    num_classes, num_correct = logits.shape[1], int((logits.argmax(dim=1) == targets).sum())
     names = class_names or [str(c) for c in range(num_classes)]
+    if len(names) != num_classes:
+        raise ValueError(f"Expected {num_classes} names in --class_names, as many as classes, but got {len(names)}.")
+    share = 100 * num_correct / len(targets)
+    print(f"{len(targets)} images, {num_correct} classified correctly ({share:.1f} %), {num_classes - 1} paths of each")
+    paths = trace(network, inputs, targets, **units, **options)
     found = class_shielding(paths, num_classes)
-    print(f"\n{table(found, names, mode=mode)}\n\n± one standard error over images\n\n{summary(found, paths, names)}\n")
+    print(f"\n{table(found, names, mode=mode)}\n\n{summary(found, paths, names)}\n")
     Path(folder).mkdir(parents=True, exist_ok=True)
     write_csv(found, names, Path(folder) / "classes.csv")
     for path in (Path(folder) / "classes.csv", *draw(found, names, Path(folder), mode=mode)):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lightning_robust.functional import ClassShielding
@@ -23,13 +24,14 @@ def draw(found: ClassShielding, names: list[str], folder: Path, *, mode: str) ->
     figure, axes = plt.subplots(figsize=(size, size), layout="constrained")
     _heat_map(axes, 100 * found.landscape.value, names)
     axes.set(xlabel="shield: class entered first", ylabel="class aimed at")
-    axes.set_title("shielded paths, % of those that could be")
+    axes.set_title(f"shielded paths, % of those that could be ({len(found.hits)} paths in all)")
     figure.savefig(paths[0], dpi=150)
 
     figure, axes = plt.subplots(figsize=(size, size), layout="constrained")
-    _heat_map(axes, 100 * found.path_matrix.value, names)
+    own = torch.eye(len(names), dtype=torch.bool)
+    _heat_map(axes, (100 * found.path_matrix.value).masked_fill(own, torch.nan), names)
     axes.set(xlabel="class entered first", ylabel="class left")
-    axes.set_title("where paths go, % of those from each class")
+    axes.set_title(f"where paths go, % of those from each class ({100 / (len(names) - 1):.0f} % if none is shielded)")
     figure.savefig(paths[1], dpi=150)
 
     figure, (above, below) = plt.subplots(2, figsize=(size, 5), sharex=True, layout="constrained")
@@ -41,7 +43,7 @@ def draw(found: ClassShielding, names: list[str], folder: Path, *, mode: str) ->
         axes.set(ylabel=label)
     if mode == "path":
         bound = (found.margin.value / found.excess.value).numpy()
-        above.plot(names, bound, "_", color="tab:orange", markersize=24, markeredgewidth=2, label="bound")
+        above.plot(names, bound, "_", color="tab:orange", markersize=24, markeredgewidth=2, label="lower bound")
         figure.legend(loc="outside upper right", frameon=False)
     below.set(xlabel="class left; error bars: ± 2 standard errors")
     below.tick_params(axis="x", rotation=45 if max(map(len, names)) > 2 else 0)
@@ -53,7 +55,7 @@ def draw(found: ClassShielding, names: list[str], folder: Path, *, mode: str) ->
 def _heat_map(axes: Any, values: Tensor, names: list[str]) -> None:
     """Numbers on colours, rows by columns; blank where nothing can be."""
     shown = values.numpy()
-    top = max(1.0, float(values.nan_to_num(nan=0.0).max()))
+    top = max(10.0, float(values.nan_to_num(nan=0.0).max()))
     axes.imshow(shown, cmap="viridis", vmin=0, vmax=top)
     for row, column in (values > 0).nonzero().tolist():
         value = float(values[row, column])

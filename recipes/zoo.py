@@ -177,9 +177,15 @@ def cifar_classifiers(folder: str, *, num_samples: int = 250) -> Iterator[tuple[
 
 def with_weights(network: nn.Module, path: Path) -> nn.Module:
     """Put weights into a network by their order, whatever the names of its layers are."""
-    state = torch.load(path, weights_only=True)
+    state = torch.load(path, weights_only=True, map_location="cpu")
+    state = state.get("state_dict", state)  # of a checkpoint
     names, given = (
         [key for key in keys if not key.endswith("num_batches_tracked")] for keys in (network.state_dict(), state)
     )
+    if [network.state_dict()[name].shape for name in names] != [state[key].shape for key in given]:
+        raise ValueError(
+            f"Expected weights of the {len(names)} shapes that {type(network).__name__} has, in its order, but {path}"
+            f" holds {len(given)} tensors of other shapes."
+        )
     network.load_state_dict({name: state[key] for name, key in zip(names, given, strict=True)}, strict=False)
     return network

@@ -38,7 +38,7 @@ def test_the_default_studies_digits_and_writes_a_table_and_figures(
     config = str(CONFIGS / "class_shielding.yaml")
     launch("--config", config, "--num_images", "30", "--epochs", "2", "--folder", str(tmp_path))
     out = capsys.readouterr().out
-    headings = ("shielding %", "mean FR margin", "mean ‖δ‖₂", "rank", "shielded %", "margin / bound")
+    headings = ("shields %", "mean FR margin", "mean ‖δ‖₂", "rank", "is shielded %", "margin / bound")
     assert all(heading in out for heading in headings)
     assert "poster" not in out
     assert "paths left their class" in out
@@ -89,6 +89,34 @@ def test_the_mode_of_the_poster_counts_steps(tmp_path: Path, capsys: pytest.Capt
     assert all(mean == pytest.approx(round(mean)) for mean in means)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--images", "none.npz"), "--network and --images together"),
+        (("--network.class_path", "recipes.networks.CifarResNet"), "--network and --images together"),
+        (("--mean", "[0.5]"), "--network and --images together"),
+    ],
+)
+def test_half_of_what_it_takes_is_refused_before_anything_is_computed(options: tuple[str, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        launch(*options)
+
+
+def test_images_weights_and_names_that_do_not_fit_are_named(tmp_path: Path) -> None:
+    files = {name: tmp_path / f"{name}.npz" for name in ("floats", "unlabelled")}
+    np.savez(files["floats"], x=np.zeros((4, 8, 8), dtype=np.float32), y=np.zeros(4))
+    np.savez(files["unlabelled"], x=np.zeros((4, 8, 8), dtype=np.uint8))
+    for path in files.values():
+        with pytest.raises(ValueError, match=r"to hold `x`, bytes of shape .* but got `x`, \w+ of shape \(4, 8, 8\)"):
+            recipe.images_of(str(path), 4)
+    torch.save({"state_dict": initialised(CifarResNet(8), seed=0).state_dict()}, tmp_path / "weights.ckpt")
+    recipe.with_weights(CifarResNet(8), tmp_path / "weights.ckpt")
+    with pytest.raises(ValueError, match=r"Expected weights of the \d+ shapes that CifarResNet has"):
+        recipe.with_weights(CifarResNet(14), tmp_path / "weights.ckpt")
+    with pytest.raises(ValueError, match="Expected 10 names in --class_names, as many as classes, but got 2"):
+        study_of_noise(tmp_path, "--num_images", "6", "--class_names", "[a, b]")
+
+
 def test_images_are_spread_evenly_over_the_classes() -> None:
     labels = torch.tensor([0] * 50 + [1] * 30 + [2] * 3)
     images, chosen = recipe.evenly(torch.arange(83), labels, 20)
@@ -126,17 +154,19 @@ def test_the_benchmark_times_a_plain_loop_beside_the_package(
     torch.set_num_threads(threads)
     out = capsys.readouterr().out
     assert "ratio: median " in out
-    assert out.count("paths per second, mean absolute error") == 2
+    assert out.count("paths per second, absolute error") == 2
 
 
-def test_the_plain_loop_of_the_benchmark_finds_the_same_margins() -> None:
+def test_the_plain_loop_of_the_benchmark_finds_the_same_margins(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmark_fisher_rao, "STEP_LENGTH", 0.05)  # of Euler's method, on a network that bends evenly
+    monkeypatch.setattr(benchmark_fisher_rao, "SHARE_OF_THE_WAY", 0.03)
     network = random_linear(0, num_classes=10, num_features=20, dtype=torch.float32).requires_grad_(requires_grad=False)
-    images = random(1, 2, 20, dtype=torch.float32)
+    images = random(1, 1, 20, dtype=torch.float32)
     paths = trace_fisher_rao_paths(network, images)
     rows = zip(images.split(1), paths.source.tolist(), paths.targets.tolist(), strict=True)
     alone = [[benchmark_fisher_rao.one_path(network, x, y, k, max_steps=200) for k in aims] for x, y, aims in rows]
     error = (paths.margins - torch.tensor(alone)).abs()
-    assert error.max() < 0.02 * paths.margins.mean()
+    assert error.max() < 0.03 * paths.margins.mean()
 
 
 @pytest.mark.long
@@ -145,8 +175,8 @@ def test_the_plain_loop_of_the_benchmark_finds_the_same_margins() -> None:
     not (DATA / "models").is_dir(), reason="no CIFAR-10 classifiers; set LIGHTNING_ROBUST_DATA to a folder of them"
 )
 def test_on_a_resnet_of_cifar10_paths_arrive_and_vehicles_are_not_the_shields() -> None:
-    """What the README says of 200 images, on 40 of them."""
-    images, labels = recipe.images_of(str(DATA / "cifar10_test_1000_dev.npz"), 40)
+    """What the README says of 200 images, on 30 of them."""
+    images, labels = recipe.images_of(str(DATA / "cifar10_test_1000_dev.npz"), 30)
     mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
     inputs = (images - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
     network = recipe.with_weights(CifarResNet(20), DATA / "models" / "cifar10_resnet20.pth")
