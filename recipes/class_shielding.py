@@ -10,6 +10,7 @@ By default it trains a small CNN on the digits of scikit-learn; any other networ
 from __future__ import annotations
 
 import csv
+import math
 from pathlib import Path
 from typing import Any, Literal
 
@@ -85,10 +86,14 @@ def images_of(path: str, num_images: int) -> tuple[Tensor, Tensor]:
 
 
 def evenly(images: Tensor, labels: Tensor, num_images: int) -> tuple[Tensor, Tensor]:
-    """As many images of each class as there are, or as are asked for, in the order in which they come."""
-    classes = sorted(set(labels.tolist()))
-    chosen = [(labels == c).nonzero()[: -(-num_images // len(classes)), 0] for c in classes]
-    rows = torch.cat(chosen).sort().values[:num_images]
+    """The first of each class, then the second of each, and so on, in the order in which they come."""
+    if num_images < 1:
+        raise ValueError(f"Expected --num_images of at least 1, but got {num_images}.")
+    turns = torch.zeros_like(labels)
+    for c in sorted(set(labels.tolist())):
+        own = labels == c
+        turns[own] = torch.arange(int(own.sum()))
+    rows = turns.argsort(stable=True)[:num_images].sort().values
     return images[rows], labels[rows]
 
 
@@ -158,16 +163,20 @@ def with_poster(paths: FisherRaoPaths, *, num_resamples: int = 200) -> dict[str,
     found = {}
     for name in ("margin", "l2", "shielding"):
         reference = torch.tensor(POSTER[name])
-        values = [spearman(getattr(count, name).value.nan_to_num(nan=0.0), reference) for count in counts]
-        low, high = torch.tensor(values[1:]).quantile(torch.tensor([0.025, 0.975])).tolist()
+        values = [spearman(getattr(count, name).value, reference) for count in counts]
+        low, high = torch.tensor(values[1:]).nanquantile(torch.tensor([0.025, 0.975])).tolist()
         found[name] = values[0], low, high
     return found
 
 
 def spearman(first: Tensor, second: Tensor) -> float:
-    """Correlation of the ranks, those of ties at random."""
-    ranks = torch.stack([values.argsort(stable=True).argsort() for values in (first, second)]).double()
-    return float(torch.corrcoef(ranks)[0, 1])
+    """Correlation of the ranks of what is known of both, ties sharing theirs; NaN where all are tied."""
+    known = first.isfinite() & second.isfinite()
+    ranks = [
+        (v[:, None] > v).double().sum(dim=1) + (v[:, None] == v).double().sum(dim=1) / 2
+        for v in (first[known], second[known])
+    ]
+    return float(torch.corrcoef(torch.stack(ranks))[0, 1]) if known.sum() > 1 else math.nan
 
 
 def write_csv(found: ClassShielding, names: list[str], path: Path) -> None:
@@ -221,6 +230,8 @@ def study(
         raise ValueError(
             "Expected --network and --images together, beside --weights, --mean and --std, or none of them."
         )
+    if std is not None and not all(scale > 0 for scale in std):
+        raise ValueError(f"Expected --std to be positive, but got {std}.")
     if network is None or images is None:
         network, inputs, targets = digits_to_study(num_images, epochs=epochs, seed=seed)
     else:

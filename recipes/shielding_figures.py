@@ -18,7 +18,7 @@ def draw(found: ClassShielding, names: list[str], folder: Path, *, mode: str) ->
     mpl.use("agg")
     import matplotlib.pyplot as plt
 
-    size = 1.5 + 0.5 * len(names)
+    size = max(5.0, 1.5 + 0.5 * len(names))
     paths = [folder / name for name in ("shielding_landscape.png", "path_matrix.png", "margins.png")]
 
     figure, axes = plt.subplots(figsize=(size, size), layout="constrained")
@@ -39,7 +39,9 @@ def draw(found: ClassShielding, names: list[str], folder: Path, *, mode: str) ->
         (above, found.margin, "mean Fisher–Rao margin" if mode == "path" else "mean number of steps"),
         (below, found.l2, "mean ‖δ‖₂"),
     ):
-        axes.bar(names, estimate.value.numpy(), yerr=2 * estimate.stderr.numpy(), capsize=3, color="tab:blue")
+        error = 2 * estimate.stderr
+        ends = torch.stack([torch.minimum(error, estimate.value), error])  # none is below 0
+        axes.bar(names, estimate.value.numpy(), yerr=ends.numpy(), capsize=3, color="tab:blue")
         axes.set(ylabel=label)
     if mode == "path":
         bound = (found.margin.value / found.excess.value).numpy()

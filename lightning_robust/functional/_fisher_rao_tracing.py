@@ -25,6 +25,8 @@ Mode = Literal["path", "poster"]
 _GAP = 1e-6
 _ROUNDINGS = 64
 _TRIALS = 30
+# A step that leads no closer to the target is halved so often at the most.
+_SHORTER = 20
 # By default the damping is this share of the largest eigenvalue that the start's gradient has at even odds, ‖g‖²/4,
 _DAMPING = 1e-2
 # and a step this share of the way to a boundary one nat further away than it is, linearised at the start.
@@ -87,6 +89,10 @@ class Paths(NamedTuple):
         _, which = self.sample.unique(return_inverse=True)  # type: ignore[no-untyped-call]
         rows = torch.arange(len(which), device=which.device)
         return rows.new_zeros(int(which.max()) + 1).scatter_(0, which, rows), which
+
+    def gap(self, logits: Tensor) -> Tensor:
+        """Gap between source and target at some logits (m, C), (m,)."""
+        return (logits.gather(1, self.source[:, None]) - logits.gather(1, self.target[:, None]))[:, 0]
 
     @property
     def contrast(self) -> Tensor:
@@ -152,14 +158,18 @@ class Tracer:
     def logits(self, x: Tensor) -> Tensor:
         """Of points (m, ...), without a graph."""
         with torch.no_grad():
-            logits: Tensor = self._model(x.clone())
-        return logits
+            return self._outputs(x)
+
+    def _outputs(self, x: Tensor) -> Tensor:
+        outputs = self._model(x.clone())
+        # a network that squeezes its outputs loses the dimension of a single sample
+        return outputs[None] if len(x) == 1 and outputs.ndim == 1 else outputs
 
     def _prepared(self, paths: Paths) -> Paths:
         """Paths at their starts, with damping, bound of a step, and first move, which follow from the start."""
         settings, leaf = self._settings, paths.x.clone().requires_grad_()
-        logits = self._model(leaf.clone())
-        gap = (paths.contrast.to(logits) * logits).sum(dim=1)
+        logits = self._outputs(leaf)
+        gap = paths.gap(logits)
         slope = _widened(input_gradient(gap, leaf, self._std)).square().sum(dim=1)
         if settings.damping is None:
             damping = torch.where(slope > 0, slope * (_DAMPING / 4), 1)  # from a flat start no path leads anywhere
@@ -177,9 +187,10 @@ class Tracer:
         """Take one step of each path: those that go on, those that have left their class, and those that never will."""
         # the midpoint rule, of second order also if the step before says where about the middle is
         middle = paths.x if self._poster else _inside(paths, paths.x + paths.move / 2)
-        every = torch.arange(len(middle), device=middle.device)
-        ahead = _inside(paths, paths.x - self._step(paths, middle, every, every))
+        ahead = _inside(paths, paths.x - self._step_at(paths, middle))
         logits = self.logits(ahead)
+        if not self._poster:
+            ahead, logits = self._descending(paths, ahead, logits)
         computable = flat(ahead).isfinite().all(dim=1) & logits.isfinite().all(dim=1)
         moved = computable & (flat(ahead) != flat(paths.x)).any(dim=1)
         crossed = moved & (logits.argmax(dim=1) != paths.source)
@@ -194,6 +205,33 @@ class Tracer:
         lost = paths.rows(~moved), there.rows(moved & ~crossed & ~on)
         never = Paths(*map(torch.cat, zip(*lost, strict=True)))
         return there.rows(on), _ended(there.rows(crossed), success=True), _ended(never, success=False)
+
+    def _descending(self, paths: Paths, ahead: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Where to go from ``x``, and the logits there: shorter steps for paths whose gap to the target has not closed.
+
+        The middle of the step may lie beyond all that has a gradient, or a step may overshoot, and go round in circles
+        for ever. The step at ``x`` itself, if it is short enough, closes the gap.
+        """
+        gap = paths.gap(paths.logits)
+        rows = (~(paths.gap(logits) < gap)).nonzero()[:, 0]  # not a number, too
+        if not len(rows):
+            return ahead, logits
+        there = paths.rows(rows)
+        step = self._step_at(there, there.x)
+        for _ in range(_SHORTER):
+            shorter = _inside(there, there.x - step)
+            found = self.logits(shorter)
+            closer = there.gap(found) < gap[rows]
+            ahead[rows[closer]], logits[rows[closer]] = shorter[closer], found[closer]
+            rows, there, step = rows[~closer], there.rows(~closer), step[~closer] / 2
+            if not len(rows):
+                break
+        return ahead, logits
+
+    def _step_at(self, paths: Paths, x: Tensor) -> Tensor:
+        """The step at points (m, ...), one of each path."""
+        every = torch.arange(len(x), device=x.device)
+        return self._step(paths, x, every, every)
 
     def _step(self, paths: Paths, x: Tensor, some: Tensor, which: Tensor) -> Tensor:
         """The step at points (m, ...), whose lengths are bounded as the settings say; normalised as they are.
@@ -216,7 +254,7 @@ class Tracer:
     def _by_gram(self, paths: Paths, x: Tensor, source: Tensor, which: Tensor) -> tuple[Tensor, NaturalGradient]:
         """Predictions and natural gradients of paths at points ``x[which]``, which leave ``source[which]``."""
         leaf = x.clone().requires_grad_()
-        logits = self._model(leaf.clone())
+        logits = self._outputs(leaf)
         probs = _widened(logits.detach()).softmax(dim=1)[which]
         # S has no part in what is common to all logits: relative to the source, one backward pass less will do
         others = other_classes(source, logits.shape[1])
@@ -231,10 +269,12 @@ class Tracer:
     def _by_conjugate_gradients(self, paths: Paths, x: Tensor) -> tuple[Tensor, NaturalGradient]:
         """The same of paths at points ``x``, without their Jacobians."""
         leaf = x.clone().requires_grad_()
-        logits = self._model(leaf.clone())
+        logits = self._outputs(leaf)
         probs = _widened(logits.detach()).softmax(dim=1)
         cotangent = torch.zeros_like(logits, requires_grad=True)
-        (pulled,) = torch.autograd.grad(logits, leaf, cotangent, create_graph=True, materialize_grads=True)
+        pulled = torch.zeros_like(leaf)
+        if logits.requires_grad:  # they depend on the input
+            (pulled,) = torch.autograd.grad(logits, leaf, cotangent, create_graph=True, materialize_grads=True)
 
         def push(rows: Tensor) -> Tensor:
             """``J p``: the derivative of ``Jᵀ u``, which is linear in ``u``, along ``p``."""
@@ -261,7 +301,7 @@ class Tracer:
             # if it closes evenly, half of what is allowed beyond; every third time the middle, lest one end stays
             share = (gap_before + allowed / 2) / (gap_before - gap_beyond)
             share = share.nan_to_num(nan=0.5).clamp(0, 1) if trial % 3 < 2 else torch.full_like(share, 0.5)
-            middle = before + share.view(shape) * (beyond - before)
+            middle = before + share.to(ahead).view(shape) * (beyond - before)
             found = self.logits(middle)
             lead, outside = _lead(found, paths.source), found.argmax(dim=1) != paths.source
             logits = torch.where(outside[:, None], found, logits)

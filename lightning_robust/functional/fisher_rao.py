@@ -21,8 +21,9 @@ what detour the network makes the path take.
 Where the poster takes steps of length 1 until the class changes and counts them, here steps are short and of second
 order (the midpoint rule; the step before says where about the middle is, so that each takes one linearisation). They
 are bounded in Euclidean length, too: at confident predictions ``G ≈ 0``, and a step of length 1 leaves the data. The
-length is summed up on the simplex, and the crossing is located within the last step. The poster has the step along
-``+v``, which would widen the gap to the target; paths here descend it in both modes.
+length is summed up on the simplex, and the crossing is located within the last step. A step that would not close the
+gap to the target is shortened until it does, lest a path go round in circles. The poster has the step along ``+v``,
+which would widen the gap; paths here descend it in both modes.
 
 Source: Rao 1945 and Amari 2016 (distance); De & Säfken, "The Myth of Robust Classes" (margins, shielding); bound, path
 length, step control and the exact solution of each step are ours.
@@ -74,7 +75,7 @@ from lightning_robust.functional.linearization import count_classes
 
 # Vectors of the size of an input that conjugate gradients hold for a path, those in the graph of J p among them.
 _VECTORS_OF_CG = 8
-# With a ResNet-20 and small networks on CIFAR-10, margins are within 1 % on average of those of steps eight times
+# With a ResNet-20 and small networks on CIFAR-10, margins are within 1 % in the median of those of steps eight times
 # shorter, in 3 to 8 steps; 0.2 would take up to half as many again, to the same accuracy.
 _STEP_LENGTH = 0.4
 
@@ -156,7 +157,8 @@ def fisher_rao_distance(p: Tensor, q: Tensor) -> Tensor:
     pairs = zip(reversed(p.shape), reversed(q.shape), strict=False)
     if any(a != b and 1 not in (a, b) for a, b in pairs):
         raise ValueError(f"Expected shapes of `p` and `q` that broadcast, got {tuple(p.shape)} and {tuple(q.shape)}.")
-    return distance_of_roots(p.sqrt(), q.sqrt())
+    distance = distance_of_roots(*(probs.to(wide(probs)).sqrt() for probs in (p, q)))
+    return distance.clamp_max(math.pi).to(torch.promote_types(p.dtype, q.dtype))
 
 
 def fisher_rao_margin_bound(probs: Tensor, source: Tensor, target: Tensor) -> Tensor:
@@ -218,7 +220,8 @@ def trace_fisher_rao_paths(
             default a hundredth of the largest eigenvalue that the gradient at the start would have at even odds,
             ``‖∇(log p_y − log p_k)‖²/400``, which follows the units of the input.
         step_length: Fisher–Rao length of a step, to first order, where the Euclidean bound is not smaller; 0.4 by
-            default.
+            default. With both defaults margins of trained networks are within 1 % of those of much shorter steps in
+            the median, and 1 to 5 % in the mean, because single paths bend elsewhere.
         max_euclidean_step: Bound of a step in units of the un-normalised input. By default a quarter of the way to the
             boundary of the network linearised at the sample, were that one nat further: it follows the units of the
             input.
@@ -226,7 +229,8 @@ def trace_fisher_rao_paths(
             leads on, a valid range is in the way, or logits are not finite.
         solver: ``"gram"`` takes the whole Jacobian, of C rows, and solves each step exactly; ``"cg"`` conjugate
             gradients, which need second derivatives of the network with respect to its input, and less memory than the
-            Jacobian if there are very many classes.
+            Jacobian if there are very many classes; in single precision they fall short where the damping is a
+            millionth of the Fisher information and less.
         mode: ``"poster"`` takes steps ``v / √(gᵀv)``, of length 1 in the damped metric, without bounds unless
             ``max_euclidean_step`` is given; margins are numbers of steps.
         input_std: Standard deviation by which the inputs were divided, one number or one per channel (dimension 1).

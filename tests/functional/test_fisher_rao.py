@@ -407,7 +407,49 @@ def test_a_path_that_leaves_what_the_network_can_compute_ends_where_it_could() -
     assert not paths.success.any()
     assert paths.logits.isfinite().all()
     assert paths.margins.isfinite().all()
-    assert ((paths.steps > 0) & (paths.steps < 4)).all()
+    assert ((paths.steps > 0) & (paths.steps < 100)).all()
+
+
+def test_where_the_middle_of_a_step_has_no_gradient_the_step_at_the_start_is_taken() -> None:
+    def steep(x: Tensor) -> Tensor:
+        return torch.stack([3 * torch.tanh(20 * x[:, 0]), 0 * x[:, 0]], dim=1)
+
+    paths = trace_fisher_rao_paths(steep, torch.tensor([[0.4], [0.3], [0.2], [0.05]]).double())
+    assert paths.success.all()
+    torch.testing.assert_close(paths.margins, paths.bound, rtol=0, atol=1e-5)
+
+
+@every_solver
+def test_no_step_leads_away_from_the_target_and_so_no_path_goes_round_in_circles(solver: Any) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        layers = [nn.Linear(4, 16), nn.GELU(), nn.Linear(16, 16), nn.GELU(), nn.Linear(16, 3)]
+        model, inputs = nn.Sequential(*layers), torch.randn(30, 4)
+    for layer in (0, 2, 4):
+        layers[layer].weight.data *= 3
+    few, many = (trace_fisher_rao_paths(model, inputs, max_steps=n, solver=solver) for n in (3, 200))
+    assert few.success.double().mean() < 0.95
+    assert many.success.double().mean() > 0.95
+    assert few.margins.max() < 6
+    ended = ~many.success
+    assert (many.steps[ended] < 200).all()  # at a point from where the gap closes no further
+    row, column = torch.arange(30)[:, None], torch.arange(2)
+    for paths in (few, many):
+        gap = paths.logits[row, column, paths.source[:, None]] - paths.logits[row, column, paths.targets]
+        start = paths.start_logits.gather(1, paths.source[:, None]) - paths.start_logits.gather(1, paths.targets)
+        assert (gap < start).all()
+
+
+def test_functions_without_a_graph_that_squeeze_or_return_another_precision_are_traced_as_they_can_be() -> None:
+    weight, inputs = random(0, 4, 3, dtype=torch.float32), random(1, 5, 4, dtype=torch.float32)
+    expected = trace_fisher_rao_paths(lambda x: x @ weight, inputs)
+    for network in (lambda x: x.double() @ weight.double(), lambda x: (x @ weight).squeeze()):
+        paths = trace_fisher_rao_paths(network, inputs)
+        torch.testing.assert_close(paths.margins, expected.margins, rtol=1e-4, atol=1e-4)
+    for solver in ("gram", "cg"):
+        constant = trace_fisher_rao_paths(lambda x: (x @ weight).detach(), inputs, solver=solver)
+        assert not constant.success.any()
+        assert not constant.steps.any()
 
 
 # --- units ----------------------------------------------------------------------------------------------------------
