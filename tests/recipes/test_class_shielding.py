@@ -14,7 +14,7 @@ import torch
 from jsonargparse import auto_cli
 
 from lightning_robust.functional import class_shielding, trace_fisher_rao_paths
-from recipes import benchmark_fisher_rao
+from recipes import benchmark_fisher_rao, shielding_report
 from recipes import class_shielding as recipe
 from recipes.networks import CifarResNet, initialised
 from tests.helpers.networks import random, random_linear
@@ -76,7 +76,7 @@ def test_the_posters_figures_stand_beside_those_of_cifar10(tmp_path: Path, capsy
     assert re.search(r"margin -?\d.\d\d \[-?\d.\d\d, -?\d.\d\d\], l2", out)
     (airplane,) = (line for line in out.splitlines() if line.startswith("airplane"))
     assert airplane.split()[-4:] == ["58.2", "3.21", "0.98", "1"]
-    assert [row["class"] for row in rows] == list(recipe.CIFAR10)
+    assert [row["class"] for row in rows] == list(shielding_report.CIFAR10)
     assert {row["margin"] for row in rows if row["success"] == "nan"} == {"0.0"}  # all of them misclassified
 
 
@@ -140,11 +140,13 @@ def test_tracing_in_groups_is_tracing_all() -> None:
 
 def test_rank_correlations_are_those_of_ranks() -> None:
     values = torch.tensor([0.1, 5.0, 2.0, 3.0])
-    assert recipe.spearman(values, values.exp()) == pytest.approx(1)
-    assert recipe.spearman(values, -values) == pytest.approx(-1)
-    assert recipe.spearman(values, torch.tensor([1.0, 4.0, 3.0, 2.0])) == pytest.approx(0.8)
-    assert math.isnan(recipe.spearman(values, torch.zeros(4)))
-    assert recipe.spearman(torch.tensor([torch.nan, 1, 2, 2]), torch.tensor([9.0, 1, 2, 3])) == pytest.approx(0.75**0.5)
+    assert shielding_report.spearman(values, values.exp()) == pytest.approx(1)
+    assert shielding_report.spearman(values, -values) == pytest.approx(-1)
+    assert shielding_report.spearman(values, torch.tensor([1.0, 4.0, 3.0, 2.0])) == pytest.approx(0.8)
+    assert math.isnan(shielding_report.spearman(values, torch.zeros(4)))
+    assert shielding_report.spearman(torch.tensor([torch.nan, 1, 2, 2]), torch.tensor([9.0, 1, 2, 3])) == pytest.approx(
+        0.75**0.5
+    )
 
 
 def test_the_benchmark_times_a_plain_loop_beside_the_package(

@@ -1,0 +1,116 @@
+"""What a study of class shielding says in words: a table beside the poster's, a summary, a file of estimates."""
+
+from __future__ import annotations
+
+import csv
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lightning_robust.functional import ClassShielding, Estimate, FisherRaoPaths, class_shielding
+
+CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+# The poster's figures for 800 test images of CIFAR-10 and 3,659 paths, in the order of the classes.
+POSTER = {
+    "shielding": (58.2, 40.5, 12.1, 9.8, 18.4, 14.2, 21.0, 27.5, 62.7, 51.7),  # %
+    "margin": (3.21, 2.76, 1.05, 0.98, 1.48, 1.12, 1.78, 2.05, 3.45, 2.98),  # steps
+    "l2": (0.98, 0.84, 0.32, 0.28, 0.52, 0.35, 0.60, 0.70, 1.12, 0.95),
+    "rank": (1, 3, 9, 10, 7, 8, 6, 5, 2, 4),
+}
+
+
+def table(found: ClassShielding, names: list[str], *, mode: str) -> str:
+    """The poster's columns, with standard errors, and its figures beside them where the classes are its."""
+    ours = {
+        "shields %": _cells(found.shielding, 100, 1),
+        "mean FR margin" if mode == "path" else "mean steps": _cells(found.margin, 1, 2),
+        "mean ‖δ‖₂": _cells(found.l2, 1, 3),
+        "rank": [str(int(rank)) for rank in found.vulnerability_rank],
+        "is shielded %": _cells(found.shielded, 100, 1),
+        "margin / bound": _cells(found.excess, 1, 3) if mode == "path" else [],
+    }
+    columns = {heading: cells for heading, cells in ours.items() if cells}
+    if tuple(names) == CIFAR10:
+        columns |= {f"poster: {name}": [f"{value:g}" for value in values] for name, values in POSTER.items()}
+    widths = [max(map(len, (heading, *cells))) for heading, cells in columns.items()]
+    first = max(map(len, (*names, "class")))
+
+    def line(name: str, cells: list[str]) -> str:
+        return f"{name:{first}}  " + "  ".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
+
+    rows = [line(name, [cells[c] for cells in columns.values()]) for c, name in enumerate(names)]
+    return "\n".join([line("class", list(columns)), *rows])
+
+
+def _cells(estimate: Estimate, factor: float, digits: int) -> list[str]:
+    pairs = zip(estimate.value.tolist(), estimate.stderr.tolist(), strict=True)
+    return [f"{factor * value:.{digits}f} ± {factor * stderr:.{digits}f}" for value, stderr in pairs]
+
+
+def summary(found: ClassShielding, paths: FisherRaoPaths, names: list[str]) -> str:
+    """What the columns mean, how many paths there are, who shields most, and in which direction."""
+    left, of_all = int(paths.has_left.sum()), int(((paths.steps > 0) | ~paths.success).sum())
+    order = found.shielding.value.nan_to_num(nan=0.0).argsort(descending=True, stable=True)[:3].tolist()
+    shares = [f"{names[c]}: {_cells(found.shielding, 100, 1)[c]} %" for c in order if found.shielding.value[c] > 0]
+    there, back, difference = (
+        f"{100 * float(share.value):.1f} ± {100 * float(share.stderr):.1f} %"
+        for share in (found.robust_to_fragile, found.fragile_to_robust, found.asymmetry)
+    )
+    lines = [
+        "± one standard error over images (of shares near 0 and 100 %, with two images added on either side)",
+        "shields: of the paths that first enter this class, those that aimed elsewhere; is shielded: of the paths from"
+        " this class, those that first enter another one than they aimed at; rank: 1 has the largest margin;"
+        " misclassified images count as margins of 0",
+        "",
+        f"{left} of {of_all} paths left their class; {int(paths.shielded.sum())} of these entered another one than they"
+        " aimed at.",
+        f"Shielding most: {', '.join(shares) or 'none'}.",
+        f"Shielded of the paths from the half of the classes with the larger margins to the other half: {there}; back:"
+        f" {back}; difference: {difference}.",
+    ]
+    if tuple(names) == CIFAR10:
+        agreement = ", ".join(
+            f"{name} {value:.2f} [{low:.2f}, {high:.2f}]" for name, (value, low, high) in with_poster(paths).items()
+        )
+        lines.append(f"Spearman with the poster, over classes (95 % over resampled images): {agreement}.")
+    return "\n".join(lines)
+
+
+def with_poster(paths: FisherRaoPaths, *, num_resamples: int = 200) -> dict[str, tuple[float, float, float]]:
+    """Rank correlations with the poster's figures over classes, each with an interval of 95 %."""
+    generator = torch.Generator().manual_seed(0)
+    n = len(paths.source)
+    chosen = [torch.arange(n), *(torch.randint(n, (n,), generator=generator) for _ in range(num_resamples))]
+    counts = [class_shielding(paths.rows(rows), len(CIFAR10)) for rows in chosen]
+    found = {}
+    for name in ("margin", "l2", "shielding"):
+        reference = torch.tensor(POSTER[name])
+        values = [spearman(getattr(count, name).value, reference) for count in counts]
+        low, high = torch.tensor(values[1:]).nanquantile(torch.tensor([0.025, 0.975])).tolist()
+        found[name] = values[0], low, high
+    return found
+
+
+def spearman(first: Tensor, second: Tensor) -> float:
+    """Correlation of the ranks of what is known of both, ties sharing theirs; NaN where all are tied."""
+    known = first.isfinite() & second.isfinite()
+    ranks = [
+        (v[:, None] > v).double().sum(dim=1) + (v[:, None] == v).double().sum(dim=1) / 2
+        for v in (first[known], second[known])
+    ]
+    return float(torch.corrcoef(torch.stack(ranks))[0, 1]) if known.sum() > 1 else math.nan
+
+
+def write_csv(found: ClassShielding, names: list[str], path: Path) -> None:
+    """One row per class, each estimate beside its standard error."""
+    estimates = ("shielding", "interception", "shielded", "success", "margin", "excess", "l2", "linf")
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        heads = [head for name in estimates for head in (name, f"{name}_stderr")]
+        writer.writerow(["class", *heads, "vulnerability_rank"])
+        for c, name in enumerate(names):
+            pairs = (getattr(found, estimate) for estimate in estimates)
+            cells = [float(part[c]) for pair in pairs for part in (pair.value, pair.stderr)]
+            writer.writerow([name, *cells, int(found.vulnerability_rank[c])])
