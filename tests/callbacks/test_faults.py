@@ -465,7 +465,7 @@ def test_a_barebones_trainer_is_told_that_nothing_is_measured(tmp_path: Path) ->
         ({"metrics": "fisher_spectral_norm"}, "`metrics` to be a non-empty list"),
         (
             {"metrics": ["fisher"]},
-            r"names among \['adversarial_accuracy', 'fisher_spectral_norm', 'hessian_trace', 'linearized_accuracy',",
+            r"names among \['adversarial_accuracy', 'fisher_rao_margin', 'fisher_spectral_norm', 'hessian_trace',",
         ),
         ({"metrics": [3]}, "but got 3"),
         ({"metrics": FisherSpectralNorm()}, "`metrics` to be a non-empty list of metrics"),
