@@ -127,7 +127,7 @@ def main() -> None:
     rounds = [(cpu_seconds(together), cpu_seconds(one_by_one)) for _ in range(options.rounds)]
     longest = float((paths.l2 / paths.steps).median()) / 8
     truth = trace_fisher_rao_paths(
-        network, images, step_length=0.05, max_euclidean_step=longest, max_steps=20 * limit
+        network, images, step_length=0.05, max_euclidean_step=longest, max_steps=8 * limit
     ).margins
     count, ratios = truth.numel(), [alone / joint for joint, alone in rounds]
     print(f"ResNet-{options.depth}, 10 classes, {count} paths from {len(images)} images of 3 × 32 × 32, one CPU thread")

@@ -327,7 +327,7 @@ def test_samples_are_traced_each_for_itself_whatever_the_order_and_how_many_at_o
     model, inputs, _ = build("cnn_batchnorm")
     expected = trace_fisher_rao_paths(model, inputs)
     order = torch.randperm(9, generator=torch.Generator().manual_seed(0))
-    for chunk_size in (1, 10, 37, 1000):
+    for chunk_size in (1, 37):
         paths = trace_fisher_rao_paths(model, inputs[order], chunk_size=chunk_size)
         torch.testing.assert_close(paths.margins, expected.margins[order], rtol=1e-4, atol=1e-4)
         assert torch.equal(paths.first_hit, expected.first_hit[order])
