@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
 from functools import cached_property
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,12 +30,14 @@ from lightning_robust.functional._checks import (
 from lightning_robust.functional._curvature_plan import Estimator, make_plan
 from lightning_robust.functional._curvature_probes import Draws, curvature_sums
 from lightning_robust.functional._curvature_sums import CurvatureSums
-from lightning_robust.functional._fisher_rao_tracing import Settings
+from lightning_robust.functional._fisher_rao_settings import Settings
 from lightning_robust.functional._grad_mode import differentiable, full_precision
 from lightning_robust.functional._losses import LossFn, check_loss_fn
 from lightning_robust.functional.attacks import Norm, pgd
 from lightning_robust.functional.fisher_rao import FisherRaoPaths, trace_fisher_rao_paths
 from lightning_robust.functional.linearization import Linearization, linearize, relinearize
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -128,9 +131,9 @@ class Probe:
 
     def relinearization(self, norm: Norm) -> Linearization:
         """The same near the boundary (see :func:`~lightning_robust.functional.relinearize`)."""
-        key = ("relinearization", norm)
-        if key not in self._done:
-            self._done[key] = relinearize(
+        return self._once(
+            ("relinearization", norm),
+            lambda: relinearize(
                 self.model,
                 self.inputs,
                 self.linearization,
@@ -139,10 +142,8 @@ class Probe:
                 input_mean=self.input_mean,
                 valid_range=self.valid_range,
                 chunk_size=self.chunk_size,
-            )
-        relinearization = self._done[key]
-        assert isinstance(relinearization, Linearization)
-        return relinearization
+            ),
+        )
 
     @property
     def unnormalised_inputs(self) -> Tensor:
@@ -153,9 +154,9 @@ class Probe:
 
     def attacked(self, attack: Attack) -> Tensor:
         """The inputs under an attack, ``(N, ...)``."""
-        key = ("attacked", attack)
-        if key not in self._done:
-            self._done[key] = pgd(
+        return self._once(
+            ("attacked", attack),
+            lambda: pgd(
                 self.model,
                 self.inputs,
                 self.targets,
@@ -165,10 +166,8 @@ class Probe:
                 valid_range=self.valid_range,
                 input_mean=self.input_mean,
                 input_std=self.input_std,
-            )
-        attacked = self._done[key]
-        assert isinstance(attacked, Tensor)
-        return attacked
+            ),
+        )
 
     def curvature(
         self, *, estimator: Estimator = "auto", num_probes: int = 2, attack: Attack | None = None
@@ -181,11 +180,7 @@ class Probe:
             attack: Takes the loss on attacked inputs.
         """
         key = ("curvature", estimator, num_probes, attack)
-        if key not in self._done:
-            self._done[key] = self._curvature(estimator, num_probes, attack)
-        sums = self._done[key]
-        assert isinstance(sums, CurvatureSums)
-        return sums
+        return self._once(key, lambda: self._curvature(estimator, num_probes, attack))
 
     def _curvature(self, estimator: Estimator, num_probes: int, attack: Attack | None) -> CurvatureSums:
         check_inputs(self.inputs)
@@ -221,9 +216,9 @@ class Probe:
             num_targets: How many of the most probable other classes of each sample to aim at; None for all.
             options: How to trace them.
         """
-        key = ("fisher_rao_paths", num_targets, options)
-        if key not in self._done:
-            self._done[key] = trace_fisher_rao_paths(
+        return self._once(
+            ("fisher_rao_paths", num_targets, options),
+            lambda: trace_fisher_rao_paths(
                 self.model,
                 self.inputs,
                 targets=None if num_targets is None else self._most_probable_others(num_targets),
@@ -233,10 +228,8 @@ class Probe:
                 input_mean=self.input_mean,
                 valid_range=self.valid_range,
                 chunk_size=self.chunk_size,
-            )
-        paths = self._done[key]
-        assert isinstance(paths, FisherRaoPaths)
-        return paths
+            ),
+        )
 
     def _most_probable_others(self, count: int) -> Tensor:
         """Classes (N, count), or all others if there are fewer, in the order of the predictions."""
@@ -255,6 +248,12 @@ class Probe:
         """The same for outputs of any shape ``(N, ...)``."""
         with differentiable(self.model), torch.no_grad():
             return outputs_of(self.model, full_precision(inputs))
+
+    def _once(self, key: tuple[object, ...], compute: Callable[[], T]) -> T:
+        """What was computed under a key, or is now."""
+        if key not in self._done:
+            self._done[key] = compute()
+        return cast(T, self._done[key])
 
     def select(self, rows: slice) -> Probe:
         """Return a probe of some of the samples, on copies that later changes to the batch do not reach."""

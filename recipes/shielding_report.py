@@ -8,8 +8,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torchmetrics.functional.regression import spearman_corrcoef
 
 from lightning_robust.functional import ClassShielding, Estimate, FisherRaoPaths, class_shielding
+from recipes.validity import interval
 
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 # The poster's figures for 800 test images of CIFAR-10 and 3,659 paths, in the order of the classes.
@@ -78,29 +80,25 @@ def summary(found: ClassShielding, paths: FisherRaoPaths, names: list[str]) -> s
     return "\n".join(lines)
 
 
-def with_poster(paths: FisherRaoPaths, *, num_resamples: int = 200) -> dict[str, tuple[float, float, float]]:
+def with_poster(paths: FisherRaoPaths, *, resamples: int = 200) -> dict[str, tuple[float, ...]]:
     """Rank correlations with the poster's figures over classes, each with an interval of 95 %."""
-    generator = torch.Generator().manual_seed(0)
-    n = len(paths.source)
-    chosen = [torch.arange(n), *(torch.randint(n, (n,), generator=generator) for _ in range(num_resamples))]
-    counts = [class_shielding(paths.rows(rows), len(CIFAR10)) for rows in chosen]
-    found = {}
-    for name in ("margin", "l2", "shielding"):
-        reference = torch.tensor(POSTER[name])
-        values = [spearman(getattr(count, name).value, reference) for count in counts]
-        low, high = torch.tensor(values[1:]).nanquantile(torch.tensor([0.025, 0.975])).tolist()
-        found[name] = values[0], low, high
-    return found
+
+    def correlation(rows: Tensor, name: str) -> Tensor:
+        estimate = getattr(class_shielding(paths.rows(rows), len(CIFAR10)), name)
+        return torch.tensor(spearman(estimate.value.float(), torch.tensor(POSTER[name])))
+
+    return {
+        name: interval(lambda rows, name=name: correlation(rows, name), len(paths.source), resamples=resamples)  # type: ignore[misc]
+        for name in ("margin", "l2", "shielding")
+    }
 
 
 def spearman(first: Tensor, second: Tensor) -> float:
-    """Correlation of the ranks of what is known of both, ties sharing theirs; NaN where all are tied."""
+    """Correlation of the ranks of what is known of both; NaN where all are tied."""
     known = first.isfinite() & second.isfinite()
-    ranks = [
-        (v[:, None] > v).double().sum(dim=1) + (v[:, None] == v).double().sum(dim=1) / 2
-        for v in (first[known], second[known])
-    ]
-    return float(torch.corrcoef(torch.stack(ranks))[0, 1]) if known.sum() > 1 else math.nan
+    if min(len(set(values[known].tolist())) for values in (first, second)) < 2:
+        return math.nan
+    return float(spearman_corrcoef(first[known], second[known]))
 
 
 def write_csv(found: ClassShielding, names: list[str], path: Path) -> None:

@@ -57,6 +57,11 @@ def unnormalised(inputs: Tensor, std: Tensor | None, mean: Tensor | None) -> Ten
     return raw if mean is None else raw + mean
 
 
+def changes_within(raw: Tensor, valid_range: tuple[float, float]) -> tuple[Tensor, Tensor]:
+    """By how much un-normalised inputs may fall, ≤ 0, and rise, ≥ 0; one that is outside already may stay there."""
+    return (valid_range[0] - raw).clamp_max(0), (valid_range[1] - raw).clamp_min(0)
+
+
 def check_valid_range(valid_range: tuple[float, float] | None) -> tuple[float, float] | None:
     """Return ``valid_range`` in floats, or raise unless it is None or two numbers in ascending order."""
     if valid_range is None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_robust.functional._fisher_rao_settings import DAMPING, SHARE_OF_THE_WAY, Settings
 from lightning_robust.functional._linearized_chunk import input_gradient, jacobian_rows, wide
 from lightning_robust.functional._natural_gradient import (
     NaturalGradient,
@@ -18,8 +19,6 @@ from lightning_robust.functional._natural_gradient import (
     solve_by_gram,
 )
 
-Solver = Literal["gram", "cg"]
-Mode = Literal["path", "poster"]
 # A crossing is located up to a gap of so many nats between two logits, or of so many times their rounding error, or in
 # so many trials.
 _GAP = 1e-6
@@ -27,21 +26,6 @@ _ROUNDINGS = 64
 _TRIALS = 30
 # A step that leads no closer to the target is halved so often at the most.
 _SHORTER = 20
-# By default the damping is this share of the largest eigenvalue that the start's gradient has at even odds, ‖g‖²/4,
-_DAMPING = 1e-2
-# and a step this share of the way to a boundary one nat further away than it is, linearised at the start.
-_SHARE_OF_THE_WAY = 0.25
-
-
-class Settings(NamedTuple):
-    """How paths are traced: options of :func:`~lightning_robust.functional.trace_fisher_rao_paths`."""
-
-    damping: float | None
-    step_length: float
-    max_euclidean_step: float | None
-    max_steps: int
-    solver: Solver
-    mode: Mode
 
 
 class Paths(NamedTuple):
@@ -172,11 +156,11 @@ class Tracer:
         gap = paths.gap(logits)
         slope = _widened(input_gradient(gap, leaf, self._std)).square().sum(dim=1)
         if settings.damping is None:
-            damping = torch.where(slope > 0, slope * (_DAMPING / 4), 1)  # from a flat start no path leads anywhere
+            damping = torch.where(slope > 0, slope * (DAMPING / 4), 1)  # from a flat start no path leads anywhere
         else:
             damping = torch.full_like(slope, settings.damping)
         if settings.max_euclidean_step is None and not self._poster:
-            longest = _SHARE_OF_THE_WAY * (_widened(gap.detach()).abs() + 1) / slope.sqrt()
+            longest = SHARE_OF_THE_WAY * (_widened(gap.detach()).abs() + 1) / slope.sqrt()
         else:
             longest = torch.full_like(slope, settings.max_euclidean_step or torch.inf)
         paths = paths._replace(damping=damping, longest=longest)

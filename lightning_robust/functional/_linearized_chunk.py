@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lightning_robust.functional._checks import check_logits, unnormalised
+from lightning_robust.functional._checks import changes_within, check_logits, unnormalised
 
 # Jacobian elements held at once when the user sets no bound: 256 MiB in float32.
 _DEFAULT_ELEMENTS = 2**26
@@ -100,8 +100,8 @@ class Room:
     """How far each feature can move, in either direction, before it leaves the valid range."""
 
     def __init__(self, raw: Tensor, valid_range: tuple[float, float]) -> None:
-        flat = raw.reshape(len(raw), -1).to(wide(raw))
-        self._down, self._up = (flat - valid_range[0]).clamp_min(0), (valid_range[1] - flat).clamp_min(0)
+        fall, self._up = changes_within(raw.reshape(len(raw), -1).to(wide(raw)), valid_range)
+        self._down = -fall
 
     @classmethod
     def of(

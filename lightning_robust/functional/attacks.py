@@ -23,6 +23,7 @@ from lightning_robust.functional._arguments import (
     refusal,
 )
 from lightning_robust.functional._checks import (
+    changes_within,
     channelwise,
     check_inputs,
     check_logits,
@@ -105,9 +106,7 @@ def pgd(
         delta = _project(delta, epsilon, norm)
         if valid_range is None:
             return delta
-        raw = unnormalised(clean, std, mean)
-        lower, upper = (valid_range[0] - raw).clamp_max(0), (valid_range[1] - raw).clamp_min(0)
-        return delta.clamp(lower, upper)
+        return delta.clamp(*changes_within(unnormalised(clean, std, mean), valid_range))
 
     with differentiable(model):
         clean, labels = full_precision(inputs), full_precision(labels)

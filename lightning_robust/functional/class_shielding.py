@@ -21,6 +21,8 @@ from lightning_robust.functional._arguments import check_integer, class_of, refu
 from lightning_robust.functional._ratios import Estimate, ratio_of_sums, ratio_sums
 from lightning_robust.functional.fisher_rao import FisherRaoPaths
 
+# Of what is estimated these are means; the others are shares.
+MEANS = ("margin", "bound", "excess", "l2", "linf")
 # Elements of tables of one sample each that are held at once.
 _ELEMENTS = 2**22
 
@@ -121,13 +123,29 @@ def _estimates(paths: FisherRaoPaths, num_classes: int) -> dict[str, Estimate]:
     for start in range(0, len(paths.source), size):
         for name, (numerator, denominator) in _terms(paths.rows(slice(start, start + size)), num_classes).items():
             sums[name] = sums.get(name, 0) + ratio_sums(numerator, denominator)
-    means = ("margin", "excess", "l2", "linf")
-    return {name: ratio_of_sums(total, share=name not in means) for name, total in sums.items()}
+    return {name: ratio_of_sums(total, share=name not in MEANS) for name, total in sums.items()}
+
+
+def sums_of_samples(paths: FisherRaoPaths) -> dict[str, tuple[Tensor, Tensor]]:
+    """Numerators and denominators of what is estimated of the paths from a class: sums over each sample's, (N,)."""
+    ended = paths.success.double()
+    left = paths.has_left.double()
+    terms = {
+        "margin": (ended * paths.margins, ended),
+        "bound": (ended * paths.bound, ended),
+        "excess": (ended * paths.margins, ended * paths.bound),
+        "l2": (ended * paths.l2, ended),
+        "linf": (ended * paths.linf, ended),
+        "shielded": (paths.shielded.double(), left),
+        "success": (left, ((paths.steps > 0) | ~paths.success).double()),
+        "unreached": (1 - ended, torch.ones_like(ended)),
+    }
+    return {name: (top.sum(dim=1), bottom.sum(dim=1)) for name, (top, bottom) in terms.items()}
 
 
 def _terms(paths: FisherRaoPaths, num_classes: int) -> dict[str, tuple[Tensor, Tensor]]:
     """Numerator and denominator of each ratio, for each sample: (n, C), or (n, C, C)."""
-    left, shielded, ended = (part.double() for part in (paths.has_left, paths.shielded, paths.success))
+    left, shielded = paths.has_left.double(), paths.shielded.double()
     source, target, hit = (
         F.one_hot(classes.clamp_min(0), num_classes).double()
         for classes in (paths.source, paths.targets, paths.first_hit)
@@ -137,24 +155,20 @@ def _terms(paths: FisherRaoPaths, num_classes: int) -> dict[str, tuple[Tensor, T
     elsewhere, others = 1 - source, 1 - torch.eye(num_classes, dtype=left.dtype, device=left.device)
     past = elsewhere * torch.einsum("nk,nkc->nc", left, 1 - target)
 
-    def by_source(values: Tensor) -> Tensor:
-        """Sums over the paths of a sample, in the column of its class."""
-        return source * values.sum(dim=1, keepdim=True)
-
+    of_samples = sums_of_samples(paths)
+    by_source = {}  # in the column of each sample's class
+    for name in ("shielded", "success", "margin", "excess", "l2", "linf"):
+        top, bottom = of_samples[name]
+        by_source[name] = source * top[:, None], source * bottom[:, None]
     return {
-        "path_matrix": (source[:, :, None] * hit.sum(dim=1)[:, None], by_source(left)[..., None]),
+        "path_matrix": (source[:, :, None] * hit.sum(dim=1)[:, None], by_source["success"][0][..., None]),
         "landscape": (
             torch.einsum("nkb,nkc->nbc", target, hit * shielded[..., None]),
             torch.einsum("nkb,nk->nb", target, left)[..., None] * elsewhere[:, None] * others,
         ),
         "shielding": (caught, hit.sum(dim=1)),
         "interception": (caught, past),
-        "shielded": (by_source(shielded), by_source(left)),
-        "success": (by_source(left), by_source((paths.steps > 0) | ~paths.success)),
-        "margin": (by_source(ended * paths.margins), by_source(ended)),
-        "excess": (by_source(ended * paths.margins), by_source(ended * paths.bound)),
-        "l2": (by_source(ended * paths.l2), by_source(ended)),
-        "linf": (by_source(ended * paths.linf), by_source(ended)),
+        **by_source,
     }
 
 

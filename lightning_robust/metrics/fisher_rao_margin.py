@@ -7,14 +7,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_robust.functional._arguments import check_boolean, check_positive_integer
-from lightning_robust.functional._fisher_rao_tracing import Solver
+from lightning_robust.functional._fisher_rao_settings import Solver, check_path_options
 from lightning_robust.functional._ratios import Estimate, ratio_of_sums, ratio_sums
-from lightning_robust.functional.fisher_rao import FisherRaoPaths, check_path_options
+from lightning_robust.functional.class_shielding import MEANS, sums_of_samples
+from lightning_robust.functional.fisher_rao import FisherRaoPaths
 from lightning_robust.metrics._base import ProbeMetric, error_bar, joined
 from lightning_robust.probe import Probe
 
 _QUANTITIES = ("margin", "bound", "excess", "l2", "linf", "shielded", "unreached")
-_SHARES = ("shielded", "unreached")
 
 
 class FisherRaoMargin(ProbeMetric):
@@ -127,18 +127,9 @@ class FisherRaoMargin(ProbeMetric):
 
 def _sums(paths: FisherRaoPaths) -> Tensor:
     """What the ratios of all quantities follow from, (6, quantities, C)."""
-    ended = paths.success.double()
-    of_samples = {
-        "margin": (ended * paths.margins, ended),
-        "bound": (ended * paths.bound, ended),
-        "excess": (ended * paths.margins, ended * paths.bound),
-        "l2": (ended * paths.l2, ended),
-        "linf": (ended * paths.linf, ended),
-        "shielded": (paths.shielded.double(), paths.has_left.double()),
-        "unreached": (1 - ended, torch.ones_like(ended)),
-    }
+    of_samples = sums_of_samples(paths)
     in_class = F.one_hot(paths.source, paths.logits.shape[2]).double()[:, None]  # (N, 1, C)
-    pairs = (torch.stack([of_samples[name][side].sum(dim=1) for name in _QUANTITIES], dim=1) for side in (0, 1))
+    pairs = (torch.stack([of_samples[name][side] for name in _QUANTITIES], dim=1) for side in (0, 1))
     numerator, denominator = (sums[..., None] * in_class for sums in pairs)
     return ratio_sums(numerator, denominator)
 
@@ -149,4 +140,4 @@ def _with_error_bar(key: str, estimate: Estimate) -> dict[str, Tensor]:
 
 def _estimates(sums: Tensor) -> dict[str, Estimate]:
     """Ratios of sums (6, quantities, ...), by name."""
-    return {name: ratio_of_sums(sums[:, i], share=name in _SHARES) for i, name in enumerate(_QUANTITIES)}
+    return {name: ratio_of_sums(sums[:, i], share=name not in MEANS) for i, name in enumerate(_QUANTITIES)}
