@@ -92,14 +92,14 @@ class Points(Callback):
 
 @pytest.mark.filterwarnings("ignore:`robust/linearized_margin_linf` is not finite")  # before anything is learnt
 @pytest.mark.filterwarnings("ignore:`robust/hessian_trace` is mostly noise")  # after everything is learnt
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     ("model", "data", "metrics", "epochs"),
     [
         pytest.param(OverfittingClassifier, NoisyDigitsDataModule, CONFIGURED, 40, id="half-second-epochs"),
-        pytest.param(OverfittingClassifier, NoisyDigitsDataModule, ALL, 120, marks=pytest.mark.long, id="with-WCI"),
-        pytest.param(DigitsClassifier, DigitsDataModule, None, 400, marks=pytest.mark.long, id="tenth-second-epochs"),
+        pytest.param(OverfittingClassifier, NoisyDigitsDataModule, ALL, 120, id="with-WCI"),
+        pytest.param(DigitsClassifier, DigitsDataModule, None, 400, id="tenth-second-epochs"),
     ],
 )
 def test_a_budget_of_five_percent_is_kept_on_the_recipes_and_leaves_a_curve(
