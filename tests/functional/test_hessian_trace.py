@@ -345,7 +345,7 @@ def repeated(name: str, num_samples: int, rtol: float | None, num_probes: int | 
 FIXED = [
     ("relu_cnn of ten", 64, None, 4),
     ("tanh_mlp", 32, None, 4),
-    ("self_attention", 32, None, 4),
+    pytest.param(("self_attention", 32, None, 4), marks=pytest.mark.long),  # half a minute
 ]
 TRAINED = [("trained", 40, None, None), ("trained", 256, None, None)]
 STOPPING = [("relu_cnn of ten", 64, 0.02, 2), ("tanh_mlp", 32, 0.1, 2)]
