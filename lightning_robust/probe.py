@@ -18,14 +18,11 @@ from lightning_robust.functional._arguments import (
     check_positive_integer,
 )
 from lightning_robust.functional._checks import (
-    channelwise,
     check_input_type,
     check_inputs,
     check_logits,
     check_targets,
-    check_units,
     outputs_of,
-    unnormalised,
 )
 from lightning_robust.functional._curvature_plan import Estimator, make_plan
 from lightning_robust.functional._curvature_probes import Draws, curvature_sums
@@ -33,6 +30,7 @@ from lightning_robust.functional._curvature_sums import CurvatureSums
 from lightning_robust.functional._fisher_rao_settings import Settings
 from lightning_robust.functional._grad_mode import differentiable, full_precision
 from lightning_robust.functional._losses import LossFn, check_loss_fn
+from lightning_robust.functional._units import Units, check_units
 from lightning_robust.functional.attacks import Norm, pgd
 from lightning_robust.functional.fisher_rao import FisherRaoPaths, trace_fisher_rao_paths
 from lightning_robust.functional.linearization import Linearization, linearize, relinearize
@@ -149,8 +147,7 @@ class Probe:
     def unnormalised_inputs(self) -> Tensor:
         """``inputs · input_std + input_mean``."""
         x = full_precision(self.inputs)
-        std = channelwise(self.input_std, x, name="input_std")
-        return unnormalised(x, std, channelwise(self.input_mean, x, name="input_mean", positive=False))
+        return Units.of(x, std=self.input_std, mean=self.input_mean).raw(x)
 
     def attacked(self, attack: Attack) -> Tensor:
         """The inputs under an attack, ``(N, ...)``."""

@@ -10,7 +10,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lightning_robust.functional._arguments import as_number, as_numbers, refusal
-from lightning_robust.functional._checks import check_constant
+from lightning_robust.functional._units import check_constant
 from lightning_robust.metrics import (
     METRICS,
     FisherSpectralNorm,

@@ -24,8 +24,8 @@ from lightning_robust.callbacks.overhead import Overhead, Times, check_budget, l
 from lightning_robust.callbacks.sample_selection import LoaderShare, SampleCollector
 from lightning_robust.dashboard.tensorboard_layout import write_layout
 from lightning_robust.functional._arguments import check_boolean, check_choice, check_function, check_integer, refusal
-from lightning_robust.functional._checks import check_units, check_valid_range
 from lightning_robust.functional._losses import check_loss_fn
+from lightning_robust.functional._units import check_units, check_valid_range
 from lightning_robust.metrics import ProbeMetric
 from lightning_robust.probe import Probe
 

@@ -18,6 +18,7 @@ from lightning_robust.functional._natural_gradient import (
     solve_by_conjugate_gradients,
     solve_by_gram,
 )
+from lightning_robust.functional._units import Units
 
 # A crossing is located up to a gap of so many nats between two logits, or of so many times their rounding error, or in
 # so many trials.
@@ -109,13 +110,13 @@ class Tracer:
 
     Args:
         model: Maps inputs (n, ...) to logits (n, C).
-        std: What the inputs were divided by.
+        units: How inputs were normalised.
         settings: See there.
     """
 
-    def __init__(self, model: Callable[[Tensor], Tensor], std: Tensor | None, settings: Settings) -> None:
+    def __init__(self, model: Callable[[Tensor], Tensor], units: Units, settings: Settings) -> None:
         self._model = model
-        self._std = std
+        self._units = units
         self._settings = settings
         self._poster = settings.mode == "poster"
 
@@ -154,7 +155,7 @@ class Tracer:
         settings, leaf = self._settings, paths.x.clone().requires_grad_()
         logits = self._outputs(leaf)
         gap = paths.gap(logits)
-        slope = _widened(input_gradient(gap, leaf, self._std)).square().sum(dim=1)
+        slope = _widened(input_gradient(gap, leaf, self._units.std)).square().sum(dim=1)
         if settings.damping is None:
             damping = torch.where(slope > 0, slope * (DAMPING / 4), 1)  # from a flat start no path leads anywhere
         else:
@@ -232,8 +233,7 @@ class Tracer:
         else:
             length = self._settings.step_length / fisher_rao_speed(probs, natural.change)
         length = torch.minimum(length, paths.longest / euclidean)
-        step = (length[:, None] * natural.direction).to(x).reshape(x.shape)
-        return step if self._std is None else step / self._std
+        return self._units.change((length[:, None] * natural.direction).to(x).reshape(x.shape))
 
     def _by_gram(self, paths: Paths, x: Tensor, source: Tensor, which: Tensor) -> tuple[Tensor, NaturalGradient]:
         """Predictions and natural gradients of paths at points ``x[which]``, which leave ``source[which]``."""
@@ -243,7 +243,7 @@ class Tracer:
         # S has no part in what is common to all logits: relative to the source, one backward pass less will do
         others = other_classes(source, logits.shape[1])
         relative = logits.gather(1, others) - logits.gather(1, source[:, None])
-        rows = jacobian_rows(relative, leaf, self._std, range(others.shape[1]))
+        rows = jacobian_rows(relative, leaf, self._units.std, range(others.shape[1]))
         others = others[which]
         natural = solve_by_gram(
             probs.gather(1, others), rows, paths.contrast.gather(1, others), paths.damping, which=which
@@ -264,13 +264,12 @@ class Tracer:
             """``J p``: the derivative of ``Jᵀ u``, which is linear in ``u``, along ``p``."""
             if not pulled.requires_grad:
                 return torch.zeros_like(logits)
-            along = rows.to(leaf).reshape(leaf.shape)
-            along = along if self._std is None else along / self._std
+            along = self._units.change(rows.to(leaf).reshape(leaf.shape))
             (pushed,) = torch.autograd.grad(pulled, cotangent, along, retain_graph=True, materialize_grads=True)
             return pushed
 
         def pull(changes: Tensor) -> Tensor:
-            return input_gradient((changes.to(logits) * logits).sum(dim=1), leaf, self._std)
+            return input_gradient((changes.to(logits) * logits).sum(dim=1), leaf, self._units.std)
 
         return probs, solve_by_conjugate_gradients(probs, push, pull, paths.contrast, paths.damping)
 

@@ -7,7 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lightning_robust.functional._checks import changes_within, check_logits, unnormalised
+from lightning_robust.functional._checks import check_logits
+from lightning_robust.functional._units import Units, changes_within
 
 # Jacobian elements held at once when the user sets no bound: 256 MiB in float32.
 _DEFAULT_ELEMENTS = 2**26
@@ -17,6 +18,14 @@ _DEFAULT_ELEMENTS = 2**26
 _DEFAULT_CPU_INPUT_ELEMENTS = 2**17
 # Jacobian elements converted to float64 at once while the Gram matrices are accumulated: 8 MiB.
 _GRAM_ELEMENTS = 2**20
+
+
+def count_classes(model: Callable[[Tensor], Tensor], x: Tensor) -> int:
+    """Number of classes, from two samples: the size of a chunk depends on it."""
+    with torch.no_grad():
+        logits = model(x[:2].clone())
+    check_logits(logits, num_samples=min(2, len(x)))
+    return logits.shape[1]
 
 
 def samples_at_once(x: Tensor, num_classes: int, chunk_size: int | None) -> int:
@@ -104,11 +113,9 @@ class Room:
         self._down = -fall
 
     @classmethod
-    def of(
-        cls, x: Tensor, std: Tensor | None, mean: Tensor | None, valid_range: tuple[float, float] | None
-    ) -> Room | None:
+    def of(cls, x: Tensor, units: Units) -> Room | None:
         """The room of normalised inputs; None without a valid range."""
-        return None if valid_range is None else cls(unnormalised(x, std, mean), valid_range)
+        return None if units.valid_range is None else cls(units.raw(x), units.valid_range)
 
     def within(self, steps: Tensor) -> Tensor:
         """Steps (n, D) of the un-normalised inputs, cut off where they leave the range."""

@@ -23,15 +23,12 @@ from lightning_robust.functional._arguments import (
     refusal,
 )
 from lightning_robust.functional._checks import (
-    changes_within,
-    channelwise,
     check_inputs,
     check_logits,
     check_targets,
-    check_valid_range,
-    unnormalised,
 )
 from lightning_robust.functional._grad_mode import differentiable, full_precision
+from lightning_robust.functional._units import Units, changes_within
 
 Norm = Literal["linf", "l2"]
 Loss = Literal["cross_entropy", "dlr"]
@@ -90,13 +87,11 @@ def pgd(
     _check_options(epsilon=epsilon, steps=steps, norm=norm, step_size=step_size)
     check_choice("loss", loss, get_args(Loss))
     check_choice("schedule", schedule, get_args(Schedule))
-    valid_range = check_valid_range(valid_range)
     check_function("model", model)
     check_kind("generator", generator, torch.Generator)
     check_inputs(inputs)
     labels = check_targets(targets, num_samples=len(inputs))
-    std = channelwise(input_std, inputs, name="input_std")
-    mean = channelwise(input_mean, inputs, name="input_mean", positive=False)
+    units = Units.of(inputs, std=input_std, mean=input_mean, valid_range=valid_range)
     epsilon = as_number(epsilon)
     default = 2.5 * epsilon / steps if schedule == "constant" else epsilon / 2
     size = default if step_size is None else as_number(step_size)
@@ -104,9 +99,9 @@ def pgd(
 
     def into_ball_and_range(delta: Tensor) -> Tensor:
         delta = _project(delta, epsilon, norm)
-        if valid_range is None:
+        if units.valid_range is None:
             return delta
-        return delta.clamp(*changes_within(unnormalised(clean, std, mean), valid_range))
+        return delta.clamp(*changes_within(units.raw(clean), units.valid_range))
 
     with differentiable(model):
         clean, labels = full_precision(inputs), full_precision(labels)
@@ -115,7 +110,7 @@ def pgd(
             delta = into_ball_and_range(_uniform_in_ball(clean, epsilon, norm, generator))
         for step in range(steps):
             leaf = delta.detach().clone().requires_grad_()
-            logits = model(clean + (leaf if std is None else leaf / std))
+            logits = model(clean + units.change(leaf))
             if step == 0:  # checks wait for the device
                 check_logits(logits, num_samples=len(clean))
                 check_targets(labels, num_samples=len(clean), num_classes=logits.shape[1])
@@ -124,7 +119,7 @@ def pgd(
             total = _total(loss, logits, labels)
             (gradient,) = torch.autograd.grad(total, leaf, materialize_grads=True)
             delta = into_ball_and_range(delta + decay[step] * size * _steepest(gradient, norm))
-        attacked: Tensor = clean + (delta if std is None else delta / std)
+        attacked: Tensor = clean + units.change(delta)
     return attacked.detach()
 
 

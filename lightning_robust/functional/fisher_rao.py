@@ -48,19 +48,15 @@ from lightning_robust.functional._arguments import (
     class_of,
 )
 from lightning_robust.functional._checks import (
-    changes_within,
-    channelwise,
     check_inputs,
     check_logits,
     check_targets,
-    check_valid_range,
-    unnormalised,
 )
 from lightning_robust.functional._fisher_rao_settings import Mode, Solver, check_path_options
 from lightning_robust.functional._fisher_rao_tracing import Paths, Tracer, distance_of_roots, flat, other_classes
 from lightning_robust.functional._grad_mode import differentiable, full_precision
-from lightning_robust.functional._linearized_chunk import largest_chunk, wide
-from lightning_robust.functional.linearization import count_classes
+from lightning_robust.functional._linearized_chunk import count_classes, largest_chunk, wide
+from lightning_robust.functional._units import Units, changes_within
 
 # Vectors of the size of an input that conjugate gradients hold for a path, those in the graph of J p among them.
 _VECTORS_OF_CG = 8
@@ -250,14 +246,12 @@ def trace_fisher_rao_paths(
         check_positive_integer("chunk_size", chunk_size)
     check_function("model", model)
     check_inputs(inputs)
-    valid_range = check_valid_range(valid_range)
-    std = channelwise(input_std, inputs, name="input_std")
-    mean = channelwise(input_mean, inputs, name="input_mean", positive=False)
+    units = Units.of(inputs, std=input_std, mean=input_mean, valid_range=valid_range)
     with differentiable(model, twice=solver == "cg"):
         x = full_precision(inputs)
         num_classes = count_classes(model, x)
         at_once = largest_chunk(x, num_classes if solver == "gram" else _VECTORS_OF_CG, chunk_size)
-        tracer = Tracer(model, std, settings)
+        tracer = Tracer(model, units, settings)
         start_logits = torch.cat([tracer.logits(part) for part in torch.split(x, at_once)])
         check_logits(start_logits, num_samples=len(x))
         predicted = start_logits.argmax(dim=1)
@@ -267,7 +261,7 @@ def trace_fisher_rao_paths(
 
         def begin(numbers: Tensor) -> Paths:
             rows, zeros = samples[numbers], torch.zeros(len(numbers), dtype=wide(x), device=x.device)
-            lower, upper = _room(x[rows], std, mean, valid_range)
+            lower, upper = _room(x[rows], units)
             return Paths(
                 number=numbers.to(x.device),
                 sample=rows,
@@ -292,7 +286,7 @@ def trace_fisher_rao_paths(
         logits = start_logits[:, None].repeat(1, aims.shape[1], 1)
         for paths, has_left in tracer.trace(begin, len(samples), at_once=at_once):
             place = samples[paths.number], columns[paths.number]
-            way = (paths.x - paths.start) * (1 if std is None else std)
+            way = units.raw_change(paths.x - paths.start)
             l2[place] = torch.linalg.vector_norm(flat(way), dim=1)
             linf[place] = flat(way).abs().amax(dim=1)
             margins[place], steps[place] = paths.length.to(x), paths.steps
@@ -345,16 +339,13 @@ def _aims(targets: Tensor | None, source: Tensor, num_classes: int) -> Tensor:
     return aims
 
 
-def _room(
-    start: Tensor, std: Tensor | None, mean: Tensor | None, valid_range: tuple[float, float] | None
-) -> tuple[Tensor, Tensor]:
+def _room(start: Tensor, units: Units) -> tuple[Tensor, Tensor]:
     """Smallest and largest values that normalised inputs may take; one that is outside already may stay there."""
-    if valid_range is None:
+    if units.valid_range is None:
         edge = start.new_full((len(start), *(1,) * (start.ndim - 1)), torch.inf)
         return -edge, edge
-    raw = unnormalised(start, std, mean)
-    down, up = changes_within(raw, valid_range)
-    return (start + down, start + up) if std is None else (start + down / std, start + up / std)
+    down, up = changes_within(units.raw(start), units.valid_range)
+    return start + units.change(down), start + units.change(up)
 
 
 def _class_indices(name: str, classes: Tensor, scores: Tensor) -> Tensor:

@@ -31,14 +31,18 @@ from lightning_robust.functional._arguments import (
     refusal,
 )
 from lightning_robust.functional._checks import (
-    channelwise,
     check_finite,
     check_inputs,
-    check_logits,
-    check_valid_range,
 )
 from lightning_robust.functional._grad_mode import differentiable, full_precision
-from lightning_robust.functional._linearized_chunk import Room, input_gradient, linearized_chunk, samples_at_once
+from lightning_robust.functional._linearized_chunk import (
+    Room,
+    count_classes,
+    input_gradient,
+    linearized_chunk,
+    samples_at_once,
+)
+from lightning_robust.functional._units import Units
 from lightning_robust.functional.attacks import Norm, check_norm
 
 
@@ -104,15 +108,13 @@ def linearize(
         check_positive_integer("chunk_size", chunk_size)
     check_function("model", model)
     check_inputs(inputs)
-    valid_range = check_valid_range(valid_range)
-    std = channelwise(input_std, inputs, name="input_std")
-    mean = channelwise(input_mean, inputs, name="input_mean", positive=False)
+    units = Units.of(inputs, std=input_std, mean=input_mean, valid_range=valid_range)
     with differentiable(model):
         x = full_precision(inputs)
         num_classes = count_classes(model, x)
         max_rows = num_classes if chunk_size is None else chunk_size
         chunks = [
-            linearized_chunk(model, chunk, std, Room.of(chunk, std, mean, valid_range), max_rows)
+            linearized_chunk(model, chunk, units.std, Room.of(chunk, units), max_rows)
             for chunk in torch.split(x, samples_at_once(x, num_classes, chunk_size))
         ]
     return _joined(chunks)
@@ -175,9 +177,7 @@ def relinearize(
         raise ValueError(f"Expected argument `linearization` to be one of the {len(inputs)} inputs, but it has {came}.")
     if norm == "linf" and linearization.gap_l1 is None:
         raise ValueError("Expected a linearisation with `gap_l1` for norm 'linf', but it has none.")
-    valid_range = check_valid_range(valid_range)
-    std = channelwise(input_std, inputs, name="input_std")
-    mean = channelwise(input_mean, inputs, name="input_mean", positive=False)
+    units = Units.of(inputs, std=input_std, mean=input_mean, valid_range=valid_range)
     with differentiable(model):
         x = full_precision(inputs)
         num_classes = linearization.logits.shape[1]
@@ -187,9 +187,9 @@ def relinearize(
             rows = slice(start, start + len(chunk))
             gap_l1 = None if linearization.gap_l1 is None else linearization.gap_l1[rows]
             here = Linearization(linearization.logits[rows], linearization.gram[rows], gap_l1)
-            room = Room.of(chunk, std, mean, valid_range)
-            moved = _towards_boundary(model, chunk, here, std, norm, as_number(fraction), room)
-            chunks.append(linearized_chunk(model, moved, std, room, max_rows, logits_before=here.logits))
+            room = Room.of(chunk, units)
+            moved = _towards_boundary(model, chunk, here, units, norm, as_number(fraction), room)
+            chunks.append(linearized_chunk(model, moved, units.std, room, max_rows, logits_before=here.logits))
             start += len(chunk)
     return _joined(chunks)
 
@@ -204,7 +204,7 @@ def _towards_boundary(
     model: Callable[[Tensor], Tensor],
     x: Tensor,
     linearization: Linearization,
-    std: Tensor | None,
+    units: Units,
     norm: Norm,
     fraction: float,
     room: Room | None,
@@ -228,25 +228,17 @@ def _towards_boundary(
         came = f"{logits.shape[1]} in the linearisation and {outputs.shape[1]} in the model"
         raise ValueError(f"Expected as many classes before as now, but got {came}.")
     closing = (outputs.gather(1, nearest[:, None]) - outputs.gather(1, predicted))[:, 0]
-    direction = input_gradient(closing, leaf, std)  # (n, D), of the un-normalised input
+    direction = input_gradient(closing, leaf, units.std)  # (n, D), of the un-normalised input
     step = direction.sign() if norm == "linf" else direction / torch.linalg.vector_norm(direction, dim=1, keepdim=True)
     step = step * torch.where(margin.isfinite(), margin, 0.0)[:, None]
     if norm == "linf" and room is not None:
         step = room.within(step)
     step = fraction * step.nan_to_num(nan=0.0).reshape(x.shape)
-    moved: Tensor = (x + (step if std is None else step / std)).detach()
+    moved: Tensor = (x + units.change(step)).detach()
     # the boundary of a sample that is all but flat may lie beyond what the network can compute
     with torch.no_grad():
         computable = model(moved.clone()).isfinite().all(dim=1)
     return torch.where(computable.view(-1, *(1,) * (x.ndim - 1)), moved, x)
-
-
-def count_classes(model: Callable[[Tensor], Tensor], x: Tensor) -> int:
-    """Number of classes, from two samples: the size of a chunk depends on it."""
-    with torch.no_grad():
-        logits = model(x[:2].clone())
-    check_logits(logits, num_samples=min(2, len(x)))
-    return logits.shape[1]
 
 
 def widen(tensor: Tensor) -> Tensor:
