@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -53,7 +54,7 @@ def _cells(estimate: Estimate, factor: float, digits: int) -> list[str]:
 
 def summary(found: ClassShielding, paths: FisherRaoPaths, names: list[str]) -> str:
     """What the columns mean, how many paths there are, who shields most, and in which direction."""
-    left, of_all = int(paths.has_left.sum()), int(((paths.steps > 0) | ~paths.success).sum())
+    left, of_all = int(paths.has_left.sum()), int(paths.traced.sum())
     order = found.shielding.value.nan_to_num(nan=0.0).argsort(descending=True, stable=True)[:3].tolist()
     shares = [f"{names[c]}: {_cells(found.shielding, 100, 1)[c]} %" for c in order if found.shielding.value[c] > 0]
     there, back, difference = (
@@ -88,7 +89,7 @@ def with_poster(paths: FisherRaoPaths, *, resamples: int = 200) -> dict[str, tup
         return torch.tensor(spearman(estimate.value.float(), torch.tensor(POSTER[name])))
 
     return {
-        name: interval(lambda rows, name=name: correlation(rows, name), len(paths.source), resamples=resamples)  # type: ignore[misc]
+        name: interval(partial(correlation, name=name), len(paths.source), resamples=resamples)
         for name in ("margin", "l2", "shielding")
     }
 

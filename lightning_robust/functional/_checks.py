@@ -97,14 +97,19 @@ def outputs_of(model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return outputs
 
 
-def check_targets(targets: Tensor, *, num_samples: int, num_classes: int | None = None) -> Tensor:
-    """Return ``targets`` in int64; raise unless they are ``num_samples`` classes, below ``num_classes`` if given."""
+def check_targets(
+    targets: Tensor, *, num_samples: int, num_classes: int | None = None, name: str = "targets"
+) -> Tensor:
+    """Return ``targets`` in int64; raise unless they are ``num_samples`` classes, below ``num_classes`` if given.
+
+    ``name`` is that of the argument.
+    """
     if not isinstance(targets, Tensor):
-        raise TypeError(f"Expected argument `targets` to be a tensor (N,), but got {class_of(targets)}.")
+        raise TypeError(f"Expected argument `{name}` to be a tensor (N,), but got {class_of(targets)}.")
     integer = not (targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool)
     if not integer or targets.shape != (num_samples,):
         raise ValueError(
-            f"Expected argument `targets` to hold one class index per sample, an integer tensor of shape"
+            f"Expected argument `{name}` to hold one class index per sample, an integer tensor of shape"
             f" ({num_samples},), but got {targets.dtype} of shape {tuple(targets.shape)}. Take `.squeeze(1)` of a"
             " column, `.argmax(dim=1)` of one-hot rows, `.long()` of classes in floating point. Where there are no"
             " classes, only curvature can be measured, with its `loss_fn`."
@@ -112,7 +117,7 @@ def check_targets(targets: Tensor, *, num_samples: int, num_classes: int | None 
     labels = full_precision(targets).long()
     if num_classes is not None and num_samples and not (labels.min() >= 0 and labels.max() < num_classes):
         raise ValueError(
-            f"Expected argument `targets` to lie between 0 and {num_classes - 1}, one of the {num_classes} classes of"
+            f"Expected argument `{name}` to lie between 0 and {num_classes - 1}, one of the {num_classes} classes of"
             f" the logits, but got values from {int(labels.min())} to {int(labels.max())}."
         )
     return labels

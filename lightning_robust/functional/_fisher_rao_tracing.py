@@ -99,10 +99,10 @@ def distance_of_roots(first: Tensor, second: Tensor) -> Tensor:
 
 
 class Ended(NamedTuple):
-    """Paths that have ended, and whether each has left its class, (m,)."""
+    """Paths that have ended, and whether they have left their class."""
 
     paths: Paths
-    success: Tensor
+    success: bool
 
 
 class Tracer:
@@ -134,7 +134,7 @@ class Tracer:
         begun = len(going.x)
         while len(going.x):
             going, *ended = self._advance(going)
-            yield from (group for group in ended if len(group.success))
+            yield from (group for group in ended if len(group.paths.x))
             numbers = torch.arange(begun, min(begun + at_once - len(going.x), num_paths))
             if len(numbers):
                 begun += len(numbers)
@@ -189,7 +189,7 @@ class Tracer:
         on = moved & ~crossed & (there.steps < self._settings.max_steps)
         lost = paths.rows(~moved), there.rows(moved & ~crossed & ~on)
         never = Paths(*map(torch.cat, zip(*lost, strict=True)))
-        return there.rows(on), _ended(there.rows(crossed), success=True), _ended(never, success=False)
+        return there.rows(on), Ended(there.rows(crossed), success=True), Ended(never, success=False)
 
     def _descending(self, paths: Paths, ahead: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Where to go from ``x``, and the logits there: shorter steps for paths whose gap to the target has not closed.
@@ -310,10 +310,6 @@ def _lead(logits: Tensor, source: Tensor) -> Tensor:
 
 def _inside(paths: Paths, x: Tensor) -> Tensor:
     return torch.minimum(torch.maximum(x, paths.lower), paths.upper)
-
-
-def _ended(paths: Paths, *, success: bool) -> Ended:
-    return Ended(paths, torch.full_like(paths.steps, success, dtype=torch.bool))
 
 
 def flat(x: Tensor) -> Tensor:

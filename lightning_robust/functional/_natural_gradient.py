@@ -53,19 +53,16 @@ def fisher_rao_speed(probs: Tensor, change: Tensor) -> Tensor:
     return (probs * centred.square()).sum(dim=1).sqrt()
 
 
-def solve_by_gram(
-    probs: Tensor, rows: Tensor, contrast: Tensor, damping: Tensor, *, which: Tensor | None = None
-) -> NaturalGradient:
+def solve_by_gram(probs: Tensor, rows: Tensor, contrast: Tensor, damping: Tensor, *, which: Tensor) -> NaturalGradient:
     """Solve exactly, from whole Jacobians.
 
     Args:
         probs: (n, C), float64; all classes, or all but one if rows and contrast are relative to that one.
-        rows: ``J``, (n, C, D), or (m, C, D) if systems share them.
+        rows: ``J``, (m, C, D), which systems may share.
         contrast: ``a``, (n, C), float64.
         damping: ``λ``, (n,), float64, positive.
-        which: (n,), which of the rows each system has; by default its own.
+        which: (n,), which of them each system has.
     """
-    which = torch.arange(len(rows), device=rows.device) if which is None else which
     gram = products(rows, rows).to(probs)[which]
     information = probs[:, :, None] * (gram - (probs[:, None] @ gram))  # S K
     identity = torch.eye(probs.shape[1], dtype=probs.dtype, device=probs.device)

@@ -137,7 +137,7 @@ def sums_of_samples(paths: FisherRaoPaths) -> dict[str, tuple[Tensor, Tensor]]:
         "l2": (ended * paths.l2, ended),
         "linf": (ended * paths.linf, ended),
         "shielded": (paths.shielded.double(), left),
-        "success": (left, ((paths.steps > 0) | ~paths.success).double()),
+        "success": (left, paths.traced.double()),
         "unreached": (1 - ended, torch.ones_like(ended)),
     }
     return {name: (top.sum(dim=1), bottom.sum(dim=1)) for name, (top, bottom) in terms.items()}

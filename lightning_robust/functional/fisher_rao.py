@@ -96,9 +96,14 @@ class FisherRaoPaths:
     logits: Tensor
 
     @property
+    def traced(self) -> Tensor:
+        """``(N, K)``, bool: all but those of misclassified samples."""
+        return (self.steps > 0) | ~self.success
+
+    @property
     def has_left(self) -> Tensor:
-        """``(N, K)``, bool: paths that have left their class, none of them of misclassified samples."""
-        return self.success & (self.steps > 0)
+        """``(N, K)``, bool: those of them that have left their class."""
+        return self.traced & self.success
 
     @property
     def shielded(self) -> Tensor:
@@ -350,10 +355,7 @@ def _room(start: Tensor, units: Units) -> tuple[Tensor, Tensor]:
 
 def _class_indices(name: str, classes: Tensor, scores: Tensor) -> Tensor:
     """Class indices (N,) beside scores (N, C), in int64 and on their device; raise with the argument's name."""
-    try:
-        labels = check_targets(classes, num_samples=len(scores), num_classes=scores.shape[1])
-    except (TypeError, ValueError) as error:
-        raise type(error)(str(error).replace("`targets`", f"`{name}`")) from None
+    labels = check_targets(classes, num_samples=len(scores), num_classes=scores.shape[1], name=name)
     return labels.to(scores.device)
 
 

@@ -130,7 +130,7 @@ def test_both_solvers_solve_the_dense_system(seed: int, features: int, num_class
         return (rows.mT @ u[..., None])[..., 0]
 
     for natural in (
-        solve_by_gram(probs, rows, contrast, weights),
+        solve_by_gram(probs, rows, contrast, weights, which=torch.arange(3)),
         solve_by_conjugate_gradients(probs, push, pull, contrast, weights),
     ):
         torch.testing.assert_close(natural.direction, expected, rtol=1e-6, atol=1e-6 * float(expected.abs().max()))
@@ -318,9 +318,11 @@ def test_paths_aim_where_they_are_told_to_one_class_for_all_or_several_for_each(
     assert torch.equal(some.targets, chosen)
     torch.testing.assert_close(some.margins, every.margins[:, [3, 0]])
     unused = [c for c in range(6) if c not in every.source]
-    if unused:
-        one = trace_fisher_rao_paths(model, inputs, targets=torch.tensor(unused))
-        assert one.margins.shape == (9, len(unused))
+    assert unused
+    for_all = trace_fisher_rao_paths(model, inputs, targets=torch.tensor(unused))
+    each = trace_fisher_rao_paths(model, inputs, targets=torch.tensor([unused] * 9))
+    assert torch.equal(for_all.targets, each.targets)
+    assert torch.equal(for_all.margins, each.margins)
 
 
 def test_samples_are_traced_each_for_itself_whatever_the_order_and_how_many_at_once() -> None:

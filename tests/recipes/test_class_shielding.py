@@ -126,14 +126,13 @@ def test_images_are_spread_evenly_over_the_classes() -> None:
     assert len(recipe.evenly(torch.arange(83), labels, 1000)[0]) == 83
 
 
-def test_tracing_in_groups_is_tracing_all() -> None:
+def test_tracing_in_groups_is_tracing_all(monkeypatch: pytest.MonkeyPatch) -> None:
     network = initialised(CifarResNet(8), seed=0)
     images = torch.rand(5, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     labels = network.eval()(images).argmax(dim=1)
     options: dict[str, Any] = {"max_steps": 3}
-    recipe.GROUP, before = 2, recipe.GROUP
+    monkeypatch.setattr(recipe, "GROUP", 2)
     paths = recipe.trace(network, images, labels, quiet=True, **options)
-    recipe.GROUP = before
     expected = trace_fisher_rao_paths(network, images, labels=labels, **options)
     torch.testing.assert_close(paths.margins, expected.margins, rtol=1e-3, atol=1e-3)
 
