@@ -22,7 +22,8 @@ from torch.func import jvp, vjp
 
 from lightning_robust.functional import fisher_rao_distance, trace_fisher_rao_paths
 from recipes.benchmark_linearize import cpu_seconds
-from recipes.class_shielding import images_of
+from recipes.class_shielding import evenly
+from recipes.images import normalised, read_images
 from recipes.networks import CifarResNet, initialised
 from recipes.zoo import IMAGENET, with_weights
 
@@ -108,8 +109,7 @@ def main() -> None:
     if options.weights:
         with_weights(network, Path(options.weights))
     if options.images:
-        shift, scale = (torch.tensor(constant).view(3, 1, 1) for constant in IMAGENET)
-        images = (images_of(options.images, options.num_images)[0] - shift) / scale
+        images = normalised(evenly(*read_images(options.images), options.num_images)[0], *IMAGENET)
     margins: dict[str, Tensor] = {}
     limit: int = options.max_steps
     paths = trace_fisher_rao_paths(network, images, max_steps=limit)  # warms up

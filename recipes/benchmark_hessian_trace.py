@@ -27,7 +27,6 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-import numpy as np
 import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
@@ -35,7 +34,9 @@ from torch.func import functional_call, jacrev, vmap
 from torch.nn import functional as F
 
 from lightning_robust.functional import hessian_trace
+from recipes.images import normalised, read_images
 from recipes.networks import CifarResNet, initialised
+from recipes.zoo import IMAGENET, with_weights
 
 FOLDER = Path(os.environ.get("LIGHTNING_ROBUST_DATA", Path(__file__).parents[2] / "shared" / "data"))
 PEERS = {name: importlib.import_module(name) for name in ("pyhessian", "curvlinops") if find_spec(name)}
@@ -48,12 +49,9 @@ def trained_network() -> tuple[nn.Module, Tensor, Tensor]:
     """A network in eval mode, images and labels."""
     network = initialised(CifarResNet(20), seed=0)
     if (FOLDER / "models" / "cifar10_resnet20.pth").is_file():
-        state = torch.load(FOLDER / "models" / "cifar10_resnet20.pth", weights_only=True)
-        names = [name for name in network.state_dict() if not name.endswith("num_batches_tracked")]
-        network.load_state_dict(dict(zip(names, state.values(), strict=True)), strict=False)
-        data = np.load(FOLDER / "cifar10_test_1000_dev.npz")
-        mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 3, 1, 1)
-        return network.eval(), (torch.tensor(data["x"]).permute(0, 3, 1, 2) / 255 - mean) / std, torch.tensor(data["y"])
+        with_weights(network, FOLDER / "models" / "cifar10_resnet20.pth")
+        images, labels = read_images(FOLDER / "cifar10_test_1000_dev.npz")
+        return network.eval(), normalised(images, *IMAGENET), labels
     print(f"No CIFAR-10 in {FOLDER}: training on digits for 3 epochs")
     pixels, labels = (torch.tensor(array) for array in load_digits(return_X_y=True))
     x = F.interpolate(pixels.float().view(-1, 1, 8, 8) / 16, scale_factor=4).expand(-1, 3, -1, -1)

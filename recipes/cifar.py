@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
+
+from recipes.images import normalised, read_images
 
 
 class CifarDataModule(LightningDataModule):
@@ -44,7 +45,7 @@ class CifarDataModule(LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Load the images."""
-        train, test = (_load(self.folder / f"cifar10_{part}_dev.npz") for part in ("train_10k", "test_1000"))
+        train, test = (_in_unit_range(self.folder / f"cifar10_{part}_dev.npz") for part in ("train_10k", "test_1000"))
         order = torch.randperm(len(train[1]), generator=torch.Generator().manual_seed(self.seed))
         self.train_set = TensorDataset(*_rows(train, order[: self.num_train]))
         fixed = torch.randperm(len(test[1]), generator=torch.Generator().manual_seed(0))
@@ -61,9 +62,9 @@ class CifarDataModule(LightningDataModule):
         return [DataLoader(part, 100) for part in (self.val_set, self.held_out_set)]
 
 
-def _load(path: Path) -> tuple[Tensor, Tensor]:
-    arrays = np.load(path)
-    return torch.tensor(arrays["x"]).permute(0, 3, 1, 2).float() / 255, torch.tensor(arrays["y"])
+def _in_unit_range(path: Path) -> tuple[Tensor, Tensor]:
+    images, labels = read_images(path)
+    return normalised(images, None, None), labels
 
 
 def _rows(tensors: tuple[Tensor, Tensor], rows: Tensor) -> tuple[Tensor, Tensor]:

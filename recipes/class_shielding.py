@@ -12,7 +12,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from jsonargparse import auto_cli
 from torch import Tensor, nn
@@ -21,6 +20,7 @@ from tqdm import tqdm
 from lightning_robust.functional import FisherRaoPaths, class_shielding, trace_fisher_rao_paths
 from recipes.classifier import DigitsClassifier
 from recipes.digits import DigitsDataModule
+from recipes.images import normalised, read_images
 from recipes.networks import initialised
 from recipes.shielding_figures import draw
 from recipes.shielding_report import summary, table, write_csv
@@ -49,25 +49,6 @@ def digits_to_study(num_images: int, *, epochs: int, seed: int) -> tuple[nn.Modu
     train_quietly(model, data, epochs=epochs)
     images, labels = data.val_set.tensors
     return model.network, *evenly(images, labels, num_images)
-
-
-def images_of(path: str, num_images: int) -> tuple[Tensor, Tensor]:
-    """Images in [0, 1], (N, channels, S, S), and their classes, from a file with arrays ``x`` and ``y``.
-
-    Raises:
-        ValueError: If these are not bytes of shape (N, S, S) or (N, S, S, channels), and as many classes.
-    """
-    arrays = np.load(path)
-    shapes = {name: (arrays[name].dtype, arrays[name].shape) for name in arrays.files}
-    kind, shape = shapes.get("x", (None, ()))
-    if kind != np.uint8 or len(shape) not in (3, 4) or shapes.get("y", (None, ()))[1] != shape[:1]:
-        came = ", ".join(f"`{name}`, {dtype} of shape {size}" for name, (dtype, size) in shapes.items())
-        raise ValueError(
-            f"Expected {path} to hold `x`, bytes of shape (N, S, S) or (N, S, S, channels), and `y`, classes of shape"
-            f" (N,), but got {came}."
-        )
-    images, labels = evenly(torch.tensor(arrays["x"]), torch.tensor(arrays["y"]).long(), num_images)
-    return (images.permute(0, 3, 1, 2) if images.ndim == 4 else images[:, None]).float() / 255, labels
 
 
 def evenly(images: Tensor, labels: Tensor, num_images: int) -> tuple[Tensor, Tensor]:
@@ -125,13 +106,11 @@ def study(
     if network is None or images is None:
         network, inputs, targets = digits_to_study(num_images, epochs=epochs, seed=seed)
     else:
-        inputs, targets = images_of(images, num_images)
+        given, targets = evenly(*read_images(images), num_images)
+        inputs = normalised(given, mean, std)
         if weights is None:
             print(f"No --weights are given: {type(network).__name__} is studied with those that it was made with.")
         network = network if weights is None else with_weights(network, Path(weights))
-    shift, scale = (None if part is None else torch.tensor(part).view(-1, 1, 1) for part in (mean, std))
-    inputs = inputs if shift is None else inputs - shift
-    inputs = inputs if scale is None else inputs / scale
     units: dict[str, Any] = {"input_mean": mean, "input_std": std, "valid_range": (0.0, 1.0)}
     options: dict[str, Any] = {"mode": mode, "damping": damping, "max_steps": max_steps, "solver": solver}
     with torch.no_grad():

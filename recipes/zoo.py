@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from torch import Tensor, nn
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from lightning_robust import Probe
 from recipes.classifier import Classifier, DigitsClassifier, OverfittingClassifier
 from recipes.digits import DigitsDataModule, NoisyDigitsDataModule
+from recipes.images import normalised, read_images
 from recipes.networks import CifarResNet, digits_cnn, digits_mlp, initialised, strided_cnn
 
 
@@ -162,17 +162,14 @@ def digits_checkpoints(folder: str, *, num_samples: int = 300) -> Iterator[tuple
 
 def cifar_classifiers(folder: str, *, num_samples: int = 250) -> Iterator[tuple[str, Probe]]:
     """Yield those of ``CIFAR_CLASSIFIERS`` whose weights are in a folder, on test images that lie beside it."""
-    arrays = np.load(Path(folder).parent / "cifar10_test_1000_dev.npz")
-    every = max(1, len(arrays["y"]) // num_samples)
-    images = torch.tensor(arrays["x"][::every]).permute(0, 3, 1, 2) / 255
-    targets = torch.tensor(arrays["y"][::every])
+    images, targets = read_images(Path(folder).parent / "cifar10_test_1000_dev.npz")
+    every = max(1, len(targets) // num_samples)
     for name, (build, mean, std) in CIFAR_CLASSIFIERS.items():
         path = Path(folder) / f"cifar10_{name}.pth"
         if path.exists():
-            shift, scale = (torch.tensor(constant).view(3, 1, 1) for constant in (mean, std))
             network = with_weights(build(), path)
-            inputs = (images - shift) / scale
-            yield name, Probe(network, inputs, targets, input_std=std, input_mean=mean, valid_range=(0.0, 1.0))
+            inputs = normalised(images[::every], mean, std)
+            yield name, Probe(network, inputs, targets[::every], input_std=std, input_mean=mean, valid_range=(0.0, 1.0))
 
 
 def with_weights(network: nn.Module, path: Path) -> nn.Module:

@@ -16,7 +16,9 @@ from jsonargparse import auto_cli
 from lightning_robust.functional import class_shielding, trace_fisher_rao_paths
 from recipes import benchmark_fisher_rao, shielding_report
 from recipes import class_shielding as recipe
+from recipes.images import normalised, read_images
 from recipes.networks import CifarResNet, initialised
+from recipes.zoo import IMAGENET
 from tests.helpers.networks import random, random_linear
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -109,13 +111,28 @@ def test_images_weights_and_names_that_do_not_fit_are_named(tmp_path: Path) -> N
     np.savez(files["unlabelled"], x=np.zeros((4, 8, 8), dtype=np.uint8))
     for path in files.values():
         with pytest.raises(ValueError, match=r"to hold `x`, bytes of shape .* but got `x`, \w+ of shape \(4, 8, 8\)"):
-            recipe.images_of(str(path), 4)
+            read_images(path)
     torch.save({"state_dict": initialised(CifarResNet(8), seed=0).state_dict()}, tmp_path / "weights.ckpt")
     recipe.with_weights(CifarResNet(8), tmp_path / "weights.ckpt")
     with pytest.raises(ValueError, match=r"Expected weights of the \d+ shapes that CifarResNet has"):
         recipe.with_weights(CifarResNet(14), tmp_path / "weights.ckpt")
     with pytest.raises(ValueError, match="Expected 10 names in --class_names, as many as classes, but got 2"):
         study_of_noise(tmp_path, "--num_images", "6", "--class_names", "[a, b]")
+
+
+def test_images_are_read_with_and_without_channels_and_normalised(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    for shape in ((4, 8, 8, 3), (4, 8, 8)):
+        pixels, labels = generator.integers(0, 256, shape, dtype=np.uint8), generator.integers(0, 10, 4)
+        np.savez(tmp_path / "images.npz", x=pixels, y=labels.astype(np.int32))
+        images, classes = read_images(tmp_path / "images.npz")
+        assert (images.dtype, classes.dtype) == (torch.uint8, torch.int64)
+        assert classes.tolist() == labels.tolist()
+        mean, std = [0.4, 0.5, 0.6][: images.shape[1]], [0.2, 0.3, 0.25][: images.shape[1]]
+        expected = (pixels.reshape(4, 8, 8, -1) / 255 - mean) / std
+        actual = normalised(images, mean, std).permute(0, 2, 3, 1)
+        torch.testing.assert_close(actual, torch.tensor(expected, dtype=torch.float32))
+        torch.testing.assert_close(normalised(images, None, None), images / 255)
 
 
 def test_images_are_spread_evenly_over_the_classes() -> None:
@@ -183,9 +200,9 @@ def test_the_plain_loop_of_the_benchmark_finds_the_same_margins(monkeypatch: pyt
 )
 def test_on_a_resnet_of_cifar10_paths_arrive_and_vehicles_are_not_the_shields() -> None:
     """What the README says of 200 images, on 30 of them."""
-    images, labels = recipe.images_of(str(DATA / "cifar10_test_1000_dev.npz"), 30)
-    mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
-    inputs = (images - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    images, labels = recipe.evenly(*read_images(DATA / "cifar10_test_1000_dev.npz"), 30)
+    mean, std = IMAGENET
+    inputs = normalised(images, mean, std)
     network = recipe.with_weights(CifarResNet(20), DATA / "models" / "cifar10_resnet20.pth")
     units: dict[str, Any] = {"input_mean": mean, "input_std": std, "valid_range": (0.0, 1.0)}
     paths = recipe.trace(network, inputs, labels, quiet=True, **units)
