@@ -10,30 +10,30 @@ from typing import TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from lightning_robust.functional._arguments import (
+from lightning_robust.functional._isolation.context import differentiable, full_precision
+from lightning_robust.functional._validation.arguments import (
     as_number,
     as_numbers,
     check_function,
     check_kind,
     check_positive_integer,
 )
-from lightning_robust.functional._checks import (
+from lightning_robust.functional._validation.tensors import (
     check_input_type,
     check_inputs,
     check_logits,
     check_targets,
     outputs_of,
 )
-from lightning_robust.functional._curvature_plan import Estimator, make_plan
-from lightning_robust.functional._curvature_probes import Draws, curvature_sums
-from lightning_robust.functional._curvature_sums import CurvatureSums
-from lightning_robust.functional._fisher_rao_settings import Settings
-from lightning_robust.functional._grad_mode import differentiable, full_precision
-from lightning_robust.functional._losses import LossFn, check_loss_fn
-from lightning_robust.functional._units import Units, check_units
-from lightning_robust.functional.attacks import Norm, pgd
-from lightning_robust.functional.fisher_rao import FisherRaoPaths, trace_fisher_rao_paths
-from lightning_robust.functional.linearization import Linearization, linearize, relinearize
+from lightning_robust.functional.curvature.losses import LossFn, check_loss_fn
+from lightning_robust.functional.curvature.plan import Estimator, make_plan
+from lightning_robust.functional.curvature.probes import ProbeSeeds, curvature_sums
+from lightning_robust.functional.curvature.sums import CurvatureSums
+from lightning_robust.functional.fisher_rao.path_options import PathOptions
+from lightning_robust.functional.fisher_rao.paths import FisherRaoPaths, trace_fisher_rao_paths
+from lightning_robust.functional.input_space.attacks import Norm, pgd
+from lightning_robust.functional.input_space.linearization import Linearization, linearize, relinearize
+from lightning_robust.functional.input_space.units import Units, check_units
 
 T = TypeVar("T")
 
@@ -199,14 +199,14 @@ class Probe:
             inputs,
             self.targets,
             plan=plan,
-            draws=Draws.of(self.inputs),
+            seeds=ProbeSeeds.of(self.inputs),
             probes=plan.probes(0, num_probes),
             loss_fn=self.loss_fn,
             module=self.module,
             chunk_size=chunk_size,
         )
 
-    def fisher_rao_paths(self, *, num_targets: int | None, options: Settings) -> FisherRaoPaths:
+    def fisher_rao_paths(self, *, num_targets: int | None, options: PathOptions) -> FisherRaoPaths:
         """Paths to other classes (see :func:`~lightning_robust.functional.trace_fisher_rao_paths`).
 
         Args:

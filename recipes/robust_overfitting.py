@@ -27,9 +27,9 @@ from lightning_robust import (
     RobustnessMonitor,
     WeightCurvatureIndex,
 )
-from recipes.cifar import CifarDataModule
-from recipes.classifier import OverfittingClassifier
-from recipes.digits import NoisyDigitsDataModule
+from recipes.common.cifar import CifarDataModule
+from recipes.common.classifier import OverfittingClassifier
+from recipes.common.digits import NoisyDigitsDataModule
 
 COLUMNS = {
     "PGD-20": "attack/adversarial_accuracy",

@@ -16,9 +16,9 @@ from lightning.pytorch import Trainer
 
 from lightning_robust import AdversarialAccuracy, FisherSpectralNorm, LinearizedAccuracy, Probe
 from lightning_robust.functional import linearized_accuracy
-from recipes.classifier import DigitsClassifier
-from recipes.digits import DigitsDataModule
-from recipes.networks import initialised
+from recipes.common.classifier import DigitsClassifier
+from recipes.common.digits import DigitsDataModule
+from recipes.common.networks import initialised
 
 EPSILONS = (0.02, 0.05, 0.1)
 

@@ -28,7 +28,7 @@ from lightning_robust import (
     WeightCurvatureIndex,
 )
 from lightning_robust.functional import pgd
-from recipes import zoo
+from recipes.common import zoo
 
 Row = dict[str, float]
 DETAILS = ("_stderr", "_lower", "_upper", "_probes", "_layers")

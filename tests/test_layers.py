@@ -60,7 +60,7 @@ def test_lightning_is_imported_by_one_name() -> None:
 def test_derivatives_are_switched_on_in_one_place() -> None:
     modes = ("enable_grad", "inference_mode", "set_grad_enabled")
     used = {file for file, name, _ in calls() if name.endswith(modes)} | {f for f, n in imports() if n.endswith(modes)}
-    assert used == {"functional/_grad_mode.py"}
+    assert used == {"functional/_isolation/context.py"}
 
 
 def test_no_gradient_is_ever_written_to_a_parameter() -> None:
@@ -83,3 +83,24 @@ def is_global_draw(name: str, call: ast.Call) -> bool:
 def test_no_number_is_drawn_from_a_global_generator() -> None:
     assert [(file, name, call.lineno) for file, name, call in calls() if is_global_draw(name, call)] == []
     assert [(file, name) for file, name in imports() if name.startswith("random.") and name != "random.Random"] == []
+
+
+SHARED = {"_validation", "_isolation"}  # rooms that all of `functional` and the layers above it use
+
+
+def private_modules(name: str) -> Iterator[str]:
+    """The folder of each module in a dotted name that begins with an underscore."""
+    parts = name.split(".")
+    modules = parts if (ROOT.parent / "/".join(parts)).with_suffix(".py").exists() else parts[:-1]
+    yield from ("/".join(parts[1:i]) for i, part in enumerate(modules) if part.startswith("_") and part not in SHARED)
+
+
+def test_a_module_with_an_underscore_is_imported_from_its_own_folder_only() -> None:
+    ours = [(file, name) for file, name in imports() if name.startswith("lightning_robust.")]
+    assert any(list(private_modules(name)) for _, name in ours)
+    foreign = [
+        (file, name)
+        for file, name in ours
+        if any(folder != file.rpartition("/")[0] for folder in private_modules(name))
+    ]
+    assert foreign == []

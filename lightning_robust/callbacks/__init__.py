@@ -1,7 +1,7 @@
 """Lightning callbacks."""
 
-from lightning_robust.callbacks.drift_stopping import RobustnessDriftStopping
-from lightning_robust.callbacks.notices import RobustnessWarning
-from lightning_robust.callbacks.robustness_monitor import RobustnessMonitor
+from lightning_robust.callbacks.drift_stopping.callback import RobustnessDriftStopping
+from lightning_robust.callbacks.monitor.callback import RobustnessMonitor
+from lightning_robust.callbacks.warn_once import RobustnessWarning
 
 __all__ = ["RobustnessDriftStopping", "RobustnessMonitor", "RobustnessWarning"]

@@ -1,11 +1,19 @@
 """Estimators as pure functions: torch in, torch out, options keyword-only."""
 
-from lightning_robust.functional._ratios import Estimate
-from lightning_robust.functional._sharding import gathered_weights
-from lightning_robust.functional.attacks import pgd
-from lightning_robust.functional.class_shielding import ClassShielding, class_shielding
-from lightning_robust.functional.drift import Drift, drift, drift_history, drifted_together
-from lightning_robust.functional.fisher import (
+from lightning_robust.functional._isolation.sharding import gathered_weights
+from lightning_robust.functional.curvature.hessian_trace import TraceEstimate, hessian_trace
+from lightning_robust.functional.curvature.weight_curvature_index import weight_curvature_index
+from lightning_robust.functional.drift.rule import Drift, drift, drift_history, drifted_together
+from lightning_robust.functional.fisher_rao.class_shielding import ClassShielding, class_shielding
+from lightning_robust.functional.fisher_rao.paths import (
+    FisherRaoPaths,
+    fisher_rao_distance,
+    fisher_rao_margin_bound,
+    trace_fisher_rao_paths,
+)
+from lightning_robust.functional.fisher_rao.ratios import Estimate
+from lightning_robust.functional.input_space.attacks import pgd
+from lightning_robust.functional.input_space.fisher_information import (
     CalibratedSpectralNorm,
     calibrated_fim_spectral_norm,
     fim_spectral_norm,
@@ -13,20 +21,12 @@ from lightning_robust.functional.fisher import (
     fit_temperature,
     saturated,
 )
-from lightning_robust.functional.fisher_rao import (
-    FisherRaoPaths,
-    fisher_rao_distance,
-    fisher_rao_margin_bound,
-    trace_fisher_rao_paths,
-)
-from lightning_robust.functional.hessian_trace import TraceEstimate, hessian_trace
-from lightning_robust.functional.linearization import Linearization, linearize, relinearize
-from lightning_robust.functional.linearized_margin import (
+from lightning_robust.functional.input_space.linearization import Linearization, linearize, relinearize
+from lightning_robust.functional.input_space.linearized_margin import (
     linearized_accuracy,
     linearized_margin,
     linearized_margin_linf,
 )
-from lightning_robust.functional.weight_curvature_index import weight_curvature_index
 
 __all__ = [
     "CalibratedSpectralNorm",

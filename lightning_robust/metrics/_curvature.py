@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torchmetrics.utilities import dim_zero_cat
 
-from lightning_robust.functional._arguments import check_boolean, check_positive_integer
-from lightning_robust.functional._curvature_plan import Estimator, check_estimator
-from lightning_robust.functional._curvature_sums import NUM_BLOCKS, CurvatureSums
-from lightning_robust.functional.weight_curvature_index import weight_norms
-from lightning_robust.metrics._base import ProbeMetric, code_points, text_of
+from lightning_robust.functional._validation.arguments import check_boolean, check_positive_integer
+from lightning_robust.functional.curvature.plan import Estimator, check_estimator
+from lightning_robust.functional.curvature.sums import NUM_BLOCKS, CurvatureSums
+from lightning_robust.functional.curvature.weight_curvature_index import weight_norms
+from lightning_robust.metrics.base import ProbeMetric, code_points, text_of
 from lightning_robust.probe import Attack, Probe
 
 

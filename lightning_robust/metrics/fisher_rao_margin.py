@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_robust.functional._arguments import check_boolean, check_positive_integer
-from lightning_robust.functional._fisher_rao_settings import Solver, check_path_options
-from lightning_robust.functional._ratios import Estimate, ratio_of_sums, ratio_sums
-from lightning_robust.functional.class_shielding import MEANS, sums_of_samples
-from lightning_robust.functional.fisher_rao import FisherRaoPaths
-from lightning_robust.metrics._base import ProbeMetric, error_bar, joined
+from lightning_robust.functional._validation.arguments import check_boolean, check_positive_integer
+from lightning_robust.functional.fisher_rao.class_shielding import MEANS, sums_of_samples
+from lightning_robust.functional.fisher_rao.path_options import Solver, check_path_options
+from lightning_robust.functional.fisher_rao.paths import FisherRaoPaths
+from lightning_robust.functional.fisher_rao.ratios import Estimate, ratio_of_sums, ratio_sums
+from lightning_robust.metrics.base import ProbeMetric, error_bar, joined
 from lightning_robust.probe import Probe
 
 _QUANTITIES = ("margin", "bound", "excess", "l2", "linf", "shielded", "unreached")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lightning_robust.metrics._base import error_bar
 from lightning_robust.metrics._curvature import CurvatureMetric, stderr_of_probes
+from lightning_robust.metrics.base import error_bar
 
 
 class HessianTrace(CurvatureMetric):

@@ -8,12 +8,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_robust.functional._arguments import as_number, check_positive_integer, refusal
-from lightning_robust.functional._curvature_plan import Estimator
-from lightning_robust.functional.attacks import Norm, check_norm
-from lightning_robust.functional.weight_curvature_index import curvature_slopes, curvature_terms
-from lightning_robust.metrics._base import error_bar
+from lightning_robust.functional._validation.arguments import as_number, check_positive_integer, expected_but_got
+from lightning_robust.functional.curvature.plan import Estimator
+from lightning_robust.functional.curvature.weight_curvature_index import curvature_slopes, curvature_terms
+from lightning_robust.functional.input_space.attacks import Norm, check_norm
 from lightning_robust.metrics._curvature import CurvatureMetric, stderr_of_probes
+from lightning_robust.metrics.base import error_bar
 from lightning_robust.probe import Attack
 
 
@@ -68,11 +68,11 @@ class WeightCurvatureIndex(CurvatureMetric):
     ) -> None:
         super().__init__(estimator, num_probes, per_layer)
         if attack is not None and not (isinstance(attack, str) and attack in ("pgd", "fgsm")):
-            raise ValueError(refusal("attack", "'pgd', 'fgsm' or None", attack))
+            raise ValueError(expected_but_got("attack", "'pgd', 'fgsm' or None", attack))
         check_positive_integer("steps", steps)
         size = as_number(epsilon)
         if not 0 <= size < math.inf:
-            raise ValueError(refusal("epsilon", "a finite number ≥ 0", epsilon))
+            raise ValueError(expected_but_got("epsilon", "a finite number ≥ 0", epsilon))
         check_norm(norm)
         if attack is not None:
             self.attack = Attack(size, norm, steps if attack == "pgd" else 1)

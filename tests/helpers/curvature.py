@@ -7,11 +7,12 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from lightning_robust.functional import TraceEstimate, _curvature_probes
-from lightning_robust.functional._curvature_plan import Plan
-from lightning_robust.functional._grad_mode import differentiable_weights
-from lightning_robust.functional._losses import LossFn, SampleLoss
-from lightning_robust.functional._sample_gradients import SampleGradients
+from lightning_robust.functional import TraceEstimate
+from lightning_robust.functional._isolation.context import differentiable_weights
+from lightning_robust.functional.curvature import probes as _curvature_probes
+from lightning_robust.functional.curvature._sample_gradients import SampleGradients
+from lightning_robust.functional.curvature.losses import LossFn, SampleLoss
+from lightning_robust.functional.curvature.plan import Plan
 
 
 class Case(NamedTuple):
@@ -181,7 +182,7 @@ def enumerated_products(case: Case, loss_fn: LossFn | None = None, *, residual: 
         sums = _curvature_probes.curvature_sums(
             *case,
             plan=Plan(names if residual else (), names, residual=residual, is_hessian=True),
-            draws=_curvature_probes.Draws([0] * len(case.inputs), [0] * len(case.inputs)),
+            draws=_curvature_probes.ProbeSeeds([0] * len(case.inputs), [0] * len(case.inputs)),
             probes=(range(0), range(size)),
             loss_fn=loss_fn,
         )

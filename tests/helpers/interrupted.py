@@ -28,7 +28,7 @@ MAX_EPOCHS = 60
 
 
 class Repeatable(Classifier):
-    """Draws the same dropout in a step whether or not the earlier ones were made in the same process."""
+    """ProbeSeeds the same dropout in a step whether or not the earlier ones were made in the same process."""
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         torch.manual_seed(self.global_step)

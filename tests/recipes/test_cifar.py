@@ -7,8 +7,8 @@ import pytest
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.utils.data import TensorDataset
 
-from recipes.cifar import CifarDataModule
-from recipes.classifier import OverfittingClassifier
+from recipes.common.cifar import CifarDataModule
+from recipes.common.classifier import OverfittingClassifier
 from tests.helpers.training import trainer
 
 

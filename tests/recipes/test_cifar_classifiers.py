@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from lightning_robust import AdversarialAccuracy, FisherSpectralNorm, LinearizedAccuracy, Probe, ProbeMetric
-from recipes import validity, zoo
+from recipes import validity
+from recipes.common import zoo
 
 FOLDER = Path(os.environ.get("LIGHTNING_ROBUST_DATA", Path(__file__).parents[3] / "shared" / "data"))
 pytestmark = [

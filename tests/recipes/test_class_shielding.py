@@ -14,11 +14,12 @@ import torch
 from jsonargparse import auto_cli
 
 from lightning_robust.functional import class_shielding, trace_fisher_rao_paths
-from recipes import benchmark_fisher_rao, shielding_report
-from recipes import class_shielding as recipe
-from recipes.images import normalised, read_images
-from recipes.networks import CifarResNet, initialised
-from recipes.zoo import IMAGENET
+from recipes.benchmarks import fisher_rao as benchmark_fisher_rao
+from recipes.class_shielding import __main__ as recipe
+from recipes.class_shielding import report as shielding_report
+from recipes.common.images import normalised, read_images
+from recipes.common.networks import CifarResNet, initialised
+from recipes.common.zoo import IMAGENET
 from tests.helpers.networks import random, random_linear
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -96,7 +97,7 @@ def test_the_mode_of_the_poster_counts_steps(tmp_path: Path, capsys: pytest.Capt
     ("options", "message"),
     [
         (("--images", "none.npz"), "--network and --images together"),
-        (("--network.class_path", "recipes.networks.CifarResNet"), "--network and --images together"),
+        (("--network.class_path", "recipes.common.networks.CifarResNet"), "--network and --images together"),
         (("--mean", "[0.5]"), "--network and --images together"),
     ],
 )

@@ -8,8 +8,8 @@ import torch
 from lightning.pytorch.loggers import CSVLogger
 
 from lightning_robust import AdversarialAccuracy, RobustnessMonitor, WeightCurvatureIndex
-from recipes.classifier import DigitsClassifier
-from recipes.digits import DigitsDataModule
+from recipes.common.classifier import DigitsClassifier
+from recipes.common.digits import DigitsDataModule
 from tests.helpers.training import History, robustness_warnings, trainer
 
 SEED = 0

@@ -11,8 +11,8 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 
 from lightning_robust import LinearizedAccuracy, RobustnessDriftStopping, RobustnessMonitor
 from recipes import robust_overfitting as recipe
-from recipes.classifier import DigitsClassifier, OverfittingClassifier
-from recipes.digits import DigitsDataModule, NoisyDigitsDataModule
+from recipes.common.classifier import DigitsClassifier, OverfittingClassifier
+from recipes.common.digits import DigitsDataModule, NoisyDigitsDataModule
 from tests.helpers.training import trainer
 
 EPOCHS = 80

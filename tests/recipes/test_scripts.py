@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from recipes import benchmark_linearize
 from recipes import standard_vs_adversarial as recipe
-from recipes.digits import DigitsDataModule
+from recipes.benchmarks import linearize as benchmark_linearize
+from recipes.common.digits import DigitsDataModule
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lightning_robust import AdversarialAccuracy, LinearizedAccuracy, RobustnessMonitor
-from recipes.epoch_table import EpochTable
+from recipes.common.epoch_table import EpochTable
 from recipes.train import main
 from tests.helpers.training import CLOCKS, Classifier, classifier, loader, trainer
 

@@ -10,9 +10,10 @@ from lightning.pytorch import Trainer
 from torch import nn
 
 from lightning_robust import AdversarialAccuracy, LinearizedAccuracy, Probe
-from recipes import validity, zoo
-from recipes.classifier import DigitsClassifier
-from recipes.digits import DigitsDataModule
+from recipes import validity
+from recipes.common import zoo
+from recipes.common.classifier import DigitsClassifier
+from recipes.common.digits import DigitsDataModule
 from tests.helpers.networks import build, random, random_linear
 
 EPSILONS = (0.02, 0.05, 0.1)

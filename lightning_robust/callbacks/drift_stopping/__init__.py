@@ -1,0 +1,1 @@
+"""RobustnessDriftStopping: what it reads, what it keeps, when it stops."""

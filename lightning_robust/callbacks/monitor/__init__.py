@@ -1,0 +1,1 @@
+"""RobustnessMonitor and the steps of one measurement."""

@@ -1,0 +1,221 @@
+"""One measurement, from the first batch to values that all processes agree on."""
+
+from __future__ import annotations
+
+import functools
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Literal
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.memory import is_oom_error
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor
+
+from lightning_robust.callbacks.monitor.muted_logging import muted_logging
+from lightning_robust.callbacks.monitor.overhead import Times
+from lightning_robust.callbacks.monitor.sample_selection import SampleCollector
+from lightning_robust.callbacks.monitor.status import WHOLE, Outcome, Verdict
+from lightning_robust.functional import gathered_weights
+from lightning_robust.functional._isolation.context import differentiable
+from lightning_robust.functional._validation.arguments import class_of
+from lightning_robust.metrics import ProbeMetric
+from lightning_robust.probe import Probe
+
+Values = dict[int, dict[str, Tensor]]  # of each metric, by its number
+_LONGEST = 1000  # characters of an error that travel, and are shown in a warning
+# beside those that Lightning knows
+_SHORTAGE = re.compile(
+    r"out of memory|not enough memory|CUBLAS_STATUS_ALLOC_FAILED|CUDNN_STATUS_ALLOC_FAILED"
+    r"|could not create a (?:primitive|memory object)$"  # oneDNN; a primitive *descriptor* is missing for other reasons
+)
+
+
+class Measurement:
+    """Collects samples, shows them to the metrics, and gathers the values.
+
+    Everything that may fail goes through :meth:`attempt`. A failure is kept, in words (its traceback would keep tensors
+    alive), later attempts are left out, and :meth:`update` and :meth:`conclude` issue the same collectives on every
+    process whatever happened on any. What goes wrong in one metric does not stop the others.
+
+    Args:
+        metrics: What to measure.
+        on_error: ``"raise"`` lets failures through.
+        samples_at_once: Bound on the samples that pass through the network together, if one is known.
+
+    Attributes:
+        samples_at_once: The same, lower if memory ran out.
+        per_sample: What lies behind the values of each metric, by its number, once they are known: copies, float32 on
+            the CPU.
+    """
+
+    def __init__(
+        self,
+        metrics: Sequence[ProbeMetric],
+        *,
+        on_error: Literal["warn", "raise"],
+        samples_at_once: int | None = None,
+    ) -> None:
+        self._metrics = metrics
+        self._on_error = on_error
+        self._errors: dict[int, str] = {}
+        self._seconds = 0.0
+        self._updated = False
+        self._key: int | None = None  # of this process's samples, where all processes should see the same
+        self.samples_at_once = samples_at_once
+        self.per_sample = Values()
+        self.collector: SampleCollector | None = None
+        self.last_batch: int | None = None  # index of the loader's last batch, where it is known
+        self.attempt(self._reset)
+
+    def attempt(self, step: Callable[[], object], *, in_any_case: bool = False) -> None:
+        """Take a step, against the clock and without a trace in the global random states, unless one has failed."""
+        if WHOLE in self._errors and not in_any_case:
+            return
+        start = time.perf_counter()
+        passing: BaseException | None = None
+        with isolate_rng():  # restores nothing if an exception passes through it
+            try:
+                self._try(WHOLE, step)
+            except BaseException as error:
+                passing = error
+        if passing is not None:
+            raise passing
+        self._seconds += time.perf_counter() - start
+
+    def _try(self, number: int, step: Callable[[], object]) -> None:
+        try:
+            step()
+        except Exception as error:
+            if self._on_error == "raise":
+                raise
+            self._errors.setdefault(number, in_words(error))
+
+    def update(self, pl_module: LightningModule, device: torch.device, *, examine: Callable[[Probe], None]) -> None:
+        """Show the collected samples to the metrics, once, after the first of them have been examined.
+
+        Sharded weights are gathered by all processes, also by those on which something has failed.
+        """
+        if self._updated:
+            return
+        self._updated = True
+        with ExitStack() as stack:
+            self.attempt(lambda: stack.enter_context(gathered_weights(pl_module)), in_any_case=True)
+            self.attempt(lambda: self._update(pl_module, device, examine))
+
+    def _update(self, pl_module: LightningModule, device: torch.device, examine: Callable[[Probe], None]) -> None:
+        if self.collector is None:
+            return
+        if self.collector.presumes:
+            self._key = self.collector.key()
+        for metric in self._metrics:
+            metric.to(device)
+        viewers = {WHOLE: examine} | {number: metric.update for number, metric in enumerate(self._metrics)}
+        with muted_logging(pl_module), differentiable(pl_module):
+            for probe in self.collector.probes():
+                self._show(probe, viewers)
+            if not len(self.collector):  # torchmetrics complains about a metric that is computed without an update
+                for metric in self._metrics:
+                    metric.update(Probe(pl_module, torch.empty(0), torch.empty(0, dtype=torch.long)))
+
+    def _show(self, probe: Probe, viewers: Mapping[int, Callable[[Probe], object]]) -> None:
+        """Show a probe, in parts for which memory lasts, to those in whom nothing has failed."""
+        start = 0
+        while start < len(probe):
+            stop = len(probe) if self.samples_at_once is None else start + self.samples_at_once
+            self._show_at_once(probe.select(slice(start, stop)), viewers)
+            start = stop
+
+    def _show_at_once(self, probe: Probe, viewers: Mapping[int, Callable[[Probe], object]]) -> None:
+        """Show a probe as a whole, and smaller parts from the viewer on whom memory runs out."""
+        remaining = dict(viewers)
+        for number, view in viewers.items():
+            if WHOLE in self._errors:
+                return
+            if number not in self._errors and not self._fits(probe, number, view):
+                self.samples_at_once = -(-len(probe) // 2)
+                self._show(probe, remaining)
+                return
+            del remaining[number]
+
+    def _fits(self, probe: Probe, number: int, view: Callable[[Probe], object]) -> bool:
+        """Show a probe; False if memory ran out and may last for half of the samples.
+
+        A metric is then as before: metrics change their states at the end of an update.
+        """
+        fits = True
+
+        def attempt() -> None:
+            nonlocal fits
+            try:
+                view(probe)
+            except Exception as error:
+                if len(probe) == 1 or not ran_out_of_memory(error):
+                    raise
+                fits = False
+
+        self._try(number, attempt)
+        return fits
+
+    def conclude(self, device: torch.device, *, times: Callable[[], Times]) -> tuple[Verdict, Values]:
+        """Agree with the other processes; the values of those metrics in which nothing failed on any of them.
+
+        The metrics are empty afterwards: some hold much memory.
+        """
+        verdict, values = self._agree(device, times()), Values()
+        if WHOLE not in verdict.causes:
+            for number, metric in enumerate(self._metrics):
+                if number not in verdict.causes:  # the same ones on every process, because computing is a collective
+                    self._try(number, functools.partial(self._compute, number, metric, values))
+            verdict = self._agree(device, times())
+        self._try(WHOLE, self._reset)
+        return verdict, {number: value for number, value in values.items() if number not in verdict.causes}
+
+    def _compute(self, number: int, metric: ProbeMetric, values: Values) -> None:
+        computed = metric.compute()
+        if twice := {key for earlier in values.values() for key in earlier}.intersection(computed):
+            raise ValueError(
+                f"Expected each metric to log its own keys, but two log {sorted(twice)[:3]}."
+                " Another RobustnessMonitor with another `log_key_prefix` can measure the second."
+            )
+        self.per_sample[number] = _kept(metric.per_sample)
+        values[number] = computed
+
+    def _agree(self, device: torch.device, times: Times) -> Verdict:
+        outcome = Outcome().to(device)
+        num_samples = 0 if self.collector is None else len(self.collector)
+        outcome.update(errors=self._errors, num_samples=num_samples, seconds=self._seconds, key=self._key, times=times)
+        verdict: Verdict = outcome.compute()
+        return verdict
+
+    def _reset(self) -> None:
+        for metric in self._metrics:
+            metric.reset()
+
+
+def _kept(per_sample: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies: metrics may go on writing to their tensors, and views keep all that lies behind them."""
+    for key, found in per_sample.items():
+        if not isinstance(found, Tensor) or found.ndim != 1 or not len(found):
+            came = f"of shape {tuple(found.shape)}" if isinstance(found, Tensor) else class_of(found)
+            raise ValueError(f"Expected `per_sample` of a metric to hold tensors (N,), but {key!r} is {came}.")
+    return {key: found.detach().to("cpu", torch.float32, copy=True) for key, found in per_sample.items()}
+
+
+def in_words(error: Exception) -> str:
+    """An error on one line of reasonable length."""
+    try:
+        message = str(error)
+    except Exception:
+        message = "its message cannot be written"
+    text = " ".join(f"{type(error).__name__}: {message.strip() or 'no message'}".split())
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} …"
+
+
+def ran_out_of_memory(error: Exception) -> bool:
+    """Whether half as much at once might have gone well."""
+    known = isinstance(error, torch.OutOfMemoryError | MemoryError) or is_oom_error(error)
+    return known or _SHORTAGE.search(in_words(error)) is not None

@@ -1,0 +1,1 @@
+"""Measuring inside somebody else's training loop without leaving a trace."""

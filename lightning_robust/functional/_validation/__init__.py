@@ -1,0 +1,1 @@
+"""Argument and tensor checks. Each error says what was expected and what was given."""

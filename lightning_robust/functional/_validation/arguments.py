@@ -1,0 +1,112 @@
+"""Checks of arguments of any kind, before anything is computed. Each says what was expected and what came."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_LARGEST_INTEGER = 2**63 - 1  # that torch takes
+_LONGEST_REPR = 200
+
+
+def expected_but_got(name: str, expected: str, value: object) -> str:
+    """What was expected of an argument, and what came: its text if that is short, else its type, with a shape."""
+    return f"Expected argument `{name}` to be {expected}, but got {_shown(value)}."
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, Tensor) and value.ndim > 1:
+        return f"a {value.dtype} tensor of shape {tuple(value.shape)}"
+    try:
+        text = repr(value)
+    except Exception:  # Python writes out no integers of thousands of digits
+        text = ""
+    if 0 < len(text) <= _LONGEST_REPR:
+        return text
+    came = f"{type(value).__name__} too long to show"
+    return f"{came}, of shape {tuple(value.shape)}" if isinstance(value, Tensor) else came
+
+
+def class_of(value: object) -> str:
+    """Name of a value's class, or of the class that the value is."""
+    return f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
+
+
+def as_number(value: object) -> float:
+    """A real number as a float, NaN for anything else: booleans are none, nor are integers beyond all floats."""
+    value = plain(value) if isinstance(value, Tensor) and value.ndim == 0 else value
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return math.nan
+    try:
+        return float(value)
+    except OverflowError:
+        return math.nan
+
+
+def as_numbers(value: object) -> list[float] | None:
+    """The entries of a flat list, tuple, tensor or array, each as :func:`as_number`; None for what is none of these."""
+    entries = plain(value)
+    return [as_number(entry) for entry in entries] if isinstance(entries, list | tuple) else None
+
+
+def plain(value: object) -> object:
+    """Tensors and arrays as lists or numbers of Python."""
+    if isinstance(value, Tensor) and (value.is_complex() or value.dtype == torch.bool):
+        return None
+    to_list: Any = None if isinstance(value, type) else getattr(value, "tolist", None)
+    return to_list() if callable(to_list) else value
+
+
+def check_positive_integer(name: str, value: int) -> None:
+    """Raise unless ``value`` is an integer of at least 1."""
+    check_integer(name, value, at_least=1, expected="a positive integer")
+
+
+def check_integer(name: str, value: int, *, at_least: int, expected: str | None = None) -> int:
+    """Return ``value``, or raise unless it is an integer of at least ``at_least`` that fits into 64 bits."""
+    integer = isinstance(value, int) and not isinstance(value, bool)
+    expected = expected or f"an integer of at least {at_least}"
+    if integer and value > _LARGEST_INTEGER:
+        expected += f" and at most {_LARGEST_INTEGER}"
+    if not integer or not at_least <= value <= _LARGEST_INTEGER:
+        raise ValueError(expected_but_got(name, expected, value))
+    return value
+
+
+def check_boolean(name: str, value: bool) -> bool:
+    """Return ``value``, or raise unless it is True or False."""
+    if not isinstance(value, bool):
+        raise ValueError(expected_but_got(name, "True or False", value))
+    return value
+
+
+def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    """Raise unless ``value`` is one of ``choices``."""
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(expected_but_got(name, f"one of {tuple(choices)}", value))
+
+
+def check_kind(name: str, value: object, kind: type) -> None:
+    """Raise a ``TypeError`` unless ``value`` is None or of a kind."""
+    if value is not None and not isinstance(value, kind):
+        raise TypeError(f"Expected argument `{name}` to be a {kind.__name__}, but got {class_of(value)}.")
+
+
+def check_function(name: str, value: object) -> None:
+    """Raise a ``TypeError`` unless ``value`` can be called as it is: a class makes a network or a loss, but is none."""
+    if isinstance(value, type) or not callable(value):
+        raise TypeError(f"Expected argument `{name}` to be a function or a module, but got {class_of(value)}.")
+
+
+def check_floating(name: str, value: object, shape: str) -> None:
+    """Raise a ``TypeError`` unless ``value`` is a tensor of floating-point numbers; ``shape`` is for the message."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"Expected argument `{name}` to be a tensor {shape}, but got {class_of(value)}.")
+    if value.dtype not in FLOATING:
+        raise TypeError(f"Expected argument `{name}` to be floating point, but got {value.dtype}.")

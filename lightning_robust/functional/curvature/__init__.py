@@ -1,0 +1,1 @@
+"""Hessian trace and Weight-Curvature Index: how fast the loss rises when the weights move."""

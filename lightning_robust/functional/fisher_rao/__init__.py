@@ -1,0 +1,1 @@
+"""Fisher–Rao geometry of predictions: distances, paths to other classes, class shielding."""

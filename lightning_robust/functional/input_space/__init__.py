@@ -1,0 +1,1 @@
+"""Linearisation around the inputs: Fisher information, margins, and the attacks they are compared with."""

@@ -1,0 +1,179 @@
+"""Projected gradient descent: the attack that the estimators are compared with, and never depend on.
+
+Source: Madry et al. 2018, arXiv 1706.06083.
+Cost: one forward and one backward pass with respect to the input per step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lightning_robust.functional._isolation.context import differentiable, full_precision
+from lightning_robust.functional._validation.arguments import (
+    as_number,
+    check_choice,
+    check_function,
+    check_kind,
+    check_positive_integer,
+    expected_but_got,
+)
+from lightning_robust.functional._validation.tensors import (
+    check_inputs,
+    check_logits,
+    check_targets,
+)
+from lightning_robust.functional.input_space.units import Units, changes_within
+
+Norm = Literal["linf", "l2"]
+Loss = Literal["cross_entropy", "dlr"]
+Schedule = Literal["constant", "cosine"]
+
+
+def pgd(
+    model: Callable[[Tensor], Tensor],
+    inputs: Tensor,
+    targets: Tensor,
+    *,
+    epsilon: float,
+    steps: int,
+    norm: Norm = "linf",
+    loss: Loss = "cross_entropy",
+    step_size: float | None = None,
+    schedule: Schedule = "constant",
+    valid_range: tuple[float, float] | None = None,
+    input_mean: float | Sequence[float] | Tensor | None = None,
+    input_std: float | Sequence[float] | Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Attack each input by projected gradient ascent on its loss.
+
+    The perturbation lives in the units of the un-normalised input ``x · std + mean``: ``epsilon``, ``step_size`` and
+    ``valid_range`` are in those. The model runs as in :func:`~lightning_robust.functional.linearize`.
+
+    Args:
+        model: Maps inputs ``(N, ...)`` to logits ``(N, C)``, sample by sample.
+        inputs: ``(N, ...)``, floating point.
+        targets: ``(N,)``, class indices.
+        epsilon: Radius of the ball around each input, ≥ 0.
+        steps: Number of gradient steps, ≥ 1. One step of size ``epsilon`` is the fast gradient sign method.
+        norm: ``"linf"`` or ``"l2"``, over all features of a sample.
+        loss: ``"cross_entropy"``, or ``"dlr"``, the difference of logits ratio (Croce & Hein 2020, arXiv 2003.01690),
+            whose gradient does not vanish where the network is confident; it needs three classes.
+        step_size: Length of a step; 2.5 · epsilon / steps by default, as in the source.
+        schedule: ``"constant"``, or ``"cosine"``, which lets the steps decay to zero from ``step_size``, by default
+            epsilon / 2 then.
+        valid_range: Smallest and largest value of an un-normalised input, to which the result is clamped; by default
+            there is no clamping. An input that lies outside it, by rounding say, may stay but not move further out.
+        input_mean: What was subtracted from the inputs, a number or one per channel (dimension 1); 0 by default.
+        input_std: By what they were divided, likewise; 1 by default.
+        generator: Draws a starting point uniformly from the ball. Without one the attack starts at the input itself
+            and is deterministic.
+
+    Returns:
+        ``(N, ...)``, the attacked inputs after the last step, normalised as ``inputs`` are.
+
+    Raises:
+        TypeError: If ``inputs`` are not floating point or the model does not return a tensor.
+        ValueError: If an argument has a wrong shape or value.
+
+    Source: arXiv 1706.06083.
+    """
+    _check_options(epsilon=epsilon, steps=steps, norm=norm, step_size=step_size)
+    check_choice("loss", loss, get_args(Loss))
+    check_choice("schedule", schedule, get_args(Schedule))
+    check_function("model", model)
+    check_kind("generator", generator, torch.Generator)
+    check_inputs(inputs)
+    labels = check_targets(targets, num_samples=len(inputs))
+    units = Units.of(inputs, std=input_std, mean=input_mean, valid_range=valid_range)
+    epsilon = as_number(epsilon)
+    default = 2.5 * epsilon / steps if schedule == "constant" else epsilon / 2
+    size = default if step_size is None else as_number(step_size)
+    decay = [1.0 if schedule == "constant" else (1 + math.cos(math.pi * step / steps)) / 2 for step in range(steps)]
+
+    def into_ball_and_range(delta: Tensor) -> Tensor:
+        delta = _project(delta, epsilon, norm)
+        if units.valid_range is None:
+            return delta
+        return delta.clamp(*changes_within(units.raw(clean), units.valid_range))
+
+    with differentiable(model):
+        clean, labels = full_precision(inputs), full_precision(labels)
+        delta = torch.zeros_like(clean)
+        if generator is not None:
+            delta = into_ball_and_range(_uniform_in_ball(clean, epsilon, norm, generator))
+        for step in range(steps):
+            leaf = delta.detach().clone().requires_grad_()
+            logits = model(clean + units.change(leaf))
+            if step == 0:  # checks wait for the device
+                check_logits(logits, num_samples=len(clean))
+                check_targets(labels, num_samples=len(clean), num_classes=logits.shape[1])
+            if not logits.requires_grad:  # they do not depend on the input: there is nowhere to go
+                break
+            total = _total(loss, logits, labels)
+            (gradient,) = torch.autograd.grad(total, leaf, materialize_grads=True)
+            delta = into_ball_and_range(delta + decay[step] * size * _steepest(gradient, norm))
+        attacked: Tensor = clean + units.change(delta)
+    return attacked.detach()
+
+
+def check_norm(norm: Norm) -> Norm:
+    """Return ``norm``, or raise a ``ValueError`` if it is unknown."""
+    check_choice("norm", norm, get_args(Norm))
+    return norm
+
+
+def _total(loss: Loss, logits: Tensor, labels: Tensor) -> Tensor:
+    """The loss that the attack increases, as a sum, which keeps samples independent."""
+    if loss == "cross_entropy":
+        return F.cross_entropy(logits, labels, reduction="sum")
+    if logits.shape[1] < 3:
+        raise ValueError(f"Expected a model of three classes or more for `loss='dlr'`, but it has {logits.shape[1]}.")
+    first, second, third = logits.topk(3, dim=1).values.unbind(dim=1)
+    own = logits.gather(1, labels[:, None])[:, 0]
+    other = torch.where(logits.argmax(dim=1) == labels, second, first)
+    ratios: Tensor = (other - own) / (first - third).clamp_min(1e-12)
+    return ratios.sum()
+
+
+def _steepest(gradient: Tensor, norm: Norm) -> Tensor:
+    """Unit step that increases the loss most."""
+    if norm == "linf":
+        return gradient.sign()
+    return gradient / _norms(gradient).clamp_min(torch.finfo(gradient.dtype).tiny)
+
+
+def _project(delta: Tensor, epsilon: float, norm: Norm) -> Tensor:
+    if norm == "linf":
+        return delta.clamp(-epsilon, epsilon)
+    return delta * (epsilon / _norms(delta).clamp_min(torch.finfo(delta.dtype).tiny)).clamp_max(1)
+
+
+def _uniform_in_ball(like: Tensor, epsilon: float, norm: Norm, generator: torch.Generator) -> Tensor:
+    start = like.new_empty(like.shape, device=generator.device)
+    if norm == "linf":
+        return start.uniform_(-epsilon, epsilon, generator=generator).to(like.device)
+    start.normal_(generator=generator)
+    radius = start.new_empty(len(like), *(1,) * (like.ndim - 1)).uniform_(generator=generator) ** (1 / like[0].numel())
+    return (start / _norms(start) * radius * epsilon).to(like.device)
+
+
+def _norms(values: Tensor) -> Tensor:
+    """L2 norm of each sample, shaped to broadcast."""
+    norms: Tensor = torch.linalg.vector_norm(values.reshape(len(values), -1), dim=1)
+    return norms.reshape(-1, *(1,) * (values.ndim - 1))
+
+
+def _check_options(*, epsilon: float, steps: int, norm: Norm, step_size: float | None) -> None:
+    if not 0 <= as_number(epsilon) < math.inf:
+        raise ValueError(expected_but_got("epsilon", "a finite number ≥ 0", epsilon))
+    check_positive_integer("steps", steps)
+    check_norm(norm)
+    if step_size is not None and not 0 < as_number(step_size) < math.inf:
+        raise ValueError(expected_but_got("step_size", "a positive number or None", step_size))

@@ -1,0 +1,239 @@
+"""Fisher information of a classifier with respect to its input: spectral norm, trace, and both after calibration.
+
+For one input with logits ``z``, ``p = softmax(z)`` and Jacobian ``J`` the information matrix is
+
+    G(x) = Σ_c p_c g_c g_cᵀ = Jᵀ (diag(p) − p pᵀ) J,    g_c = ∇_x log p_c = Jᵀ(e_c − p)          (arXiv 2606.04767)
+
+Its non-zero eigenvalues are those of the C × C matrix ``F K Fᵀ`` with ``K = J Jᵀ`` and rows ``F_c = √p_c (e_c − p)ᵀ``,
+because ``Fᵀ F = diag(p) − p pᵀ``. So everything here is algebra on a linearisation: no pass through the network. At
+temperature ``T`` the logits are ``z/T`` and the Jacobian ``J/T``.
+
+Why calibrate: confident networks saturate the softmax, so that λ → 0 on most samples and explodes on the rest, and
+multiplying all logits by a constant, which changes no decision, moves every statistic by orders of magnitude. Dividing
+by a temperature fitted to the same samples (Guo et al. 2017, arXiv 1706.04599) removes exactly that freedom.
+
+Cost: N eigenvalue problems of size C; no forward or backward pass.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_robust.functional._validation.arguments import as_number, expected_but_got
+from lightning_robust.functional._validation.tensors import check_given_logits, check_gram, check_targets
+from lightning_robust.functional.input_space.linearization import to_float64
+
+# A sample counts as saturated above this probability of its predicted class: there λ is at least 250 times smaller than
+# the same gradients give at even odds.
+_SATURATED_ABOVE = 0.999
+# Weight, in samples, of the smoothing that keeps a fitted temperature finite.
+_PSEUDO_SAMPLES = 0.5
+# Elements of C × C matrices that are worked on at once: 32 MiB.
+_MATRIX_ELEMENTS = 2**22
+# Temperatures are searched between these multiples of the root mean square of the class-centred logits.
+_TEMPERATURE_RANGE = (1e-4, 1e4)
+
+
+@dataclass(frozen=True)
+class CalibratedSpectralNorm:
+    """Spectral norms at the fitted temperature, and the error bar of their mean.
+
+    Attributes:
+        value: ``(N,)``, spectral norm of each sample at ``temperature``.
+        mean: ``()``, their mean.
+        stderr: ``()``, standard error of the mean over samples, including that of the temperature; NaN for N = 1.
+        temperature: ``()``, from :func:`fit_temperature`.
+    """
+
+    value: Tensor
+    mean: Tensor
+    stderr: Tensor
+    temperature: Tensor
+
+
+def fim_spectral_norm(logits: Tensor, gram: Tensor, *, temperature: float | Tensor = 1.0) -> Tensor:
+    """Largest eigenvalue of each sample's input Fisher information matrix.
+
+    Args:
+        logits: ``(N, C)``.
+        gram: ``(N, C, C)``, ``J Jᵀ``, as given by :func:`~lightning_robust.functional.linearize`.
+        temperature: Divides the logits, and with them the Jacobian.
+
+    Returns:
+        ``(N,)``, in squared nats per squared input unit; never negative; 0 where the prediction is exactly one-hot.
+
+    Raises:
+        ValueError: If shapes do not match or ``temperature`` is not positive.
+
+    Source: arXiv 2606.04767; the reduction to C × C is ours.
+    """
+    check_gram(logits, gram)
+    largest = [torch.linalg.eigvalsh(_class_information(*part, temperature))[:, -1] for part in _chunks(logits, gram)]
+    return torch.cat(largest).clamp_min(0).to(logits)
+
+
+def fim_trace(logits: Tensor, gram: Tensor, *, temperature: float | Tensor = 1.0) -> Tensor:
+    """Trace of each sample's input Fisher information matrix: the expected squared norm of the score.
+
+    Arguments, units and errors as for :func:`fim_spectral_norm`. Lies between λ and ``(C − 1) λ``.
+
+    Returns:
+        ``(N,)``.
+
+    Source: arXiv 2606.04767, exact where the paper estimates.
+    """
+    check_gram(logits, gram)
+    traces = [
+        _class_information(*part, temperature).diagonal(dim1=1, dim2=2).sum(dim=1) for part in _chunks(logits, gram)
+    ]
+    return torch.cat(traces).clamp_min(0).to(logits)
+
+
+def saturated(logits: Tensor) -> Tensor:
+    """Whether each sample's prediction is so confident that its Fisher information says little: ``max_c p_c > 0.999``.
+
+    Returns:
+        ``(N,)``, bool.
+
+    Source: ours.
+    """
+    check_given_logits(logits)
+    return to_float64(logits).softmax(dim=1).amax(dim=1).gt(_SATURATED_ABOVE).to(logits.device)
+
+
+def fit_temperature(logits: Tensor, targets: Tensor) -> Tensor:
+    """Temperature at which ``logits / T`` have the smallest negative log-likelihood.
+
+    The likelihood is convex in ``1/T``, so the minimiser is found by bisection to rounding. Where every sample is
+    classified correctly it has none (``T → 0``), and where one is missed by a hair it hangs on that hair. So, in the
+    manner of Platt (1999), half a pseudo-sample is spread evenly over samples and classes, less as errors add up to
+    one, where an error counts in full if it misses by the root mean square of the class-centred logits. That keeps the
+    result finite, continuous in the data and proportional to the scale of the logits. Logits that say less than nothing
+    get the upper end of the range, 10⁴ times their root mean square: even odds.
+
+    Args:
+        logits: ``(N, C)``.
+        targets: ``(N,)``, class indices.
+
+    Returns:
+        ``()``, positive.
+
+    Raises:
+        ValueError: If shapes do not match or a target is not a class.
+
+    Source: Guo et al. 2017, arXiv 1706.04599; the treatment of separable samples is ours.
+    """
+    check_given_logits(logits)
+    y = check_targets(targets, num_samples=len(logits), num_classes=logits.shape[1])
+    z = to_float64(logits)
+    y = y.to(z.device)
+    return _fit_temperature(z, _favoured(z, y)).to(logits)
+
+
+def calibrated_fim_spectral_norm(logits: Tensor, gram: Tensor, targets: Tensor) -> CalibratedSpectralNorm:
+    """Spectral norms at the temperature that fits these samples, with the standard error of their mean.
+
+    The temperature is fitted to the same samples, so the mean depends on each of them twice. The standard error takes
+    both into account by its influence function: sample i moves the inverse temperature ``β = 1/T`` by ``−ℓ'_i(β)/Σℓ''``
+    (``ℓ`` the negative log-likelihood), and the mean by its derivative in β times that.
+
+    Args:
+        logits: ``(N, C)``.
+        gram: ``(N, C, C)``.
+        targets: ``(N,)``.
+
+    Raises:
+        ValueError: As :func:`fim_spectral_norm` and :func:`fit_temperature`.
+
+    Source: ours.
+    """
+    check_gram(logits, gram)
+    z, wide_gram = to_float64(logits), to_float64(gram)
+    y = check_targets(targets, num_samples=len(logits), num_classes=logits.shape[1]).to(z.device)
+    favoured = _favoured(z, y)
+    temperature = _fit_temperature(z, favoured)
+    value, vectors = _largest_eigenpairs(z, wide_gram, temperature)
+
+    n, step = len(z), 1e-4
+    probs = (z / temperature).softmax(dim=1)
+    expected = (probs * z).sum(dim=1)
+    slope = expected - favoured  # ℓ'_i(β)
+    curvature = (probs * (z - expected[:, None]).square()).sum(dim=1).mean()  # mean ℓ''
+    # an eigenvalue changes as its matrix does along the eigenvector
+    up, down = (_rayleigh(z, wide_gram, temperature / (1 + s), vectors) for s in (step, -step))
+    sensitivity = (up - down).mean() / (2 * step) * temperature  # derivative of the mean with respect to β
+    influence = value - value.mean()
+    fitted = slope.mean().abs() <= 1e-6 * slope.abs().mean()  # not at an end of the range, where it does not move
+    if fitted and curvature > 0:
+        influence = influence - sensitivity * slope / curvature
+    stderr = influence.square().sum().div(n * (n - 1)).sqrt() if n > 1 else value.new_tensor(math.nan)
+    parts = (value, value.mean(), stderr, temperature)
+    return CalibratedSpectralNorm(*(part.to(logits) for part in parts))
+
+
+def _class_information(logits: Tensor, gram: Tensor, temperature: float | Tensor) -> Tensor:
+    """``F K Fᵀ / T²``, (N, C, C) in float64."""
+    one = temperature.item() if isinstance(temperature, Tensor) and temperature.numel() == 1 else temperature
+    scale = as_number(one)
+    if not (scale > 0 and 0 < scale * scale < math.inf):
+        raise ValueError(expected_but_got("temperature", "positive and finite, as its square must be", temperature))
+    c = logits.shape[1]
+    probs = (to_float64(logits) / scale).softmax(dim=1)
+    factor = probs.sqrt()[:, :, None] * (torch.eye(c, dtype=probs.dtype, device=probs.device) - probs[:, None, :])
+    return factor @ to_float64(gram) @ factor.mT / scale**2
+
+
+def _largest_eigenpairs(z: Tensor, gram: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
+    """Largest eigenvalue (N,) of each information matrix, and its eigenvector (N, C)."""
+    values, vectors = [], []
+    for part, part_gram in _chunks(z, gram):
+        eigenvalues, eigenvectors = torch.linalg.eigh(_class_information(part, part_gram, temperature))
+        values.append(eigenvalues[:, -1].clamp_min(0))
+        vectors.append(eigenvectors[:, :, -1])
+    return torch.cat(values), torch.cat(vectors)
+
+
+def _rayleigh(z: Tensor, gram: Tensor, temperature: Tensor, vectors: Tensor) -> Tensor:
+    """``vᵀ F K Fᵀ v / T²``, (N,), without forming the matrix."""
+    probs = (z / temperature).softmax(dim=1)
+    weighted = probs.sqrt() * vectors
+    projected = weighted - probs * weighted.sum(dim=1, keepdim=True)  # Fᵀ v
+    return torch.einsum("nc,ncd,nd->n", projected, gram, projected) / temperature**2
+
+
+def _chunks(logits: Tensor, gram: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Samples in parts whose C × C matrices stay small together."""
+    size = max(1, _MATRIX_ELEMENTS // logits.shape[1] ** 2)
+    return zip(torch.split(logits, size), torch.split(gram, size), strict=True)
+
+
+def _fit_temperature(z: Tensor, favoured: Tensor) -> Tensor:
+    """Temperature at which the expected logits equal the ``favoured`` ones, on average."""
+    spread = _spread(z)
+    if spread == 0:
+        return z.new_ones(())
+    low, high = ((1 / (bound * spread)).log() for bound in reversed(_TEMPERATURE_RANGE))  # of log β
+    for _ in range(60):
+        middle = (low + high) / 2
+        rising = (((middle.exp() * z).softmax(dim=1) * z).sum(dim=1) - favoured).mean() > 0  # derivative in β
+        low, high = torch.where(rising, low, middle), torch.where(rising, middle, high)
+    return (-(low + high) / 2).exp()
+
+
+def _favoured(z: Tensor, y: Tensor) -> Tensor:
+    """Logit of each target, (N,), smoothed as :func:`fit_temperature` says."""
+    own = z.gather(1, y[:, None])
+    missed_by = z.scatter(1, y[:, None], -torch.inf).amax(dim=1) - own[:, 0]
+    errors = (missed_by / _spread(z).clamp_min(torch.finfo(z.dtype).tiny)).clamp(0, 1).sum()
+    weight = _PSEUDO_SAMPLES * (1 - errors).clamp_min(0) / len(z)
+    return (1 - weight) * own[:, 0] + weight * z.mean(dim=1)
+
+
+def _spread(z: Tensor) -> Tensor:
+    """Root mean square of the class-centred logits."""
+    return (z - z.mean(dim=1, keepdim=True)).square().mean().sqrt()

@@ -1,0 +1,132 @@
+"""The units of inputs: how they were normalised, and which values they may take before that."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_robust.functional._isolation.context import full_precision
+from lightning_robust.functional._validation.arguments import as_number, as_numbers, expected_but_got, plain
+
+
+class Units(NamedTuple):
+    """How inputs ``(N, channels, ...)`` were normalised: ``(raw − mean) / std``, raw in the valid range.
+
+    Attributes:
+        std: What they were divided by, of a shape that broadcasts against them; None for 1.
+        mean: What was subtracted from them before that, likewise; None for 0.
+        valid_range: Smallest and largest value before that; None for any.
+    """
+
+    std: Tensor | None
+    mean: Tensor | None
+    valid_range: tuple[float, float] | None
+
+    @classmethod
+    def of(
+        cls,
+        inputs: Tensor,
+        *,
+        std: float | Sequence[float] | Tensor | None,
+        mean: float | Sequence[float] | Tensor | None,
+        valid_range: tuple[float, float] | None = None,
+    ) -> Units:
+        """From the arguments ``input_std``, ``input_mean`` and ``valid_range``.
+
+        Raises:
+            ValueError: If a constant is neither one number nor one per channel, or not finite (``std``: not positive),
+                or the range is not ascending.
+        """
+        return cls(
+            std=_channelwise(std, inputs, name="input_std"),
+            mean=_channelwise(mean, inputs, name="input_mean", positive=False),
+            valid_range=check_valid_range(valid_range),
+        )
+
+    def raw(self, x: Tensor) -> Tensor:
+        """Inputs before they were normalised."""
+        raw = self.raw_change(x)
+        return raw if self.mean is None else raw + self.mean
+
+    def raw_change(self, change: Tensor) -> Tensor:
+        """What a change of the normalised inputs is before they were."""
+        return change if self.std is None else change * self.std
+
+    def change(self, raw_change: Tensor) -> Tensor:
+        """What a change of the inputs before they were normalised is afterwards."""
+        return raw_change if self.std is None else raw_change / self.std
+
+
+def _channelwise(
+    value: float | Sequence[float] | Tensor | None, inputs: Tensor, *, name: str, positive: bool = True
+) -> Tensor | None:
+    """Shape a scalar or per-channel constant so that it broadcasts against ``inputs`` ``(N, channels, ...)``.
+
+    Raises:
+        ValueError: If the number of entries is neither 1 nor the number of channels, or an entry is not finite (not
+            positive, where ``positive``).
+    """
+    if value is None:
+        return None
+    entries = as_numbers(value)
+    shape = () if entries is None else tuple(getattr(value, "shape", (len(entries),)))
+    channels = inputs.shape[1] if inputs.ndim > 1 else 1
+    if len(shape) > 1 or shape not in ((), (1,), (channels,)):
+        raise ValueError(
+            f"Expected argument `{name}` to be one number or one per channel, {channels} for inputs of"
+            f" shape {tuple(inputs.shape)} (channels are dimension 1), but got shape {shape}."
+        )
+    numbers = check_constant(name, value, positive=positive)
+    constant = torch.tensor(numbers, dtype=full_precision(inputs[:0]).dtype)
+    check_constant(name, constant, positive=positive)  # as it was rounded
+    constant = constant.to(inputs.device)
+    return constant.reshape(1, -1, *(1,) * (inputs.ndim - 2)) if inputs.ndim > 1 else constant
+
+
+def check_constant(name: str, value: float | Sequence[float] | Tensor, *, positive: bool = True) -> list[float]:
+    """Return the entries, or raise unless they are a finite (positive) number or a list of them."""
+    entries = as_numbers(value)
+    numbers = [as_number(plain(value))] if entries is None else entries
+    finite = all(map(math.isfinite, numbers))
+    if not numbers or not finite or (positive and min(numbers) <= 0):
+        expected = f"a {'positive' if positive and finite else 'finite'} number, or a list of one per channel"
+        raise ValueError(expected_but_got(name, expected, value))
+    return numbers
+
+
+def changes_within(raw: Tensor, valid_range: tuple[float, float]) -> tuple[Tensor, Tensor]:
+    """By how much un-normalised inputs may fall, ≤ 0, and rise, ≥ 0; one that is outside already may stay there."""
+    return (valid_range[0] - raw).clamp_max(0), (valid_range[1] - raw).clamp_min(0)
+
+
+def check_valid_range(valid_range: tuple[float, float] | None) -> tuple[float, float] | None:
+    """Return ``valid_range`` in floats, or raise unless it is None or two numbers in ascending order."""
+    if valid_range is None:
+        return None
+    ends = as_numbers(valid_range) if isinstance(valid_range, tuple | list) else None
+    if ends is None or len(ends) != 2 or not ends[0] < ends[1]:
+        raise ValueError(expected_but_got("valid_range", "(low, high) with low < high", valid_range))
+    return ends[0], ends[1]
+
+
+def check_units(
+    *,
+    input_std: float | Sequence[float] | Tensor | None,
+    input_mean: float | Sequence[float] | Tensor | None,
+    valid_range: tuple[float, float] | None,
+) -> None:
+    """Raise unless all are sound, and ``valid_range`` comes with the mean of inputs that are normalised."""
+    if input_std is not None:
+        check_constant("input_std", input_std)
+    if input_mean is not None:
+        check_constant("input_mean", input_mean, positive=False)
+    check_valid_range(valid_range)
+    if valid_range is not None and input_std is not None and input_mean is None:
+        raise ValueError(
+            "Expected argument `input_mean` beside `input_std` and `valid_range`, because the range is one of"
+            " un-normalised inputs, but got None. Pass 0.0 if nothing was subtracted."
+        )

@@ -1,0 +1,109 @@
+"""Metric of robust accuracy, predicted by linearised margins, without an attack."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lightning_robust.functional._validation.arguments import as_number, as_numbers, expected_but_got
+from lightning_robust.functional._validation.tensors import check_finite
+from lightning_robust.functional.input_space.attacks import Norm, check_norm
+from lightning_robust.functional.input_space.linearized_margin import linearized_margin, linearized_margin_linf
+from lightning_robust.metrics.base import ProbeMetric, error_bar_of_mean, error_bar_of_share, joined
+from lightning_robust.probe import Probe
+
+DEFAULT_EPSILONS = (1 / 255, 2 / 255, 4 / 255, 8 / 255)
+
+
+class LinearizedAccuracy(ProbeMetric):
+    """Share of samples whose linearised margin exceeds ε, for several ε at once; higher is more robust.
+
+    **Logged metrics** (each under the monitor's prefix, each with ``_stderr``, ``_lower``, ``_upper``)
+
+    - ``linearized_accuracy_<norm>_<ε as %.4g>``: predicted robust accuracy at that ε
+    - ``linearized_accuracy_<norm>_0``: clean accuracy, on the same samples
+    - ``linearized_margin_<norm>``: mean margin, 0 where misclassified. It is infinite, and so not logged, as soon as
+      one correctly classified sample has no gradient at all.
+    - ``linearized_margin_<norm>_clipped``: mean margin clipped at twice the largest ε, which no single sample can move
+      far: a smooth form of the predicted accuracy
+
+    Args:
+        epsilons: Sizes of the perturbation, in units of the un-normalised input if the probe has ``input_std``.
+        norm: ``"linf"`` or ``"l2"``.
+        order: 2 linearises once more, close to the predicted boundary, at twice the cost (see
+            :func:`~lightning_robust.functional.relinearize`), and logs as ``linearized_order2_accuracy…`` and
+            ``linearized_order2_margin…``. It is closer to attacks on deep standard networks.
+
+    Raises:
+        ValueError: If ``epsilons`` is empty, holds a negative number, ``norm`` is unknown, or ``order`` is neither 1
+            nor 2.
+
+    State: the margin of each sample.
+
+    Source: ours, on the linearised distance of arXiv 1511.04599.
+    """
+
+    higher_is_better = True
+    margins: list[Tensor] | Tensor
+
+    def __init__(
+        self, epsilons: Sequence[float] = DEFAULT_EPSILONS, norm: Norm = "linf", order: Literal[1, 2] = 1
+    ) -> None:
+        super().__init__()
+        self.epsilons = check_epsilons(epsilons)
+        self.norm = check_norm(norm)
+        if as_number(order) not in (1, 2):
+            raise ValueError(expected_but_got("order", "1 or 2", order))
+        self.order = int(order)
+        self.add_configuration(self.epsilons, norm, self.order)
+        self.add_float64_rows("margins")
+
+    def _add(self, probe: Probe) -> None:
+        linearization = probe.linearization if self.order == 1 else probe.relinearization(self.norm)
+        if self.norm == "l2":
+            margins = linearized_margin(linearization.logits, linearization.gram, probe.targets)
+        elif linearization.gap_l1 is not None:
+            margins = linearized_margin_linf(linearization.logits, linearization.gap_l1, probe.targets)
+        else:
+            raise ValueError("Expected a linearisation with `gap_l1` for norm 'linf', but it has none. Use norm='l2'.")
+        check_finite(margins.masked_fill(margins.isposinf(), 0.0), "gradients of the logits")
+        assert isinstance(self.margins, list)
+        self.margins.append(margins.to(self.device, torch.float64))
+
+    def compute(self) -> dict[str, Tensor]:
+        """Return the statistics over all samples, as the class docstring lists them."""
+        margins = joined(self.margins)
+        if len(margins) == 0:
+            return {}
+        kind = "linearized" if self.order == 1 else f"linearized_order{self.order}"
+        shares = {
+            accuracy_key(kind, self.norm, epsilon): (margins > epsilon).double() for epsilon in (*self.epsilons, 0.0)
+        }
+        key = f"{kind}_margin_{self.norm}"
+        means = {key: margins, f"{key}_clipped": margins.clamp_max(2 * max(self.epsilons))}
+        self.per_sample = shares | means
+        values: dict[str, Tensor] = {}
+        for key, hits in shares.items():
+            values |= error_bar_of_share(key, hits)
+        for key, distances in means.items():
+            values |= error_bar_of_mean(key, distances)
+        return values
+
+
+def accuracy_key(kind: str, norm: str, epsilon: float) -> str:
+    """Name of an accuracy at one perturbation size."""
+    return f"{kind}_accuracy_{norm}_{epsilon:.4g}"
+
+
+def check_epsilons(epsilons: Sequence[float]) -> tuple[float, ...]:
+    """Return ``epsilons`` as a tuple, or raise a ``ValueError``."""
+    values = [value + 0.0 for value in as_numbers(epsilons) or []]  # -0.0 would have a key of its own
+    if not values or not all(0 <= value < math.inf for value in values):
+        raise ValueError(expected_but_got("epsilons", "a list of at least one finite number ≥ 0", epsilons))
+    if len({f"{value:.4g}" for value in values}) < len(values):
+        raise ValueError(f"Expected argument `epsilons` to differ in their first four digits, but got {epsilons}.")
+    return tuple(values)

@@ -1,0 +1,1 @@
+"""The class-shielding study: which classes stand in the way of others."""

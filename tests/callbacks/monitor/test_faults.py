@@ -1,0 +1,479 @@
+"""Whatever goes wrong inside a measurement: a clear sentence, and the run goes on."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+
+from lightning_robust import FisherSpectralNorm, HessianTrace, LinearizedAccuracy, Probe, RobustnessMonitor
+from lightning_robust.callbacks.monitor import diagnostics as advice
+from lightning_robust.functional import hessian_trace
+from tests.helpers.training import (
+    CLOCKS,
+    Classifier,
+    History,
+    classifier,
+    loader,
+    robustness_warnings,
+    samples,
+    trainer,
+)
+
+Loader = Callable[[], Any]
+
+
+class Quiet(Classifier):
+    """Trains, and leaves its validation batches alone, whatever they are."""
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val_acc", 1.0, batch_size=1)
+
+
+def fit(model: Classifier, val_loader: Any, root: Path, **options: Any) -> tuple[list[str], list[dict[str, float]]]:
+    """Train two epochs; what was said, and what was logged after each."""
+    history = History()
+    with robustness_warnings() as messages:
+        run = trainer(RobustnessMonitor(**options), history, root=root)
+        run.fit(model, loader(), val_loader)
+    assert run.state.finished
+    assert run.current_epoch == 2
+    return messages, history.rows
+
+
+class Outputs(nn.Module):
+    def __init__(self, change: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.network, self.change = classifier().network, change
+
+    def forward(self, x: Tensor) -> Any:
+        logits = self.network(x)
+        return logits if self.training else self.change(logits)
+
+
+def integers() -> DataLoader:
+    return loader(TensorDataset(torch.randint(0, 9, (40, 1, 4, 4)), torch.zeros(40, dtype=torch.long)))
+
+
+def three_parts() -> DataLoader:
+    x, y = samples().tensors
+    return loader(TensorDataset(x, y, y))
+
+
+def nan_inputs() -> DataLoader:
+    x, y = samples().tensors
+    return loader(TensorDataset(x / 0 * 0, y))
+
+
+@pytest.mark.parametrize(
+    ("change", "val_loader", "sentence"),
+    [
+        (None, three_parts, r"batches `\(inputs, targets\)`.*got a list of 3 \(Tensor, Tensor, Tensor\).*probe_fn"),
+        (None, integers, r"inputs` to be floating point, but got torch.int64.*probe_fn"),
+        (None, nan_inputs, r"finite inputs, but got NaN or infinity in 32 of 32 samples"),
+        (lambda z: z[:, :, None], loader, r"logits of shape \(N, C\).*returned shape \(\d+, 4, 1\)"),
+        (lambda z: (z, z), loader, r"outputs of shape \(N, \.\.\.\).*returned tuple.*probe_fn"),
+        (lambda z: z[:, :1], loader, r"C ≥ 2 classes, but for \d+ inputs it returned shape \(\d+, 1\).*\(0, z\)"),
+        (lambda z: z[:, :2], loader, r"between 0 and 1, one of the 2 classes.*values from"),
+        (lambda z: z * torch.nan, loader, r"finite outputs, but got NaN"),
+    ],
+)
+def test_a_measurement_that_cannot_be_is_skipped_with_the_cause(
+    tmp_path: Path, change: Callable[[Tensor], Any] | None, val_loader: Loader, sentence: str
+) -> None:
+    model = Quiet(None if change is None else Outputs(change))
+    messages, rows = fit(model, val_loader(), tmp_path)
+    assert rows == [{}, {}]
+    assert len(messages) == 2  # one for each measurement
+    for epoch, message in enumerate(messages):
+        assert message.startswith(f"RobustnessMonitor skipped the measurement in epoch {epoch}: ")
+        with pytest.raises(RuntimeError, match=sentence):
+            raise RuntimeError(message)
+
+
+def test_on_error_raise_lets_the_failure_through(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="finite inputs"):
+        fit(Quiet(), nan_inputs(), tmp_path, on_error="raise")
+
+
+def test_after_nan_weights_the_next_measurement_works(tmp_path: Path) -> None:
+    class Sick(Quiet):
+        def on_validation_start(self) -> None:
+            self.healthy = self.network[5].weight.detach().clone()
+            if self.current_epoch == 0:
+                self.network[5].weight.data.fill_(torch.nan)
+
+        def on_validation_end(self) -> None:
+            self.network[5].weight.data.copy_(self.healthy)
+
+    messages, rows = fit(Sick(classifier().network), loader(), tmp_path)
+    assert len(messages) == 1
+    assert "finite outputs" in messages[0]
+    assert rows[0] == {}
+    assert rows[1]["robust/num_samples"] == 120
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda z: z.softmax(dim=1), "returns probabilities"),
+        (lambda z: z - z.mean(dim=0) / 2, "mixes the samples of a batch"),
+        (lambda z: nn.functional.dropout(z, 0.5, training=True), "other outputs when it is called twice"),
+    ],
+)
+def test_a_model_whose_numbers_mislead_is_measured_with_one_warning(
+    tmp_path: Path, change: Callable[[Tensor], Tensor], sentence: str
+) -> None:
+    messages, rows = fit(Quiet(Outputs(change)), loader(), tmp_path)
+    assert len(messages) == 1
+    assert sentence in messages[0]
+    assert all(row["robust/num_samples"] == 120 for row in rows)
+
+
+def test_a_run_without_validation_is_told_so_once(tmp_path: Path) -> None:
+    with robustness_warnings() as messages:
+        trainer(RobustnessMonitor(), root=tmp_path, limit_val_batches=0).fit(classifier(), loader(), loader())
+    assert len(messages) == 1
+    assert "validation loop, but this run has none" in messages[0]
+
+
+def test_a_shuffled_loader_is_named_once(tmp_path: Path) -> None:
+    # Lightning has a word on it too
+    with pytest.warns(UserWarning, match="shuffling enabled"):
+        messages, _ = fit(Quiet(), loader(shuffle=True), tmp_path)
+    assert len(messages) == 1
+    assert "shuffle=False" in messages[0]
+
+
+def test_a_stream_of_unknown_length_is_measured_by_a_stated_rule(tmp_path: Path) -> None:
+    class Stream(IterableDataset):
+        def __iter__(self):
+            return iter(samples())
+
+    messages, rows = fit(Quiet(classifier().network), DataLoader(Stream(), 16), tmp_path, max_samples=50)
+    assert len(messages) == 1
+    assert "uniformly random subset of 50 (reservoir sampling)" in messages[0]
+    assert [row["robust/num_samples"] for row in rows] == [50, 50]
+
+
+def test_the_unit_of_epsilon_is_named_once_when_inputs_leave_the_unit_interval(tmp_path: Path) -> None:
+    x, y = samples().tensors
+    normalised = loader(TensorDataset((x - 0.5) / 0.2, y))
+    messages, _ = fit(Quiet(classifier().network), normalised, tmp_path)
+    assert len(messages) == 1
+    assert "inputs range from -2.5 to 2.5 and no `input_std` was given" in messages[0]
+    messages, _ = fit(Quiet(classifier().network), normalised, tmp_path, input_std=0.2)
+    assert messages == []
+
+
+def test_bytes_are_told_their_own_remedy(tmp_path: Path) -> None:
+    x, y = samples().tensors
+    messages, _ = fit(Quiet(classifier().network), loader(TensorDataset((x * 255).round(), y)), tmp_path)
+    assert len(messages) == 1
+    assert "For bytes from 0 to 255 pass `input_std=1/255`" in messages[0]
+
+
+def test_inputs_beyond_their_valid_range_are_named_once(tmp_path: Path) -> None:
+    x, y = samples().tensors
+    normalised = loader(TensorDataset((x - 0.5) / 0.2, y))
+    messages, _ = fit(
+        Quiet(classifier().network), normalised, tmp_path, input_std=0.2, input_mean=0.0, valid_range=(0, 1)
+    )
+    assert len(messages) == 1
+    assert "range from -0.5 to 0.5 before normalisation, beyond the `valid_range` (0.0, 1.0)" in messages[0]
+    options = {"input_std": 0.2, "input_mean": 0.5, "valid_range": (0, 1)}
+    assert fit(Quiet(classifier().network), normalised, tmp_path, **options)[0] == []
+
+
+def test_a_stopper_that_would_count_old_values_is_named(tmp_path: Path) -> None:
+    key = "robust/linearized_accuracy_linf_0.03137"
+    for cadence, count in ((1, 0), (3, 1)):
+        with robustness_warnings() as messages:
+            stopper = EarlyStopping(key, mode="max")
+            run = trainer(RobustnessMonitor(every_n_epochs=cadence), stopper, root=tmp_path, max_epochs=1)
+            run.fit(classifier(), loader(), loader())
+        assert len(messages) == count
+    assert f"EarlyStopping follows `{key}`, which is measured every 3 epochs" in messages[0]
+
+
+def test_a_custom_sampler_that_shuffles_is_found_by_its_samples(tmp_path: Path) -> None:
+    class Shuffling(torch.utils.data.Sampler):
+        def __iter__(self):
+            self.passes = getattr(self, "passes", 0) + 1
+            return iter(torch.randperm(120, generator=torch.Generator().manual_seed(self.passes)).tolist())
+
+        def __len__(self) -> int:
+            return 120
+
+    val_loader = loader(sampler=Shuffling())
+    messages, rows = fit(Quiet(classifier().network), val_loader, tmp_path, max_samples=20)
+    assert len(messages) == 1
+    assert "found other samples in the validation loader than at the last measurement" in messages[0]
+    assert rows[1]["robust/num_samples"] == 20
+
+
+def test_a_layout_that_cannot_be_written_does_not_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: Any) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("lightning_robust.callbacks.monitor.callback.write_layout", full)
+    with robustness_warnings() as messages:
+        run = trainer(RobustnessMonitor(), root=tmp_path, logger=TensorBoardLogger(tmp_path), max_epochs=1)
+        run.fit(classifier(), loader(), loader())
+    assert len(messages) == 1
+    assert "could not lay out TensorBoard's page: OSError: No space left on device" in messages[0]
+    assert run.callback_metrics["robust/num_samples"] == 120
+
+
+def test_a_model_without_input_gradients_is_not_measured(tmp_path: Path) -> None:
+    messages, rows = fit(Quiet(Outputs(lambda z: z.detach())), loader(), tmp_path)
+    assert rows == [{}, {}]
+    assert "no gradient" in messages[0] or "change without any" in messages[0]
+
+
+def test_a_model_that_refuses_inputs_out_of_range_is_measured(tmp_path: Path) -> None:
+    class Careful(Quiet):
+        def forward(self, x: Tensor) -> Tensor:
+            assert x.min() >= 0
+            assert x.max() <= 1
+            return super().forward(x)
+
+    messages, rows = fit(Careful(classifier().network), loader(), tmp_path)
+    assert messages == []
+    assert rows[1]["robust/num_samples"] == 120
+
+
+def test_many_classes_are_warned_of(tmp_path: Path) -> None:
+    many = nn.Sequential(nn.Flatten(), nn.Linear(16, 250))
+    messages, rows = fit(Quiet(many), loader(), tmp_path, max_samples=5)
+    assert len(messages) == 1
+    assert "The model has 250 classes" in messages[0]
+    assert rows[1]["robust/num_samples"] == 5
+
+
+def test_infinite_values_are_not_logged_and_named_once(tmp_path: Path) -> None:
+    constant = Outputs(lambda z: (3 * torch.eye(4) - 1)[torch.zeros(len(z), dtype=torch.long)] + 0 * z)
+    messages, rows = fit(Quiet(constant), loader(), tmp_path)
+    assert messages == ["`robust/linearized_margin_linf` is not finite and is not logged where it is so."]
+    assert all("robust/linearized_margin_linf" not in row for row in rows)
+    assert all(row["robust/fim_spectral_norm"] == 0 for row in rows)
+
+
+def test_input_std_of_the_wrong_length_is_named_and_leaves_what_has_no_use_for_it(tmp_path: Path) -> None:
+    messages, rows = fit(Quiet(classifier().network), loader(), tmp_path, input_std=[0.2, 0.3, 0.4])
+    for row in rows:
+        assert {key.split("/")[1].split("_")[0] for key in row} == {"hessian", "wci", "num", "seconds", "overhead"}
+    assert messages[0].startswith("RobustnessMonitor skipped in epoch 0 FisherSpectralNorm and LinearizedAccuracy: ")
+    assert "`input_std` to be one number or one per channel, 1 for inputs of shape (32, 1, 4, 4)" in messages[0]
+
+
+@pytest.mark.parametrize("loss_fn", [nn.MSELoss(), nn.BCEWithLogitsLoss()], ids=["mse", "bce"])
+@pytest.mark.parametrize("output", [slice(1), 0], ids=["column", "squeezed"])
+def test_a_single_output_has_curvature(tmp_path: Path, output: slice | int, loss_fn: nn.Module) -> None:
+    x, _ = samples().tensors
+    y = (x.flatten(1).sum(dim=1, keepdim=True) > 0).float()[:, output]
+    model = Quiet(Outputs(lambda z: z[:, output]))
+    messages, rows = fit(
+        model, loader(TensorDataset(x, y)), tmp_path, metrics=["hessian_trace"], loss_fn=loss_fn, chunk_size=8
+    )
+    assert messages == []
+    network = Outputs(lambda z: z[:, output])
+    network.load_state_dict(model.network.state_dict())
+    last = hessian_trace(network, x, y, loss_fn=loss_fn, rtol=None)
+    assert rows[-1]["robust/hessian_trace"] == pytest.approx(float(last.total), rel=1e-5)
+
+
+def test_the_second_of_two_metrics_that_log_the_same_key_is_left_out(tmp_path: Path) -> None:
+    metrics = [LinearizedAccuracy([0.1]), LinearizedAccuracy([0.2])]
+    messages, rows = fit(classifier(), loader(), tmp_path, metrics=metrics)
+    assert all("robust/linearized_accuracy_linf_0.1" in row for row in rows)
+    assert all("robust/linearized_accuracy_linf_0.2" not in row for row in rows)
+    assert len(messages) == 2
+    assert "skipped in epoch 0 LinearizedAccuracy: ValueError: Expected each metric to log its own keys" in messages[0]
+    assert "two log ['linearized_accuracy_linf_0'" in messages[0]
+
+
+def test_curvature_that_is_noise_is_named_in_the_same_words_at_every_measurement() -> None:
+    def said(trace: float, noise: float, num_samples: int = 120) -> list[str]:
+        values = {"hessian_trace": trace, "hessian_trace_stderr_probes": noise, "num_samples": float(num_samples)}
+        return advice.on_values(values, prefix="robust/")
+
+    (sentence,) = said(1.0, 2.0)
+    assert sentence.startswith("`robust/hessian_trace` is mostly noise of random probes")
+    assert said(-1.5, 2.0) == [sentence]
+    assert said(2.5, 2.0) == said(1.0, 2.0, num_samples=3) == []
+
+
+class Once(torch.autograd.Function):
+    """The square, by a backward pass of which no derivative exists."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return 2 * ctx.saved_tensors[0] * grad
+
+
+class Squared(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return Once.apply(x)
+
+
+def test_metrics_that_cannot_be_measured_do_not_stop_the_others(tmp_path: Path) -> None:
+    network = nn.Sequential(nn.Flatten(), nn.Linear(16, 8), Squared(), nn.Linear(8, 4))
+    messages, rows = fit(Quiet(network), loader(), tmp_path)
+    assert len(messages) == 2
+    assert "skipped in epoch 0 HessianTrace and WeightCurvatureIndex: ValueError: Expected a model that" in messages[0]
+    assert "estimator='gauss_newton'" in messages[0]
+    for row in rows:
+        assert row["robust/num_samples"] == 120
+        assert "robust/fim_spectral_norm" in row
+        assert "robust/linearized_accuracy_linf_0" in row
+        assert not any("hessian" in key or "wci" in key for key in row)
+
+
+def test_the_way_out_of_a_missing_second_derivative_works(tmp_path: Path) -> None:
+    network = nn.Sequential(nn.Flatten(), nn.Linear(16, 8), Squared(), nn.Linear(8, 4))
+    messages, rows = fit(Quiet(network), loader(), tmp_path, metrics=[HessianTrace(estimator="gauss_newton")])
+    assert messages == []
+    assert all(row["robust/hessian_trace_gauss_newton"] > 0 for row in rows)
+
+
+def test_the_two_matrices_can_be_logged_side_by_side(tmp_path: Path) -> None:
+    metrics = ["hessian_trace", HessianTrace(estimator="gauss_newton")]
+    network = nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.Tanh(), nn.Linear(8, 4))
+    messages, rows = fit(Quiet(network), loader(), tmp_path, metrics=metrics)
+    assert messages == []
+    for row in rows:
+        assert row["robust/hessian_trace"] != row["robust/hessian_trace_gauss_newton"]
+        assert row["robust/hessian_trace/network.1.weight"] != row["robust/hessian_trace_gauss_newton/network.1.weight"]
+
+
+def test_how_the_module_is_called_is_asked_after_errors_of_its_own_only(tmp_path: Path) -> None:
+    def refuse(z: Tensor) -> Tensor:
+        raise TypeError("forward() missing 1 required positional argument: 'mask'")
+
+    hint = "If the module is not called as `pl_module(inputs)`, pass `probe_fn`."
+    messages, _ = fit(Quiet(Outputs(refuse)), loader(), tmp_path)
+    assert all(hint in message for message in messages)
+    messages, _ = fit(Quiet(), nan_inputs(), tmp_path)
+    assert not any(hint in message for message in messages)
+    assert len(messages) == 2
+
+
+def test_the_second_run_in_a_process_is_warned_as_the_first_was() -> None:
+    script = (
+        "from lightning_robust.callbacks.warn_once import WarnOnce\nfor _ in range(2):\n    WarnOnce().once('beware')"
+    )
+    errors = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stderr
+    assert errors.count("beware") == 2
+
+
+def test_a_function_that_calls_the_module_is_measured_on_the_module_s_weights(tmp_path: Path) -> None:
+    def probe(pl_module: Any, batch: Any) -> Probe:
+        return Probe(lambda x: pl_module(x) + 0, *batch)
+
+    results = []
+    for options in ({"probe_fn": probe}, {}):
+        torch.manual_seed(0)  # of dropout
+        messages, rows = fit(classifier(), loader(), tmp_path, **options)
+        assert messages == []
+        results.append([{key: value for key, value in row.items() if key not in CLOCKS} for row in rows])
+    assert "robust/hessian_trace/network.0.weight" in results[0][0]
+    assert results[0] == results[1]
+
+
+def test_a_metric_that_fails_in_compute_is_survived(tmp_path: Path) -> None:
+    class Broken(FisherSpectralNorm):
+        broken = True
+
+        def compute(self) -> dict[str, Tensor]:
+            if self.broken:
+                type(self).broken = False
+                raise ArithmeticError("a bug")
+            return super().compute()
+
+    messages, rows = fit(classifier(), loader(), tmp_path, metrics=[Broken()])
+    assert len(messages) == 1
+    assert "ArithmeticError: a bug" in messages[0]
+    assert rows[0] == {}
+    assert rows[1]["robust/num_samples"] == 120
+
+
+def test_an_interrupt_inside_a_measurement_passes_through(tmp_path: Path) -> None:
+    def interrupted(pl_module: Any, batch: Any) -> Probe:
+        raise KeyboardInterrupt
+
+    monitor = RobustnessMonitor(probe_fn=interrupted)
+    run = trainer(monitor, root=tmp_path)
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        run.fit(classifier(), loader(), loader())
+    assert run.interrupted
+
+
+def test_two_monitors_that_log_the_same_keys_are_refused(tmp_path: Path) -> None:
+    """Lightning does it, by the key under which their states are saved."""
+    with pytest.raises(RuntimeError, match="more than one stateful callback of type `RobustnessMonitor`"):
+        trainer(RobustnessMonitor(), RobustnessMonitor(seed=1), root=tmp_path)
+
+
+def test_a_barebones_trainer_is_told_that_nothing_is_measured(tmp_path: Path) -> None:
+    class Silent(Classifier):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            pass
+
+    with robustness_warnings() as messages:
+        run = Trainer(barebones=True, accelerator="cpu", max_epochs=1, callbacks=[RobustnessMonitor()])
+        run.fit(Silent(classifier().network), loader(), loader())
+    assert messages == ["`Trainer(barebones=True)` logs nothing, so RobustnessMonitor measures nothing."]
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"max_samples": 0}, "`max_samples` to be an integer of at least 1, but got 0"),
+        ({"max_samples": -3}, "`max_samples` .* but got -3"),
+        ({"max_samples": 2.5}, "`max_samples` .* but got 2.5"),
+        ({"every_n_epochs": 0}, "`every_n_epochs` .* but got 0"),
+        ({"chunk_size": 0}, "`chunk_size` .* but got 0"),
+        ({"dataloader_idx": -1}, "`dataloader_idx` .* but got -1"),
+        ({"seed": -1}, "`seed` .* but got -1"),
+        ({"input_std": 0.0}, "`input_std` to be a positive number, or a list of one per channel, but got 0.0"),
+        ({"input_std": [0.1, -1]}, "`input_std` to be a positive number"),
+        ({"input_std": []}, r"`input_std` .* but got \[\]"),
+        ({"input_std": "0.2"}, "`input_std` .* but got '0.2'"),
+        ({"input_mean": float("nan")}, "`input_mean` to be a finite number"),
+        ({"log_key_prefix": ""}, "`log_key_prefix` to be a non-empty string"),
+        ({"on_error": "ignore"}, r"`on_error` to be one of \('warn', 'raise'\), but got 'ignore'"),
+        ({"valid_range": [1, 0]}, r"`valid_range` to be \(low, high\) with low < high, but got \[1, 0\]"),
+        ({"valid_range": [0, 1], "input_std": 0.2}, "`input_mean` beside `input_std` and `valid_range`, .* got None"),
+        ({"probe_fn": 3}, "`probe_fn` to be a function or a module, but got int"),
+        ({"loss_fn": 3}, "`loss_fn` to be a function or a module, but got int"),
+        ({"loss_fn": nn.MSELoss}, "`loss_fn` to be a function or a module, but got the class MSELoss"),
+        ({"metrics": []}, "`metrics` to be a non-empty list"),
+        ({"metrics": "fisher_spectral_norm"}, "`metrics` to be a non-empty list"),
+        (
+            {"metrics": ["fisher"]},
+            r"names among \['adversarial_accuracy', 'fisher_rao_margin', 'fisher_spectral_norm', 'hessian_trace',",
+        ),
+        ({"metrics": [3]}, "but got 3"),
+        ({"metrics": FisherSpectralNorm()}, "`metrics` to be a non-empty list of metrics"),
+        ({"metrics": [FisherSpectralNorm]}, "metrics of lightning_robust.metrics"),
+    ],
+)
+def test_bad_arguments_are_named(options: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(MisconfigurationException, match=sentence):
+        RobustnessMonitor(**options)

@@ -1,0 +1,159 @@
+"""Out of memory: half of the samples at once, the same numbers, and the size is remembered."""
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_robust import (
+    AdversarialAccuracy,
+    FisherSpectralNorm,
+    HessianTrace,
+    LinearizedAccuracy,
+    RobustnessMonitor,
+    WeightCurvatureIndex,
+)
+from lightning_robust.callbacks.monitor.measurement import ran_out_of_memory
+from lightning_robust.metrics import ProbeMetric
+from tests.helpers.recording import Record
+from tests.helpers.training import CLOCKS, Classifier, History, classifier, loader, robustness_warnings, trainer
+
+CUDA = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+CPU = RuntimeError("[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory: you")
+ONEDNN = RuntimeError("could not create a primitive")
+MPS = RuntimeError("MPS backend out of memory (MPS allocated: 17.00 GB, other allocations: 1.02 GB).")
+
+
+def metrics() -> list[ProbeMetric]:
+    return [
+        FisherSpectralNorm(),
+        LinearizedAccuracy(),
+        AdversarialAccuracy([0.05], steps=2),
+        HessianTrace(),
+        WeightCurvatureIndex(),
+    ]
+
+
+class Small(Classifier):
+    """On a device on which `room` samples have room with gradients, and any number without."""
+
+    room = 10**9
+    error: Exception = CUDA
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and not self.training:
+            self.record.batch_sizes.append(len(x))
+            if len(x) > self.room:
+                raise self.error
+        return super().forward(x)
+
+
+def fit(root: Path, room: int, error: Exception = CUDA) -> tuple[list[dict[str, float]], list[str], list[list[int]]]:
+    """What was logged and said, and how many samples were tried together in each measurement."""
+    model = Small(classifier().network)
+    model.room, model.error = room, error
+    tried: list[list[int]] = []
+
+    class Tried(History):
+        def on_validation_epoch_start(self, *args: Any) -> None:
+            model.record = Record()
+            tried.append(model.record.batch_sizes)
+
+    history = Tried()
+    torch.manual_seed(0)
+    with robustness_warnings() as messages:
+        run = trainer(RobustnessMonitor(metrics()), history, root=root, num_sanity_val_steps=0)
+        run.fit(model, loader(), loader(batch_size=32))
+    return history.rows, messages, tried
+
+
+@pytest.mark.parametrize(
+    ("error", "room", "size"),
+    [
+        (CUDA, 12, 8),  # eight samples are examined first
+        (CUDA, 5, 4),
+        (CPU, 5, 4),
+        (MPS, 5, 4),
+        (ONEDNN, 5, 4),
+        (MemoryError(), 5, 4),
+    ],
+    ids=str,
+)
+def test_the_numbers_are_those_of_a_larger_memory_and_the_size_is_remembered(
+    tmp_path: Path, error: Exception, room: int, size: int
+) -> None:
+    expected, messages, tried = fit(tmp_path, 10**9)
+    assert messages == []
+    assert max(tried[0]) == 32
+    rows, messages, tried = fit(tmp_path, room, error)
+    assert len(messages) == 1
+    assert f"ran out of memory, and from now on measures at most {size} samples at once" in messages[0]
+    assert max(tried[0]) > room
+    assert max(tried[1]) == size
+    for row, reference in zip(rows, expected, strict=True):
+        for key in CLOCKS:
+            del row[key], reference[key]
+        assert row == pytest.approx(reference, rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "words", ["could not create a primitive descriptor for a convolution forward propagation primitive", "no memory"]
+)
+def test_other_failures_are_not_taken_for_a_shortage(words: str) -> None:
+    assert not ran_out_of_memory(RuntimeError(words))
+
+
+def test_where_not_even_one_sample_has_room_the_cause_is_named(tmp_path: Path) -> None:
+    rows, messages, tried = fit(tmp_path, 0)
+    assert rows == [{}, {}]
+    assert [message.startswith("RobustnessMonitor skipped the measurement") for message in messages].count(True) == 2
+    assert "OutOfMemoryError: CUDA out of memory" in messages[-1]
+    assert all(min(of_measurement) == 1 for of_measurement in tried)
+    assert len(tried[1]) < 10  # it does not try every sample in turn
+
+
+LIMITED = """
+import resource, sys, torch
+from pathlib import Path
+from torch import nn
+from lightning_robust import RobustnessMonitor
+from tests.helpers.training import Classifier, loader, robustness_warnings, trainer
+
+torch.manual_seed(0)
+wide = nn.Sequential(nn.Flatten(), nn.Linear(16, 2**16), *[nn.GELU()] * 16, nn.Linear(2**16, 4))
+run = trainer(RobustnessMonitor(["fisher_spectral_norm"]), root=Path(sys.argv[1]))
+if len(sys.argv) > 2:
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + int(sys.argv[2]) * 2**20, resource.RLIM_INFINITY))
+with robustness_warnings() as messages:
+    run.validate(Classifier(wide), loader(batch_size=120), verbose=False)
+for message in messages:
+    print(message)
+print("value", float(run.callback_metrics.get("robust/fim_spectral_norm", "nan")))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="address space is limited through Linux's /proc")
+def test_a_real_shortage_of_memory_is_survived(tmp_path: Path) -> None:
+    def value(*limit: str) -> tuple[str, float]:
+        command = [sys.executable, "-W", "ignore", "-c", LIMITED, str(tmp_path), *limit]
+        # Threads reserve address space that they do not use, and a heap keeps what was freed within it, so that no room
+        # may be left for code that oneDNN compiles: large blocks are mapped one by one, and given back when freed.
+        frugal = {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": str(2**20)}
+        environment = os.environ | frugal
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+        assert done.returncode == 0, done.stderr[-2000:]
+        *said, last = done.stdout.splitlines()
+        return " ".join(said), float(last.removeprefix("value "))
+
+    said, expected = value()
+    assert "out of memory" not in said
+    said, measured = value("320")  # 30 MB for the activations of each of 17 layers, kept for a backward pass only
+    assert "RobustnessMonitor ran out of memory" in said
+    assert math.isclose(measured, expected, rel_tol=1e-4), said

@@ -1,0 +1,73 @@
+"""What a measurement of curvature takes, counted in bytes of tensors."""
+
+import gc
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_robust import HessianTrace, Probe, WeightCurvatureIndex
+from recipes.common.networks import CifarResNet, digits_cnn, initialised
+from tests.helpers.networks import Attention, build, random
+from tests.helpers.recording import PeakMemory
+
+
+def wide_gelu() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1), nn.GELU(), nn.Conv2d(16, 32, 3, stride=2), nn.GELU(), nn.Flatten(),
+        nn.Linear(32 * 15 * 15, 64), nn.GELU(), nn.Linear(64, 10),
+    )  # fmt: skip
+
+
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "resnet20": (lambda: initialised(CifarResNet(20), seed=0), (64, 3, 32, 32)),
+    "digits_cnn": (digits_cnn, (64, 1, 8, 8)),
+    "wide_gelu": (wide_gelu, (64, 3, 32, 32)),
+    "attention": (lambda: Attention(32, 10), (64, 40, 32)),
+}
+
+
+def bytes_of_training(network: nn.Module, inputs: Tensor, targets: Tensor) -> int:
+    with PeakMemory() as memory:
+        F.cross_entropy(network(inputs), targets).backward()
+    network.zero_grad()
+    return memory.peak
+
+
+METRICS = (HessianTrace(), WeightCurvatureIndex())
+
+
+def measure(network: nn.Module, inputs: Tensor, targets: Tensor) -> None:
+    probe = Probe(network, inputs, targets)
+    for metric in METRICS:
+        metric.update(probe)
+        metric.compute()
+        metric.reset()
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_measurement_takes_at_most_twice_the_memory_of_a_training_step(name: str) -> None:
+    factory, shape = NETWORKS[name]
+    network, inputs, targets = factory(), random(0, *shape, dtype=torch.float32), torch.arange(shape[0]) % 10
+    training = bytes_of_training(network, inputs, targets)
+    with PeakMemory() as memory:
+        measure(network, inputs, targets)
+    assert training > 10**6
+    assert memory.peak < 2 * training
+
+
+@pytest.mark.parametrize("name", ["cnn_batchnorm", "mlp", "recurrent"])
+def test_nothing_is_left_of_fifty_measurements(name: str) -> None:
+    network, inputs, targets = build(name, num_samples=2)
+    measure(network, inputs, targets)
+    gc.disable()  # what waits for the garbage collector is a leak, too
+    try:
+        with PeakMemory() as memory:
+            for _ in range(50):
+                measure(network, inputs, targets)
+            assert memory.peak > 0
+            assert memory.live == sum(metric.configuration.nbytes for metric in METRICS)  # what a reset makes anew
+    finally:
+        gc.enable()
