@@ -10,7 +10,8 @@ from typing import TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from lightning_robust.functional._isolation.context import differentiable, full_precision
+from lightning_robust.functional._isolation.context import differentiable
+from lightning_robust.functional._isolation.stand_ins import full_precision
 from lightning_robust.functional._validation.arguments import (
     as_number,
     as_numbers,

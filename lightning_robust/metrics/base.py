@@ -104,7 +104,8 @@ class ProbeMetric(Float64Metric, ABC):
     def _add(self, probe: Probe) -> None: ...
 
     @abstractmethod
-    def compute(self) -> dict[str, Tensor]: ...
+    def compute(self) -> dict[str, Tensor]:
+        """Return the values over all samples, as the class docstring lists them."""
 
 
 def joined(rows: list[Tensor] | Tensor) -> Tensor:

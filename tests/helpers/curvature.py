@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_robust.functional import TraceEstimate
-from lightning_robust.functional._isolation.context import differentiable_weights
+from lightning_robust.functional._isolation.weights import differentiable_weights
 from lightning_robust.functional.curvature import probes as _curvature_probes
 from lightning_robust.functional.curvature._sample_gradients import SampleGradients
 from lightning_robust.functional.curvature.losses import LossFn, SampleLoss

@@ -28,7 +28,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from lightning_robust.functional._isolation.context import full_precision
+from lightning_robust.functional._isolation.stand_ins import full_precision
 from lightning_robust.functional.curvature.signs import keys_of
 from lightning_robust.probe import Probe, merge
 

@@ -7,7 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lightning_robust.functional._isolation.context import full_precision
+from lightning_robust.functional._isolation.side_effects import call
+from lightning_robust.functional._isolation.stand_ins import full_precision
 from lightning_robust.functional._validation.arguments import check_floating, class_of
 
 _WRAP = "Wrap the model so that it does (in a callback, through `probe_fn`)."
@@ -90,7 +91,7 @@ def check_outputs(outputs: object, *, num_samples: int) -> None:
 
 def outputs_of(model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """Call a network on samples ``(N, ...)``, on a copy that it may change, and check what it returns."""
-    outputs = model(x.clone())
+    outputs = call(model, x.clone())
     if isinstance(outputs, Tensor) and len(x) == 1 and outputs.ndim > 0 and len(outputs) != 1:
         outputs = outputs[None]  # a network that squeezes its outputs loses the dimension of a single sample
     check_outputs(outputs, num_samples=len(x))

@@ -24,7 +24,8 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from lightning_robust.functional._isolation.context import Weights, differentiable_weights, full_precision
+from lightning_robust.functional._isolation.stand_ins import full_precision
+from lightning_robust.functional._isolation.weights import Weights, differentiable_weights
 from lightning_robust.functional._validation.tensors import outputs_of
 from lightning_robust.functional.curvature._autograd_graph import (
     Node,

@@ -15,8 +15,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from lightning_robust.functional._isolation.context import Weights
 from lightning_robust.functional._isolation.side_effects import side_effects_reverted
+from lightning_robust.functional._isolation.weights import Weights
 
 # Elements of sample gradients held at once when the user sets no bound: 16 MiB in float32 where more would only leave
 # the caches, 256 MiB elsewhere.

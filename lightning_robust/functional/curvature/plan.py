@@ -8,7 +8,7 @@ from typing import Literal, get_args
 
 from torch import Tensor, nn
 
-from lightning_robust.functional._isolation.context import differentiable_weights
+from lightning_robust.functional._isolation.weights import differentiable_weights
 from lightning_robust.functional._validation.arguments import check_choice
 from lightning_robust.functional._validation.tensors import check_inputs
 from lightning_robust.functional.curvature._piecewise_linear import curved_layers

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lightning_robust.functional._isolation.context import Weights, differentiable_weights, full_precision
+from lightning_robust.functional._isolation.stand_ins import full_precision
+from lightning_robust.functional._isolation.weights import Weights, differentiable_weights
 from lightning_robust.functional._validation.tensors import check_finite, check_inputs, outputs_of
 from lightning_robust.functional.curvature._piecewise_linear import no_second_derivative, refuse_missing_derivatives
 from lightning_robust.functional.curvature._sample_gradients import SampleGradients

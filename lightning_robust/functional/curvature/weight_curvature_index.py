@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from lightning_robust.functional._isolation.context import differentiable_weights
+from lightning_robust.functional._isolation.weights import differentiable_weights
 from lightning_robust.functional._validation.arguments import FLOATING, as_numbers, expected_but_got
 
 

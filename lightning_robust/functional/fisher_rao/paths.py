@@ -41,7 +41,8 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from lightning_robust.functional._isolation.context import differentiable, full_precision
+from lightning_robust.functional._isolation.context import differentiable
+from lightning_robust.functional._isolation.stand_ins import full_precision
 from lightning_robust.functional._validation.arguments import (
     check_floating,
     check_function,

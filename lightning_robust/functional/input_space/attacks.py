@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_robust.functional._isolation.context import differentiable, full_precision
+from lightning_robust.functional._isolation.context import differentiable
+from lightning_robust.functional._isolation.stand_ins import full_precision
 from lightning_robust.functional._validation.arguments import (
     as_number,
     check_choice,
@@ -23,6 +24,7 @@ from lightning_robust.functional._validation.arguments import (
     check_positive_integer,
     expected_but_got,
 )
+from lightning_robust.functional._isolation.side_effects import call
 from lightning_robust.functional._validation.tensors import (
     check_inputs,
     check_logits,
@@ -110,7 +112,7 @@ def pgd(
             delta = into_ball_and_range(_uniform_in_ball(clean, epsilon, norm, generator))
         for step in range(steps):
             leaf = delta.detach().clone().requires_grad_()
-            logits = model(clean + units.change(leaf))
+            logits = call(model, clean + units.change(leaf))
             if step == 0:  # checks wait for the device
                 check_logits(logits, num_samples=len(clean))
                 check_targets(labels, num_samples=len(clean), num_classes=logits.shape[1])

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from lightning_robust.functional._isolation.side_effects import call
 from lightning_robust.functional._validation.tensors import check_logits
 from lightning_robust.functional.input_space.units import Units, changes_within
 
@@ -23,7 +24,7 @@ _GRAM_ELEMENTS = 2**20
 def count_classes(model: Callable[[Tensor], Tensor], x: Tensor) -> int:
     """Number of classes, from two samples: the size of a chunk depends on it."""
     with torch.no_grad():
-        logits = model(x[:2].clone())
+        logits = call(model, x[:2].clone())
     check_logits(logits, num_samples=min(2, len(x)))
     return logits.shape[1]
 

@@ -23,7 +23,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_robust.functional._isolation.context import differentiable, full_precision
+from lightning_robust.functional._isolation.context import differentiable
+from lightning_robust.functional._isolation.stand_ins import full_precision
 from lightning_robust.functional._validation.arguments import (
     as_number,
     check_function,
@@ -31,6 +32,7 @@ from lightning_robust.functional._validation.arguments import (
     class_of,
     expected_but_got,
 )
+from lightning_robust.functional._isolation.side_effects import call
 from lightning_robust.functional._validation.tensors import (
     check_finite,
     check_inputs,
@@ -223,7 +225,7 @@ def _towards_boundary(
     ratios = (gaps / slopes).scatter(1, predicted, torch.inf).nan_to_num(nan=torch.inf, posinf=torch.inf)
     margin, nearest = ratios.min(dim=1)
     leaf = x.clone().requires_grad_()
-    outputs = model(leaf.clone())
+    outputs = call(model, leaf.clone())
     if outputs.shape != logits.shape:
         came = f"{logits.shape[1]} in the linearisation and {outputs.shape[1]} in the model"
         raise ValueError(f"Expected as many classes before as now, but got {came}.")

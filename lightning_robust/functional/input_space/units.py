@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_robust.functional._isolation.context import full_precision
+from lightning_robust.functional._isolation.stand_ins import full_precision
 from lightning_robust.functional._validation.arguments import as_number, as_numbers, expected_but_got, plain
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_robust.functional._isolation.context import differentiable_weights
+from lightning_robust.functional._isolation.weights import differentiable_weights
 from lightning_robust.functional.curvature._autograd_graph import in_order_of_computation, kind_of
 from lightning_robust.functional.curvature._piecewise_linear import _FACTORS, _PIECEWISE_LINEAR, curved_layers
 from tests.helpers.curvature import relu_mlp, tanh_mlp
