@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_robust.functional._isolation.context import differentiable
+from lightning_robust.functional._isolation.side_effects import call
 from lightning_robust.functional._isolation.stand_ins import full_precision
 from lightning_robust.functional._validation.arguments import (
     as_number,
@@ -24,7 +25,6 @@ from lightning_robust.functional._validation.arguments import (
     check_positive_integer,
     expected_but_got,
 )
-from lightning_robust.functional._isolation.side_effects import call
 from lightning_robust.functional._validation.tensors import (
     check_inputs,
     check_logits,

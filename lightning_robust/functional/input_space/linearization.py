@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from lightning_robust.functional._isolation.context import differentiable
+from lightning_robust.functional._isolation.side_effects import call
 from lightning_robust.functional._isolation.stand_ins import full_precision
 from lightning_robust.functional._validation.arguments import (
     as_number,
@@ -32,7 +33,6 @@ from lightning_robust.functional._validation.arguments import (
     class_of,
     expected_but_got,
 )
-from lightning_robust.functional._isolation.side_effects import call
 from lightning_robust.functional._validation.tensors import (
     check_finite,
     check_inputs,
