@@ -1,9 +1,8 @@
-"""A run that a robustness key stops, and that can be killed on the way: ``python -m tests.helpers.interrupted``."""
+"""A training run that stops on a robustness key and can be killed on the way."""
 
 import json
 import os
 import signal
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ MAX_EPOCHS = 60
 
 
 class Repeatable(Classifier):
-    """ProbeSeeds the same dropout in a step whether or not the earlier ones were made in the same process."""
+    """Seeds dropout by the step, so that a resumed process draws what the first one would have drawn."""
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         torch.manual_seed(self.global_step)
@@ -38,7 +37,7 @@ class Repeatable(Classifier):
 
 
 class Diary(Callback):
-    """Appends a line per validation, and one at the end: the callback metrics, and what the stopper makes of them."""
+    """Appends the callback metrics and the stopper's state to a file after each validation and at the end."""
 
     def __init__(self, path: Path, stopper: EarlyStopping) -> None:
         self.path, self.stopper = path, stopper
@@ -67,8 +66,8 @@ class Killer(Callback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def run(root: Path, case: str, *, name: str, killed_in: int | None = None, resumed: bool = False) -> None:
-    """Train; the diary is ``<name>.jsonl``, the checkpoint ``<name>/last.ckpt``."""
+def run(root: Path, case: str, name: str, killed_in: int | None = None, resumed: bool = False) -> None:
+    """Train, with the diary in ``<name>.jsonl`` and the checkpoint in ``<name>/last.ckpt``."""
     stopper = EarlyStopping(KEY, mode="max", patience=PATIENCE, min_delta=0.002)
     checkpoint = ModelCheckpoint(root / name, save_last=True, save_top_k=1, monitor=KEY, mode="max")
     monitor = RobustnessMonitor(["linearized_accuracy"], every_n_epochs=CADENCE, max_samples=40)
@@ -92,24 +91,3 @@ def run(root: Path, case: str, *, name: str, killed_in: int | None = None, resum
         ckpt_path=str(root / name / "last.ckpt") if resumed else None,
         weights_only=True,
     )
-
-
-def in_a_process_of_its_own(*args: Any, **options: Any) -> None:
-    """Call :func:`run`, which may not survive it, and print how it ended: an exit status, or minus a signal."""
-    child = os.fork()  # everything is imported, and nothing has been computed yet
-    if child == 0:
-        torch.set_num_threads(1)
-        run(*args, **options)
-        os._exit(0)
-    _, status = os.waitpid(child, 0)
-    print(os.waitstatus_to_exitcode(status))
-
-
-if __name__ == "__main__":
-    for case in CASES:
-        root = Path(sys.argv[1]) / case
-        root.mkdir()
-        in_a_process_of_its_own(root, case, name="whole")
-        in_a_process_of_its_own(root, case, name="broken", killed_in=KILLED_IN[case])
-        (root / "killed.jsonl").write_text((root / "broken.jsonl").read_text())
-        in_a_process_of_its_own(root, case, name="broken", resumed=True)

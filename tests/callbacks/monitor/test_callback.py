@@ -6,7 +6,7 @@ import pytest
 import torch
 from jsonargparse import ArgumentParser
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 from torchmetrics import MeanMetric
@@ -239,19 +239,25 @@ def test_several_validation_loaders(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("options", "num_samples"),
     [
-        {"fast_dev_run": True},
-        {"limit_val_batches": 2},
-        {"limit_val_batches": 0.5},
-        {"overfit_batches": 2},
+        ({"fast_dev_run": True}, 32),  # one batch
+        ({"limit_val_batches": 2}, 64),
+        ({"limit_val_batches": 0.5}, 64),
+        ({"overfit_batches": 2}, 64),
     ],
     ids=str,
 )
-def test_trainer_settings_that_others_stumble_over(tmp_path: Path, options: dict[str, Any]) -> None:
+def test_only_the_batches_that_are_validated_are_measured(
+    tmp_path: Path, options: dict[str, Any], num_samples: int
+) -> None:
     run = trainer(RobustnessMonitor(on_error="raise"), root=tmp_path, max_epochs=1, **options)
-    run.fit(classifier(), loader(), loader())
+    with robustness_warnings() as messages:
+        run.fit(classifier(), loader(), loader())
     assert run.state.finished
+    assert messages == []
+    assert run.callback_metrics.keys() >= DOCUMENTED
+    assert run.callback_metrics["robust/num_samples"] == num_samples
 
 
 @pytest.mark.parametrize("precision", ["bf16-true", "64-true", "bf16-mixed"])
@@ -318,10 +324,20 @@ def test_input_std_gives_units_of_the_unnormalised_input(tmp_path: Path) -> None
 
 
 def test_early_stopping_and_checkpoints_can_follow_a_robustness_key(tmp_path: Path) -> None:
-    checkpoint = ModelCheckpoint(tmp_path, monitor="robust/linearized_accuracy_linf_0.03137", mode="max")
-    run = trainer(RobustnessMonitor(), checkpoint, root=tmp_path, enable_checkpointing=True)
+    key = "robust/linearized_accuracy_linf_0.03137"
+    checkpoint, history = ModelCheckpoint(tmp_path, monitor=key, mode="max"), History()
+    stopper = EarlyStopping(key, mode="max", patience=2)
+    run = trainer(
+        RobustnessMonitor(), stopper, checkpoint, history, root=tmp_path, enable_checkpointing=True, max_epochs=9
+    )
+    torch.manual_seed(0)
     run.fit(classifier(), loader(), loader())
-    assert checkpoint.best_model_score is not None
+    values = [row[key] for row in history.rows]
+    best = values.index(max(values))
+    assert best > 0
+    assert checkpoint.best_model_score == values[best]
+    assert Path(checkpoint.best_model_path).name.startswith(f"epoch={best}-")
+    assert stopper.stopped_epoch == best + 2 == len(values) - 1
 
 
 def test_nothing_is_said_about_a_sound_run(tmp_path: Path) -> None:
@@ -378,17 +394,24 @@ def test_what_a_forward_pass_records_is_not_disturbed(tmp_path: Path) -> None:
 def test_a_loss_of_torch_can_be_named_in_a_configuration() -> None:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(RobustnessMonitor, "monitor")
-    loss = {"class_path": "torch.nn.CrossEntropyLoss", "init_args": {"label_smoothing": 0.1}}
-    for given in (loss, "torch.nn.functional.cross_entropy"):
-        monitor = parser.instantiate_classes(parser.parse_object({"monitor": {"loss_fn": given}})).monitor
-        named = monitor.loss_fn
-        assert named is torch.nn.functional.cross_entropy or named.label_smoothing == 0.1
+
+    def configured(loss_fn: Any) -> Any:
+        monitor = parser.instantiate_classes(parser.parse_object({"monitor": {"loss_fn": loss_fn}})).monitor
+        return monitor.loss_fn
+
+    loss = configured({"class_path": "torch.nn.CrossEntropyLoss", "init_args": {"label_smoothing": 0.1}})
+    assert isinstance(loss, torch.nn.CrossEntropyLoss)
+    assert loss.label_smoothing == 0.1
+    assert configured("torch.nn.functional.cross_entropy") is torch.nn.functional.cross_entropy
 
 
 def test_nothing_is_kept_between_measurements(tmp_path: Path) -> None:
     monitor = RobustnessMonitor()
     trainer(monitor, root=tmp_path).fit(classifier(), loader(), loader())
-    assert all(len(metric.metric_state.get("rows", [])) == 0 for metric in monitor.metrics)
+    for metric in monitor.metrics:
+        rows = [state for state in metric.metric_state.values() if isinstance(state, list)]
+        assert rows
+        assert not any(rows)
     assert monitor._loop._measurement is None
 
 

@@ -1,5 +1,6 @@
 """Out of memory: half of the samples at once, the same numbers, and the size is remembered."""
 
+import json
 import math
 import os
 import subprocess
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_robust import (
     AdversarialAccuracy,
@@ -118,42 +119,40 @@ def test_where_not_even_one_sample_has_room_the_cause_is_named(tmp_path: Path) -
     assert len(tried[1]) < 10  # it does not try every sample in turn
 
 
-LIMITED = """
-import resource, sys, torch
-from pathlib import Path
-from torch import nn
-from lightning_robust import RobustnessMonitor
-from tests.helpers.training import Classifier, loader, robustness_warnings, trainer
+def validate_wide(root: Path, *, limit_mb: int | None = None) -> tuple[list[str], float]:
+    """Measure a network that needs 30 MB for each of 17 layers, kept for a backward pass only."""
+    import resource
 
-torch.manual_seed(0)
-wide = nn.Sequential(nn.Flatten(), nn.Linear(16, 2**16), *[nn.GELU()] * 16, nn.Linear(2**16, 4))
-run = trainer(RobustnessMonitor(["fisher_spectral_norm"]), root=Path(sys.argv[1]))
-if len(sys.argv) > 2:
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + int(sys.argv[2]) * 2**20, resource.RLIM_INFINITY))
-with robustness_warnings() as messages:
-    run.validate(Classifier(wide), loader(batch_size=120), verbose=False)
-for message in messages:
-    print(message)
-print("value", float(run.callback_metrics.get("robust/fim_spectral_norm", "nan")))
+    torch.manual_seed(0)
+    wide = nn.Sequential(nn.Flatten(), nn.Linear(16, 2**16), *[nn.GELU()] * 16, nn.Linear(2**16, 4))
+    run = trainer(RobustnessMonitor(["fisher_spectral_norm"]), root=root)
+    if limit_mb is not None:
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + limit_mb * 2**20, resource.RLIM_INFINITY))
+    with robustness_warnings() as messages:
+        run.validate(Classifier(wide), loader(batch_size=120), verbose=False)
+    return messages, float(run.callback_metrics.get("robust/fim_spectral_norm", math.nan))
+
+
+LIMITED = """
+import json, sys
+from pathlib import Path
+from tests.callbacks.monitor.test_memory import validate_wide
+
+print(json.dumps(validate_wide(Path(sys.argv[1]), limit_mb=320)))
 """
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="address space is limited through Linux's /proc")
 def test_a_real_shortage_of_memory_is_survived(tmp_path: Path) -> None:
-    def value(*limit: str) -> tuple[str, float]:
-        command = [sys.executable, "-W", "ignore", "-c", LIMITED, str(tmp_path), *limit]
-        # Threads reserve address space that they do not use, and a heap keeps what was freed within it, so that no room
-        # may be left for code that oneDNN compiles: large blocks are mapped one by one, and given back when freed.
-        frugal = {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": str(2**20)}
-        environment = os.environ | frugal
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-        assert done.returncode == 0, done.stderr[-2000:]
-        *said, last = done.stdout.splitlines()
-        return " ".join(said), float(last.removeprefix("value "))
-
-    said, expected = value()
-    assert "out of memory" not in said
-    said, measured = value("320")  # 30 MB for the activations of each of 17 layers, kept for a backward pass only
-    assert "RobustnessMonitor ran out of memory" in said
+    said, expected = validate_wide(tmp_path)
+    assert not any("out of memory" in message for message in said)
+    # Threads reserve address space that they do not use, and a heap keeps what was freed within it, so that no room
+    # may be left for code that oneDNN compiles: large blocks are mapped one by one, and given back when freed.
+    frugal = {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": str(2**20)}
+    command = [sys.executable, "-W", "ignore", "-c", LIMITED, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | frugal)
+    assert done.returncode == 0, done.stderr[-2000:]
+    said, measured = json.loads(done.stdout.splitlines()[-1])
+    assert any("RobustnessMonitor ran out of memory" in message for message in said)
     assert math.isclose(measured, expected, rel_tol=1e-4), said

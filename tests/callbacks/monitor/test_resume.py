@@ -2,8 +2,6 @@
 
 import json
 import signal
-import subprocess
-import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_robust import RobustnessMonitor
-from tests.helpers.interrupted import CASES, KEY, MAX_EPOCHS
+from tests.helpers import interrupted, processes
+from tests.helpers.interrupted import CASES, KEY, KILLED_IN, MAX_EPOCHS
 from tests.helpers.training import classifier, loader, trainer
 
 STATES = Path(__file__).parent / "states"
@@ -22,12 +21,15 @@ STATES = Path(__file__).parent / "states"
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """For each case an uninterrupted run, a killed one, and its continuation."""
+    """For each case the diaries of an uninterrupted run, a killed run, and the killed run resumed."""
     root = tmp_path_factory.mktemp("interrupted")
-    command = [sys.executable, "-W", "ignore", "-m", "tests.helpers.interrupted", str(root)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    ends = [int(line) for line in done.stdout.splitlines() if line.lstrip("-").isdigit()]
-    assert ends == [0, -signal.SIGKILL, 0] * len(CASES), done.stderr[-3000:]
+    for case in CASES:
+        folder = root / case
+        folder.mkdir()
+        assert processes.exit_code(interrupted.run, folder, case, "whole") == 0
+        assert processes.exit_code(interrupted.run, folder, case, "broken", KILLED_IN[case]) == -signal.SIGKILL
+        (folder / "killed.jsonl").write_text((folder / "broken.jsonl").read_text())
+        assert processes.exit_code(interrupted.run, folder, case, "broken", None, True) == 0
     return root
 
 
@@ -37,7 +39,7 @@ def diary(path: Path) -> dict[int, dict[str, Any]]:
     return {line["step"]: line for line in lines}
 
 
-@pytest.mark.slow
+@pytest.mark.ddp
 @pytest.mark.parametrize("case", CASES)
 def test_a_killed_run_is_continued_with_the_same_curves_and_the_same_stop(runs: Path, case: str) -> None:
     whole, killed, resumed = (diary(runs / case / f"{name}.jsonl") for name in ("whole", "killed", "broken"))

@@ -7,8 +7,6 @@ import math
 import os
 import pickle
 import re
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -34,6 +32,7 @@ from lightning_robust import (
     WeightCurvatureIndex,
 )
 from lightning_robust.metrics import METRICS, ProbeMetric
+from tests.helpers import processes
 from tests.helpers.training import (
     CLOCKS,
     Classifier,
@@ -424,29 +423,16 @@ def test_one_of_loaders_that_yield_together_is_measured_by_a_probe_fn(tmp_path: 
 
 # ---- processes that are started otherwise ----------------------------------------------------------------------------
 
-SCRIPT = """
-import json, sys, warnings
-import torch
-import torch.distributed as dist
-from lightning.pytorch import Callback
-from tests.callbacks.monitor.test_trainer_settings import train
 
 class Leaving(Callback):
-    def teardown(self, trainer, pl_module, stage):
-        if dist.is_initialized():  # gloo processes that end without this abort now and then
-            dist.barrier()
-            dist.destroy_process_group()
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    warnings.filterwarnings("ignore", "Using `DistributedSampler` with the dataloaders")
-    strategies = "ddp_fork", "ddp_notebook", "ddp_spawn"
-    print(json.dumps({name: train(sys.argv[1], Leaving(), strategy=name, devices=2) for name in strategies}))
-"""
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if torch.distributed.is_initialized():  # gloo processes that end without this abort now and then
+            torch.distributed.barrier()
+            torch.distributed.destroy_process_group()
 
 
 def train(root: Any, *callbacks: Callback, devices: int = 1, **options: Any) -> dict[str, float]:
-    """Steps on all samples at once, without anything random, so that processes do not matter; what is logged."""
+    """Train on all samples at once, so that the number of processes does not matter; return what is logged."""
     torch.manual_seed(0)
     model = Classifier(nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 4)))
     run = trainer(monitor(max_samples=17), *callbacks, root=root, devices=devices, **options)
@@ -454,25 +440,28 @@ def train(root: Any, *callbacks: Callback, devices: int = 1, **options: Any) -> 
     return measured(run)
 
 
-@pytest.mark.slow
+def train_in_pairs(root: Path, strategies: list[str]) -> None:
+    """Write what each strategy logs to ``values.json``, and what all processes say to ``stderr.txt``."""
+    with (root / "stderr.txt").open("w") as file:
+        os.dup2(file.fileno(), 2)
+    warnings.filterwarnings("ignore", "Using `DistributedSampler` with the dataloaders")
+    values = {name: train(root, Leaving(), strategy=name, devices=2) for name in strategies}
+    (root / "values.json").write_text(json.dumps(values))
+
+
 @pytest.mark.ddp
 def test_two_processes_log_the_values_of_one_however_they_are_started(tmp_path: Path) -> None:
-    script = tmp_path / "train.py"
-    script.write_text(SCRIPT)
-    ended = subprocess.run(
-        [sys.executable, str(script), str(tmp_path)],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[3])},
-        timeout=180,
-        check=False,
-    )
-    assert ended.returncode == 0, ended.stderr
-    assert "RobustnessWarning" not in ended.stderr
+    strategies = ["ddp_fork", "ddp_notebook", "ddp_spawn"]
+    ended = processes.exit_code(train_in_pairs, tmp_path, strategies)
+    said = (tmp_path / "stderr.txt").read_text()
+    assert ended == 0, said
+    assert "RobustnessWarning" not in said
+    values = json.loads((tmp_path / "values.json").read_text())
+    assert list(values) == strategies
     alone = without_time(train(tmp_path))
     assert alone["robust/num_samples"] == 17
-    for strategy, values in json.loads(ended.stdout.splitlines()[-1]).items():
-        assert without_time(values) == pytest.approx(alone, rel=1e-4, abs=1e-5), strategy
+    for strategy in strategies:
+        assert without_time(values[strategy]) == pytest.approx(alone, rel=1e-4, abs=1e-5), strategy
 
 
 # ---- without Lightning -----------------------------------------------------------------------------------------------
