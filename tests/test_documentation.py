@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import functools
 import importlib.util
+import inspect
 import io
 import re
 import runpy
@@ -36,6 +37,8 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 from torch.utils.data import TensorDataset
 
+from lightning_robust import RobustnessDriftStopping, RobustnessMonitor
+from lightning_robust.metrics import METRICS
 from recipes.common.classifier import DigitsClassifier
 from recipes.common.digits import DigitsDataModule
 
@@ -282,6 +285,21 @@ def test_the_files_that_are_named_exist(page: str) -> None:
     names = re.findall(r"`((?:tests|lightning_robust|recipes|configs|docs)/[\w./-]*)`", (ROOT / page).read_text())
     assert len(names) > 12
     assert [name for name in names if not (ROOT / name).exists()] == []
+
+
+def options_in(page: str, heading: str) -> set[str]:
+    """Names in the first columns of the tables of a section."""
+    cells = re.findall(r"^\| (`[^|]+`) \|", section(ROOT / page, heading), re.M)
+    return {name for cell in cells for name in re.findall(r"`(\w+)`", cell)}
+
+
+def test_every_option_is_documented_and_no_other() -> None:
+    monitor, stopper = (
+        set(inspect.signature(callback).parameters) for callback in (RobustnessMonitor, RobustnessDriftStopping)
+    )
+    assert options_in("docs/metrics.md", "Options of the monitor") == monitor
+    assert options_in("docs/metrics.md", "Metrics") >= set(METRICS)
+    assert options_in("docs/stopping.md", "Other keys and options") <= stopper
 
 
 def test_readme_is_a_front_door() -> None:
