@@ -89,7 +89,7 @@ def cases(
     )
 
 
-chunk_sizes = st.none() | st.integers(1, 40)
+chunk_sizes = st.none() | st.integers(1, 12)
 scales = st.floats(0.01, 100)
 
 
