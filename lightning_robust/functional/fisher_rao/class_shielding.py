@@ -101,9 +101,7 @@ def class_shielding(paths: FisherRaoPaths, num_classes: int) -> ClassShielding:
     if not isinstance(paths, FisherRaoPaths):
         raise TypeError(f"Expected argument `paths` to be FisherRaoPaths, but got {class_of(paths)}.")
     if check_integer("num_classes", num_classes, at_least=2) != paths.logits.shape[-1]:
-        raise ValueError(
-            expected_but_got("num_classes", f"{paths.logits.shape[-1]}, as the paths have them", num_classes)
-        )
+        raise ValueError(expected_but_got("num_classes", f"{paths.logits.shape[-1]}, like the paths", num_classes))
     estimates = _estimates(paths, num_classes)
     ranks = _ranks(estimates["margin"].value)
     there, back = _between_halves(paths, ranks)

@@ -113,7 +113,8 @@ def _check_probabilities(name: str, probs: Tensor) -> None:
     check_floating(name, probs, "(..., C)")
     if probs.ndim == 0 or probs.shape[-1] < 2 or probs.numel() == 0:
         raise ValueError(
-            f"Expected argument `{name}` to be of shape (..., C) with C ≥ 2 classes, got shape {tuple(probs.shape)}."
+            f"Expected argument `{name}` to be of shape (..., C) with C ≥ 2 classes, but got shape"
+            f" {tuple(probs.shape)}."
         )
     error = float((probs.detach().sum(dim=-1, dtype=float64_dtype(probs)) - 1).abs().max())
     smallest = float(probs.detach().min())

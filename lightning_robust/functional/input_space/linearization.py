@@ -242,7 +242,7 @@ def _towards_boundary(
     leaf, outputs = leaf_and_logits(model, x)
     if outputs.shape != logits.shape:
         came = f"{logits.shape[1]} in the linearisation and {outputs.shape[1]} in the model"
-        raise ValueError(f"Expected as many classes before as now, but got {came}.")
+        raise ValueError(f"Expected the same number of classes as before, but got {came}.")
     closing = (outputs.gather(1, nearest[:, None]) - outputs.gather(1, predicted))[:, 0]
     direction = input_gradient(closing, leaf, units.std)  # (n, D), of the un-normalised input
     step = direction.sign() if norm == "linf" else direction / torch.linalg.vector_norm(direction, dim=1, keepdim=True)

@@ -67,7 +67,8 @@ def linearized_margin_linf(logits: Tensor, gap_l1: Tensor, targets: Tensor) -> T
     check_floating("gap_l1", gap_l1, "(N, C)")
     if gap_l1.shape != logits.shape:
         raise ValueError(
-            f"Expected argument `gap_l1` of shape {tuple(logits.shape)}, as the logits, got {tuple(gap_l1.shape)}."
+            f"Expected argument `gap_l1` of shape {tuple(logits.shape)}, like the logits, but got"
+            f" {tuple(gap_l1.shape)}."
         )
     check_finite(gap_l1, "entries of `gap_l1`")
     return _smallest_ratio(logits, gap_l1, y)

@@ -32,7 +32,7 @@ def predictions(seed: int, *shape: int) -> Tensor:
 
 
 def smooth(seed: int = 0, *, features: int = 8, num_classes: int = 5) -> nn.Module:
-    """Twice differentiable, with a Jacobian of full rank, in float64."""
+    """A float64 network, twice differentiable, with a Jacobian of full rank."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = nn.Sequential(nn.Linear(features, 24), nn.Tanh(), nn.Linear(24, num_classes)).double()
@@ -169,7 +169,7 @@ def test_paths_are_those_of_dense_matrices_taken_one_by_one(name: str, solver: A
             source, target = int(paths.source[n]), int(paths.targets[n, k])
             dense = dense_path(model, x, source=source, target=target, **OPTIONS)
             assert (int(paths.first_hit[n, k]), int(paths.steps[n, k])) == (dense.hit, dense.steps)
-            # the crossing is known to a gap of 1e-6 nats
+            # the crossing is located to a gap of 1e-6 nats
             assert float(paths.margins[n, k]) == pytest.approx(dense.margin, abs=5e-6)
             assert float(paths.l2[n, k]) == pytest.approx(float((dense.end - x).norm()), abs=1e-5)
             assert float(paths.linf[n, k]) == pytest.approx(float((dense.end - x).abs().max()), abs=1e-5)
@@ -196,14 +196,14 @@ def test_of_two_classes_the_margin_is_the_distance_on_the_simplex(scale: float) 
     tolerance = 1e-5  # the gap, in nats, up to which the crossing is located
     torch.testing.assert_close(paths.margins[:, 0], closed, rtol=0, atol=tolerance)
     torch.testing.assert_close(paths.margins, paths.bound, rtol=0, atol=tolerance)
-    # and the way in the input is the shortest one, the distance to the plane
+    # the path through input space is the shortest one, of the length of the distance to the plane
     distances = (model(inputs).detach() @ torch.tensor([1.0, -1.0], dtype=torch.float64)).abs()
     distances = distances / (model.weight[0] - model.weight[1]).detach().norm()
     torch.testing.assert_close(paths.l2[:, 0], distances, rtol=1e-4, atol=1e-4)
 
 
 def exchange(probs: Tensor, source: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Length of the path on which source and target exchange probability and all others keep theirs, (N, K).
+    """Length (N, K) of the path on which source and target exchange probability and all other classes keep theirs.
 
     That is the natural gradient flow without damping of any network whose Jacobian has full rank. Also the largest
     probability of another class, as a share of that of source and target at the end: above 1 it is entered first.
@@ -346,7 +346,7 @@ def test_finished_paths_make_room_for_others() -> None:
     assert max(sizes) == 7
     assert len(set(paths.steps.flatten().tolist())) > 3  # paths of different lengths
     steps = int(paths.steps.sum())
-    # nine backward passes for each step, as many steps as possible at once, and ten for seven new paths at the most
+    # nine backward passes per step, with as many steps as possible at once, and ten for at most seven new paths
     assert recorder.record.num_input_backwards < 1.35 * 9 * steps / 7 + 10 * paths.steps.numel() / 2
 
 
@@ -364,7 +364,7 @@ def test_paths_of_one_sample_begin_together() -> None:
 
 
 class Walled(nn.Module):
-    """The first of three classes cannot be left: the gap to the others closes, and never quite."""
+    """No path leaves the first of three classes: the gap to the others shrinks but never closes."""
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.reshape(len(x), -1)
@@ -601,7 +601,7 @@ def test_wrong_arguments_are_named(options: dict[str, Any], message: str) -> Non
         trace_fisher_rao_paths(model, inputs, **options)
 
 
-def test_what_is_no_probability_is_refused() -> None:
+def test_values_that_are_not_probabilities_are_refused() -> None:
     p = torch.tensor([[0.5, 0.5]])
     for wrong in (torch.tensor([[1.0, 1.0]]), torch.tensor([[1.5, -0.5]]), torch.tensor([[torch.nan, 0.5]])):
         with pytest.raises(ValueError, match="`q` to hold probabilities, not negative and with sum 1"):

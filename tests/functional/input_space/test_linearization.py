@@ -23,7 +23,7 @@ every_network = pytest.mark.parametrize("name", NETWORKS)
 
 
 def assert_same(actual: Linearization, expected: Linearization, *, tolerance: float = 1e-6) -> None:
-    """Equal to ``tolerance`` times the largest value of each field."""
+    """Equal up to ``tolerance`` times the largest value of each field."""
     for field in ("logits", "gram", "gap_l1"):
         a, b = getattr(actual, field), getattr(expected, field)
         torch.testing.assert_close(
@@ -85,7 +85,7 @@ def test_the_gram_matrix_is_symmetric_and_positive_semi_definite() -> None:
 
 
 def test_a_common_component_of_all_rows_does_not_drown_their_differences() -> None:
-    """Adding the same function to all logits changes no probability: nor, in float32, the margin."""
+    """Adding the same function to all logits changes neither probabilities nor, in float32, the margin."""
     weight, common = random(0, 4, 20, dtype=torch.float32), 1000 * random(1, 20, dtype=torch.float32)
     inputs, model = random(2, 6, 20, dtype=torch.float32), Linear(weight + common)
     exact = linearize(copy.deepcopy(model).double(), inputs.double())
@@ -126,6 +126,12 @@ def test_scalar_samples_are_inputs_like_any_other() -> None:
     slope = torch.tensor([1.0, -2.0, 0.5])
     actual = linearize(lambda x: x[:, None] * slope, torch.linspace(-1, 1, 5))
     torch.testing.assert_close(actual.gram, torch.outer(slope, slope).expand(5, 3, 3), check_dtype=False)
+
+
+def test_a_network_that_squeezes_its_outputs_may_see_single_samples() -> None:
+    inputs, network = random(0, 5, 4), random_linear(1, num_classes=3, num_features=4)
+    squeezed = linearize(lambda x: network(x).squeeze(), inputs, chunk_size=2)  # two, two and one
+    assert_same(squeezed, linearize(network, inputs))
 
 
 @pytest.mark.parametrize(
