@@ -484,7 +484,7 @@ CALLEES: dict[str, Callee] = {
             "targets": optional(aims),
             "labels": optional(labels),
             **PATHS,
-            "mode": one_of("path", "poster"),
+            "mode": one_of("path", "unit_steps"),
             **UNITS,
             "chunk_size": optional(integer(1)),
         },

@@ -26,14 +26,14 @@ def test_all_readers_share_one_linearization() -> None:
     assert recorder.record.batch_sizes == []  # nothing before it is asked for
     first = probe.linearization
     assert probe.linearization is first
-    assert recorder.record.batch_sizes == [2, len(inputs)]
+    assert recorder.record.batch_sizes == [len(inputs)]
 
 
 def test_the_linearization_is_in_the_units_and_chunks_of_the_probe() -> None:
     model, inputs, targets = build("cnn_batchnorm")
     recorder = Recorder(model)
-    actual = Probe(recorder, inputs, targets, input_std=[0.5, 1.0, 2.0], chunk_size=30).linearization
-    assert recorder.record.batch_sizes == [2, 3, 3, 3]
+    actual = Probe(recorder, inputs, targets, input_std=[0.5, 1.0, 2.0], chunk_size=3).linearization
+    assert recorder.record.batch_sizes == [3, 3, 3]
     torch.testing.assert_close(actual.gram, linearize(model, inputs, input_std=[0.5, 1.0, 2.0]).gram)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
+from lightning_robust.functional.fisher_rao.ratios import share_of_hits
 from lightning_robust.probe import Probe
 
 
@@ -133,9 +134,9 @@ def text_of(points: Tensor) -> str:
 
 
 def error_bar(key: str, mean: Tensor, stderr: Tensor) -> dict[str, Tensor]:
-    """A mean under ``key``, beside its standard error and the band of ± 2 standard errors that charts need as keys.
+    """A mean under ``key``, with its standard error and a band of ± 2 standard errors under keys that charts can plot.
 
-    The error is left out where one sample alone does not tell it.
+    A standard error of NaN, e.g. that of a single sample, is left out.
     """
     if stderr.isnan():
         return {key: mean}
@@ -148,18 +149,12 @@ def error_bar(key: str, mean: Tensor, stderr: Tensor) -> dict[str, Tensor]:
 
 
 def error_bar_of_mean(key: str, values: Tensor) -> dict[str, Tensor]:
-    """The same for the mean of the samples' values, (N,)."""
+    """Error bar of the mean of one value per sample (N,)."""
     n = len(values)
     return error_bar(key, values.mean(), values.std() / math.sqrt(n) if n > 1 else values.new_tensor(math.nan))
 
 
 def error_bar_of_share(key: str, hits: Tensor) -> dict[str, Tensor]:
-    """The same for a share of hits among N samples, 0 or 1 each, (N,).
-
-    The standard error is that of Agresti & Coull (1998): two successes and two failures are added for the error, not
-    for the share, because the plain formula says that a share of 0 or 1 is known exactly. The band stays within both.
-    """
-    n, count = len(hits), hits.sum()
-    smoothed = (count + 2) / (n + 4)
-    values = error_bar(key, count / n, (smoothed * (1 - smoothed) / (n + 4)).sqrt())
-    return {name: value.clamp(0, 1) for name, value in values.items()}
+    """Error bar, within 0 and 1, of the share of hits among N samples, 0 or 1 each (N,)."""
+    share = share_of_hits(hits)
+    return {name: value.clamp(0, 1) for name, value in error_bar(key, share.value, share.stderr).items()}
