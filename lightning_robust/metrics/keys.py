@@ -13,7 +13,7 @@ ACCURACY_PER_EPOCH = rf"(?!.*_(?:step|stderr|lower|upper)(?:/|$)).*{_ACCURACY}"
 TensorBoard gets this text and compiles it in JavaScript: use only syntax that Python and JavaScript share.
 """
 
-_EPSILON = r"_accuracy_[^_]+_(?P<epsilon>[\d.e-]+)"  # after the kind, as in `accuracy_key`
+_EPSILON = r"_accuracy_[^_]+_(?P<epsilon>[\d.e+-]+)"  # after the kind, as in `accuracy_key`
 _VALIDATION_ACCURACY = re.compile(r"(?:^|[_/])val\w*[_/](?:\w*_)?acc(?:uracy)?(?:/dataloader_idx_0)?$", re.IGNORECASE)
 _PERTURBED = re.compile(r"adv|attack|pgd|fgsm|robust|noise|corrupt", re.IGNORECASE)
 _ERROR_BAR = re.compile(r"_(?:stderr|lower|upper|stderr_probes)$")
