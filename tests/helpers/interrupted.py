@@ -1,4 +1,4 @@
-"""A run that a robustness key stops, and that can be killed on the way: ``python -m tests.helpers.interrupted``."""
+"""A run that EarlyStopping stops by a robustness key, killed and resumed: ``python -m tests.helpers.interrupted``."""
 
 import json
 import os
@@ -22,13 +22,13 @@ CASES: dict[str, dict[str, Any]] = {  # settings of the Trainer
     "every second epoch": {"check_val_every_n_epoch": 2},
 }
 KILLED_IN = {"once per epoch": 8, "twice per epoch": 4, "every second epoch": 8}  # epochs
-CADENCE = 3  # epochs from one measurement to the next: most validations see an old value
+CADENCE = 3  # epochs between measurements: most validations see an old value
 PATIENCE = 5
 MAX_EPOCHS = 60
 
 
 class Repeatable(Classifier):
-    """ProbeSeeds the same dropout in a step whether or not the earlier ones were made in the same process."""
+    """Seeds dropout by the step, so that a resumed run draws the same masks as an uninterrupted one."""
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         torch.manual_seed(self.global_step)
@@ -38,7 +38,7 @@ class Repeatable(Classifier):
 
 
 class Diary(Callback):
-    """Appends a line per validation, and one at the end: the callback metrics, and what the stopper makes of them."""
+    """Appends callback metrics and the state of the stopper to a file, after each validation and at the end."""
 
     def __init__(self, path: Path, stopper: EarlyStopping) -> None:
         self.path, self.stopper = path, stopper
@@ -57,7 +57,7 @@ class Diary(Callback):
 
 
 class Killer(Callback):
-    """SIGKILL in the middle of an epoch: nothing is cleaned up."""
+    """Sends SIGKILL in the middle of an epoch, so that nothing is cleaned up."""
 
     def __init__(self, epoch: int) -> None:
         self.epoch = epoch
@@ -68,7 +68,7 @@ class Killer(Callback):
 
 
 def run(root: Path, case: str, *, name: str, killed_in: int | None = None, resumed: bool = False) -> None:
-    """Train; the diary is ``<name>.jsonl``, the checkpoint ``<name>/last.ckpt``."""
+    """Train, with diary ``<name>.jsonl`` and checkpoint ``<name>/last.ckpt``."""
     stopper = EarlyStopping(KEY, mode="max", patience=PATIENCE, min_delta=0.002)
     checkpoint = ModelCheckpoint(root / name, save_last=True, save_top_k=1, monitor=KEY, mode="max")
     monitor = RobustnessMonitor(["linearized_accuracy"], every_n_epochs=CADENCE, max_samples=40)
@@ -87,7 +87,7 @@ def run(root: Path, case: str, *, name: str, killed_in: int | None = None, resum
         **CASES[case],
     ).fit(
         Repeatable(classifier().network),
-        loader(ConcatDataset([samples(30)] * 4), batch_size=30),  # a resumed epoch begins with the first batch again
+        loader(ConcatDataset([samples(30)] * 4), batch_size=30),  # a resumed epoch starts at the first batch again
         loader(samples(60, seed=1)),
         ckpt_path=str(root / name / "last.ckpt") if resumed else None,
         weights_only=True,
@@ -95,8 +95,8 @@ def run(root: Path, case: str, *, name: str, killed_in: int | None = None, resum
 
 
 def in_a_process_of_its_own(*args: Any, **options: Any) -> None:
-    """Call :func:`run`, which may not survive it, and print how it ended: an exit status, or minus a signal."""
-    child = os.fork()  # everything is imported, and nothing has been computed yet
+    """Call :func:`run` in a child process and print its exit status, or minus the signal that killed it."""
+    child = os.fork()  # safe: everything is imported, but nothing has been computed yet
     if child == 0:
         torch.set_num_threads(1)
         run(*args, **options)
