@@ -11,7 +11,8 @@ from lightning_robust.functional._validation.arguments import check_positive_int
 from lightning_robust.functional._validation.tensors import check_targets
 from lightning_robust.functional.input_space.attacks import Norm, check_norm
 from lightning_robust.metrics.base import ProbeMetric, error_bar_of_share, joined
-from lightning_robust.metrics.linearized_accuracy import accuracy_key, check_epsilons
+from lightning_robust.metrics.keys import accuracy_key
+from lightning_robust.metrics.linearized_accuracy import check_epsilons
 from lightning_robust.probe import Attack, Probe
 
 

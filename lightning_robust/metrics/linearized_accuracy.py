@@ -14,6 +14,7 @@ from lightning_robust.functional._validation.tensors import check_finite
 from lightning_robust.functional.input_space.attacks import Norm, check_norm
 from lightning_robust.functional.input_space.linearized_margin import linearized_margin, linearized_margin_linf
 from lightning_robust.metrics.base import ProbeMetric, error_bar_of_mean, error_bar_of_share, joined
+from lightning_robust.metrics.keys import accuracy_key
 from lightning_robust.probe import Probe
 
 DEFAULT_EPSILONS = (1 / 255, 2 / 255, 4 / 255, 8 / 255)
@@ -92,11 +93,6 @@ class LinearizedAccuracy(ProbeMetric):
         for key, distances in means.items():
             values |= error_bar_of_mean(key, distances)
         return values
-
-
-def accuracy_key(kind: str, norm: str, epsilon: float) -> str:
-    """Key of an accuracy at one perturbation size."""
-    return f"{kind}_accuracy_{norm}_{epsilon:.4g}"
 
 
 def check_epsilons(epsilons: Sequence[float]) -> tuple[float, ...]:
