@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
-PARALLEL := --numprocesses auto --maxprocesses 4
+PARALLEL := --numprocesses auto --maxprocesses 4 --dist worksteal
 OLDEST := .venv-oldest
 SOURCES := lightning_robust recipes tests
 
@@ -16,14 +16,14 @@ help:  ## list the targets
 demo: $(VENV)/.demo  ## train on the embedded digits with the monitor on, and say how to see the curves
 	$(BIN)/python -W ignore -m recipes.train fit --config configs/digits.yaml
 
-test: $(VENV)/.test  ## run the whole test suite
-	$(BIN)/python -m pytest $(PARALLEL) --dist loadfile $(PYTEST_ARGS)
+test: $(VENV)/.test  ## run all tests but the long ones
+	$(BIN)/python -m pytest $(PARALLEL) $(PYTEST_ARGS)
 
-test-long: $(VENV)/.test  ## run what takes minutes more: fault schedules, trainings
-	$(BIN)/python -m pytest $(PARALLEL) --dist worksteal -m long $(PYTEST_ARGS)
+test-long: $(VENV)/.test  ## run the long tests: statistical studies, fault schedules, trainings
+	$(BIN)/python -m pytest $(PARALLEL) -m long $(PYTEST_ARGS)
 
-test-oldest: $(OLDEST)/.test  ## run the suite with the oldest versions that are supported
-	$(OLDEST)/bin/python -m pytest $(PARALLEL) --dist loadfile $(PYTEST_ARGS)
+test-oldest: $(OLDEST)/.test  ## run the tests with the oldest supported versions
+	$(OLDEST)/bin/python -m pytest $(PARALLEL) $(PYTEST_ARGS)
 
 lint: $(VENV)/.test  ## check style and types
 	$(BIN)/ruff check $(SOURCES)

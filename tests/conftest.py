@@ -1,14 +1,14 @@
-"""Settings of every test."""
+"""Settings that hold for every test."""
 
 import pytest
 import torch
 
-# Small tensors on few cores: threads that wait for each other cost more than they save.
+# With small tensors on few cores, threads spend more time waiting for each other than they save.
 torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests with the longest limits begin first, lest one process end with ten minutes that no other can share."""
+    """Start the tests with the longest time limits first, so that no worker is left with one at the end."""
 
     def limit(item: pytest.Item) -> float:
         marker = item.get_closest_marker("timeout")

@@ -1,15 +1,17 @@
-"""Rules that hold for the source of the whole package, checked on its syntax trees."""
+"""Rules for the source of the whole package, checked on its syntax trees."""
 
 import ast
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 import lightning_robust
 
 ROOT = Path(lightning_robust.__file__).parent
 TREES = {path.relative_to(ROOT).as_posix(): ast.parse(path.read_text()) for path in sorted(ROOT.rglob("*.py"))}
-# From the bottom to the top, with what each may import beside torch, the standard library and the layers below it.
+# Lowest layer first, with the packages it may import besides torch, the standard library and the layers below it.
 LAYERS: dict[str, set[str]] = {
     "functional": set(),
     "probe": set(),
@@ -47,6 +49,21 @@ def may_import(file: str, name: str) -> bool:
     return package in {"torch", *LAYERS[layer], *sys.stdlib_module_names}
 
 
+@pytest.mark.parametrize(
+    ("file", "name", "allowed"),
+    [
+        ("functional/linearize.py", "torch.nn", True),
+        ("functional/linearize.py", "math", True),
+        ("functional/linearize.py", "torchmetrics.Metric", False),
+        ("functional/linearize.py", "lightning_robust.probe.Probe", False),
+        ("callbacks/monitor.py", "lightning_robust.probe.Probe", True),
+        ("callbacks/monitor.py", "numpy", False),
+    ],
+)
+def test_upward_and_foreign_imports_are_recognised(file: str, name: str, allowed: bool) -> None:
+    assert may_import(file, name) is allowed
+
+
 def test_imports_point_one_way() -> None:
     assert [(file, name) for file, name in imports() if not may_import(file, name)] == []
 
@@ -80,16 +97,38 @@ def is_global_draw(name: str, call: ast.Call) -> bool:
     return False
 
 
+@pytest.mark.parametrize(
+    ("source", "is_global"),
+    [
+        ("torch.rand(3)", True),
+        ("torch.rand(3, generator=generator)", False),
+        ("torch.randn_like(x)", True),
+        ("x.normal_()", True),
+        ("x.normal_(generator=generator)", False),
+        ("torch.manual_seed(0)", True),
+        ("torch.Generator().manual_seed(0)", False),
+        ("np.random.rand()", True),
+        ("random.shuffle(items)", True),
+        ("random.Random(0)", False),
+        ("seed_everything(0)", True),
+    ],
+)
+def test_draws_from_global_generators_are_recognised(source: str, is_global: bool) -> None:
+    call = ast.parse(source, mode="eval").body
+    assert isinstance(call, ast.Call)
+    assert is_global_draw(ast.unparse(call.func), call) is is_global
+
+
 def test_no_number_is_drawn_from_a_global_generator() -> None:
     assert [(file, name, call.lineno) for file, name, call in calls() if is_global_draw(name, call)] == []
     assert [(file, name) for file, name in imports() if name.startswith("random.") and name != "random.Random"] == []
 
 
-SHARED = {"_validation", "_isolation"}  # rooms that all of `functional` and the layers above it use
+SHARED = {"_validation", "_isolation"}  # folders that `functional` and every layer above it may use
 
 
 def private_modules(name: str) -> Iterator[str]:
-    """The folder of each module in a dotted name that begins with an underscore."""
+    """Yield the folder of each module with a leading underscore in a dotted name."""
     parts = name.split(".")
     modules = parts if (ROOT.parent / "/".join(parts)).with_suffix(".py").exists() else parts[:-1]
     yield from ("/".join(parts[1:i]) for i, part in enumerate(modules) if part.startswith("_") and part not in SHARED)

@@ -1,4 +1,4 @@
-"""What measuring costs, and a budget for it: the share that is logged, and what is left out, on all processes alike."""
+"""The share of time spent measuring is logged, and a budget leaves out the same measurements on every process."""
 
 import math
 import random
@@ -25,7 +25,8 @@ from tests.helpers.interrupted import Repeatable
 from tests.helpers.training import History, classifier, loader, robustness_warnings, samples, trainer
 
 BUDGET = 0.05
-STEPS = 4  # of an epoch, each of one second
+STEPS = 2  # of an epoch
+EPOCH = 4  # seconds
 
 
 class KilledError(Exception):
@@ -33,7 +34,7 @@ class KilledError(Exception):
 
 
 class Clock:
-    """Goes on only when it is told to."""
+    """A clock that tests advance."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -50,7 +51,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 class Costly(ProbeMetric):
-    """Takes time, and keeps the samples that it was shown in each measurement."""
+    """Takes a given time per measurement and keeps the samples of each one."""
 
     def __init__(self, wait: Callable[[float], object], costs: Sequence[float]) -> None:
         super().__init__()
@@ -71,19 +72,19 @@ class Costly(ProbeMetric):
 
 
 class Slow(Repeatable):
-    """Takes a second for each training step."""
+    """Spends the time of an epoch in its training steps."""
 
     def __init__(self, clock: Clock) -> None:
         super().__init__(classifier().network)
         self.clock = clock
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        self.clock.now += 1
+        self.clock.now += EPOCH / STEPS
         return super().training_step(batch, batch_idx)
 
 
 class Measured(Callback):
-    """Keeps the epochs in which something was measured, and the share that was logged then."""
+    """Keeps the epochs that were measured, and the share of time logged in each."""
 
     def __init__(self, metric: Costly) -> None:
         self.metric = metric
@@ -112,22 +113,21 @@ def fit(
     ckpt_path: str | None = None,
     **options: Any,
 ) -> Measured:
-    """A run of four seconds per epoch."""
     metric = Costly(wait_by(clock), costs)
     monitor, measured = RobustnessMonitor([metric], max_samples=10, **options), Measured(metric)
     saves = any(isinstance(callback, ModelCheckpoint) for callback in callbacks)
     run = trainer(monitor, measured, *callbacks, root=root, max_epochs=epochs, enable_checkpointing=saves)
     data = loader(samples(8 * STEPS), batch_size=8)
-    run.fit(Slow(clock), data, data, ckpt_path=ckpt_path, weights_only=True)
+    run.fit(Slow(clock), data, loader(samples(8 * STEPS)), ckpt_path=ckpt_path, weights_only=True)
     return measured
 
 
 def expected_epochs(costs: Sequence[float], *, epochs: int, budget: float) -> list[int]:
-    """When there is a measurement, by the inequality that the documentation states."""
+    """The epochs with a measurement, by the inequality in the documentation."""
     elapsed = spent = last = 0.0
     measured: list[int] = []
     for epoch in range(epochs):
-        elapsed += STEPS
+        elapsed += EPOCH
         if not measured or (spent + last) / (elapsed + last) <= budget:
             last = costs[len(measured) % len(costs)]
             elapsed, spent = elapsed + last, spent + last
@@ -325,7 +325,7 @@ def test_garbage_is_collected_before_the_first_measurement_lest_it_be_an_estimat
     begun = clock.now
     measured = fit(tmp_path, clock, costs=[0.2], epochs=16, overhead_budget=budget)
     assert measured.epochs == epochs  # the second one after 2.2 + 0.2 of 50.4 seconds
-    assert collected == ([] if budget is None else [begun + STEPS])
+    assert collected == ([] if budget is None else [begun + EPOCH])
     if budget is not None:
         assert measured.shares[:2] == pytest.approx([2.2 / 6.2, 2.4 / 50.4], rel=1e-6)
 
@@ -365,7 +365,9 @@ def test_a_measurement_that_fails_has_cost_its_time(tmp_path: Path, clock: Clock
 def test_the_share_of_the_time_so_far_is_logged(tmp_path: Path, clock: Clock, budget: float | None) -> None:
     with robustness_warnings():
         measured = fit(tmp_path, clock, costs=[0.5], epochs=8, overhead_budget=budget)
-    expected = [0.5 * count / (4 * (epoch + 1) + 0.5 * count) for count, epoch in enumerate(measured.epochs, start=1)]
+    expected = [
+        0.5 * count / (EPOCH * (epoch + 1) + 0.5 * count) for count, epoch in enumerate(measured.epochs, start=1)
+    ]
     assert measured.shares == pytest.approx(expected, rel=1e-6)
 
 
