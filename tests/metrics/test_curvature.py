@@ -216,7 +216,7 @@ def test_a_loss_function_of_one_s_own_is_measured() -> None:
 def test_chunks_bound_the_samples_that_pass_together() -> None:
     sample = probe()
     recorder = Recorder(sample.model)
-    bounded = measured(HessianTrace(), Probe(recorder, sample.inputs, sample.targets, chunk_size=35))  # of 10 classes
+    bounded = measured(HessianTrace(), Probe(recorder, sample.inputs, sample.targets, chunk_size=3))
     assert max(recorder.record.batch_sizes) == 3
     free = measured(HessianTrace(), sample)
     assert bounded["hessian_trace"] == pytest.approx(free["hessian_trace"], rel=1e-5)

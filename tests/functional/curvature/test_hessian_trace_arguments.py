@@ -11,9 +11,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from lightning_robust.functional import hessian_trace
-from lightning_robust.functional.curvature.plan import Plan
-from lightning_robust.functional.curvature.probes import ProbeSeeds, curvature_sums
-from lightning_robust.functional.curvature.signs import sample_signs
+from lightning_robust.functional.curvature.problem import CurvatureProblem
+from lightning_robust.functional.curvature.signs import ProbeSeeds, sample_signs
 from lightning_robust.functional.curvature.sums import joined
 from tests.helpers.curvature import assert_same, assert_within, relu_mlp, seed, seeded, small
 from tests.helpers.oracles import dense_gauss_newton_traces, dense_hessian_traces, hessian_traces_by_differences
@@ -544,22 +543,15 @@ def test_a_single_probe_knows_no_error_and_goes_on_only_if_one_is_asked_for() ->
     assert hessian_trace(*case, num_probes=1, rtol=0.5).num_probes > 1
 
 
-def plan_of(model: nn.Module, estimator: str) -> Plan:
-    names = tuple(name for name, _ in model.named_parameters())
-    if estimator == "hutchinson":
-        return Plan((), names, residual=False, is_hessian=True)
-    return Plan(names, names[:4] if estimator == "auto" else (), residual=True, is_hessian=estimator == "auto")
-
-
 @every_estimator
 def test_more_probes_are_those_that_there_were_and_some_more(estimator: Any) -> None:
     case = small("tanh_mlp")
-    plan = plan_of(case.model, estimator)
-    for draws in (ProbeSeeds.of(case.inputs), ProbeSeeds.random(len(case.inputs), seed(0))):
-        few, later, all_at_once = (
-            curvature_sums(*case, plan=plan, draws=draws, probes=plan.probes(*ends))
-            for ends in ((0, 3), (3, 8), (0, 8))
-        )
+    problem = CurvatureProblem(*case, estimator=estimator)
+    for seeds in (ProbeSeeds.from_contents(case.inputs), ProbeSeeds.random(len(case.inputs), seed(0))):
+        with problem.examined() as examined:
+            few, later = (examined.sums(seeds, examined.plan.probes(*ends)) for ends in ((0, 3), (3, 8)))
+        with problem.examined() as examined:
+            all_at_once = examined.sums(seeds, examined.plan.probes(0, 8))
         both = joined(few, later)
         for ours, theirs in zip(both.parts, all_at_once.parts, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
@@ -625,15 +617,15 @@ every_contents = pytest.mark.parametrize("inputs", CONTENTS.values(), ids=CONTEN
 @every_contents
 def test_samples_of_other_contents_get_other_signs(inputs: Tensor) -> None:
     different = len(inputs.unique(dim=0))
-    signs = sample_signs(ProbeSeeds.of(inputs).keys, range(1), 64)[0]
+    signs = sample_signs(ProbeSeeds.from_contents(inputs).keys, range(1), 64)[0]
     assert different == 1600
     assert len(signs.unique(dim=0)) >= different - 1
 
 
 @every_contents
 def test_blocks_are_about_equally_full(inputs: Tensor) -> None:
-    for draws in (ProbeSeeds.of(inputs), ProbeSeeds.random(1600, seed(0))):
-        counts = torch.tensor(draws.blocks).bincount(minlength=16)
+    for seeds in (ProbeSeeds.from_contents(inputs), ProbeSeeds.random(1600, seed(0))):
+        counts = torch.tensor(seeds.blocks).bincount(minlength=16)
         assert len(counts) == 16
         assert (counts - 100).abs().max() <= 40  # four standard deviations
 
@@ -654,14 +646,10 @@ def test_as_many_probes_as_classes_can_tell_apart_leave_nothing_to_chance(estima
 
 
 def test_the_signs_of_weights_depend_on_every_bit_of_the_seed() -> None:
-    case = small("tanh_mlp", num_samples=1)
-    plan = plan_of(case.model, "hutchinson")
-    traces = {
-        float(
-            curvature_sums(*case, plan=plan, draws=ProbeSeeds([0], [0], seed=number), probes=plan.probes(0, 1)).means()[
-                0
-            ]
-        )
-        for number in (1, 1 + 2**12, 1 + 2**20, 1 + 2**30, 1 + 2**42)
-    }
+    problem = CurvatureProblem(*small("tanh_mlp", num_samples=1), estimator="hutchinson")
+    with problem.examined() as examined:
+        traces = {
+            float(examined.sums(ProbeSeeds([0], [0], seed=number), examined.plan.probes(0, 1)).means()[0])
+            for number in (1, 1 + 2**12, 1 + 2**20, 1 + 2**30, 1 + 2**42)
+        }
     assert len(traces) == 5

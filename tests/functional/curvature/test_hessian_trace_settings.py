@@ -498,20 +498,55 @@ def test_a_network_that_cannot_be_vectorised_gives_the_same_numbers(name: str, e
     assert_same(measure(case._replace(model=Unvectorisable(case.model)), estimator=estimator), expected)
 
 
-def test_a_network_that_can_be_vectorised_is_called_twice_per_chunk() -> None:
+@pytest.mark.parametrize("estimator", ["auto", "gauss_newton"])
+def test_a_network_that_can_be_vectorised_is_called_twice_per_chunk(estimator: Any) -> None:
     case = small("relu_cnn")
     recorder = Recorder(case.model)
-    measure(case._replace(model=recorder), estimator="gauss_newton", chunk_size=4)
-    # once for outputs, once inside vmap, and once for a sample by which the latter is checked
-    assert recorder.record.batch_sizes == [4, 1, 1, 4, 1, 4, 1]
+    measure(case._replace(model=recorder), estimator=estimator, chunk_size=4)
+    # all chunks to examine them, then all inside vmap, and a single sample to check the first of these
+    assert recorder.record.batch_sizes == [4, 4, 4, 1, 1, 1, 1]
     assert not any(recorder.record.any_training)
+
+
+@pytest.mark.parametrize(("name", "estimator"), [("relu_cnn", "auto"), ("tanh_mlp", "gauss_newton")])
+def test_further_probes_examine_nothing_again(name: str, estimator: Any) -> None:
+    case = small(name)
+    recorder = Recorder(case.model)
+    options = {"estimator": estimator, "chunk_size": 4, "rtol": 1e-9, "num_probes": 1}
+    assert measure(case._replace(model=recorder), max_probes=2, **options).num_probes == 2
+    assert recorder.record.batch_sizes == [4, 4, 4, 1, 1, 1, 1, 1, 1, 1]
+
+
+def test_a_custom_loss_is_examined_once_however_many_rounds_of_probes_follow() -> None:
+    case = small("relu_mlp")
+    sizes: list[int] = []
+
+    def loss_fn(outputs: Tensor, targets: Tensor) -> Tensor:
+        sizes.append(len(outputs))
+        return F.cross_entropy(outputs, targets, reduction="none")
+
+    calls = []
+    for max_probes in (2, 8):  # one round and three
+        sizes.clear()
+        measure(case, loss_fn=loss_fn, rtol=1e-9, max_probes=max_probes)
+        calls.append(sizes.count(len(case.inputs)))
+    assert calls[0] == calls[1] > 0
+
+
+def test_second_derivatives_take_the_graph_of_a_pass_of_their_own() -> None:
+    case = small("tanh_mlp")
+    recorder = Recorder(case.model)
+    measure(case._replace(model=recorder), estimator="hutchinson")
+    examined, products = recorder.record.batch_sizes[:2], recorder.record.batch_sizes[2:]
+    assert examined == [6, 6]
+    assert sum(products) == len(case.inputs)
 
 
 def test_a_network_that_cannot_be_vectorised_is_tried_once() -> None:
     case = small("relu_cnn")
     recorder = Recorder(Unvectorisable(case.model))
     measure(case._replace(model=recorder), estimator="gauss_newton", chunk_size=4)
-    assert recorder.record.batch_sizes == [4, 1, *[1] * 4, 4, *[1] * 4, 4, *[1] * 4]
+    assert recorder.record.batch_sizes == [4, 4, 4, 1, *[1] * 12]
 
 
 class DoublesInPlace(nn.Module):
@@ -541,7 +576,7 @@ def test_a_network_that_changes_its_input_in_place_can_still_be_vectorised() -> 
     case = small("tanh_mlp")
     recorder = Recorder(DoublesInPlace(case.model))
     measure(case._replace(model=recorder), estimator="gauss_newton", chunk_size=4)
-    assert recorder.record.batch_sizes == [4, 1, 1, 4, 1, 4, 1]
+    assert recorder.record.batch_sizes == [4, 4, 4, 1, 1, 1, 1]
 
 
 def test_a_vectorised_result_is_not_trusted_before_it_agrees_for_one_sample(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_robust.functional import hessian_trace
-from lightning_robust.functional.curvature.losses import SampleLoss, softmax_root
+from lightning_robust.functional.curvature._gauss_newton_root import softmax_root
+from lightning_robust.functional.curvature.losses import SampleLoss
 from tests.helpers.curvature import (
     Case,
     assert_same,
@@ -247,8 +248,8 @@ def test_gradients_are_those_of_each_sample(case: LossCase) -> None:
 def test_the_root_is_that_of_the_hessian_of_each_sample(case: LossCase) -> None:
     outputs, targets = random(5, 10, 4), case.targets(10)
     loss, doubled = SampleLoss(in_double(case.loss_fn)), in_double(targets)
-    assert loss.has_root
-    root = loss.cotangents(outputs, targets, torch.eye(4).unsqueeze(1).expand(4, 10, 4)).permute(1, 2, 0)
+    assert loss.root is not None
+    root = loss.root.times(torch.eye(4).unsqueeze(1).expand(4, 10, 4), outputs, targets).permute(1, 2, 0)
     for n in range(10):
         expected = torch.autograd.functional.hessian(
             lambda z, n=n: loss.values(z[None], doubled[n : n + 1]).sum(), outputs[n]
@@ -258,7 +259,7 @@ def test_the_root_is_that_of_the_hessian_of_each_sample(case: LossCase) -> None:
 
 @pytest.mark.parametrize("name", [name for name, case in LOSSES.items() if not case.has_root])
 def test_no_root_is_claimed_of_any_other_loss(name: str) -> None:
-    assert not SampleLoss(LOSSES[name].loss_fn).has_root
+    assert SampleLoss(LOSSES[name].loss_fn).root is None
 
 
 def case_for(name: str, loss_fn: Any, targets: Callable[[int], Tensor]) -> Case:
@@ -340,7 +341,7 @@ def test_a_loss_that_was_tampered_with_is_not_taken_for_torchs() -> None:
     prehooked.register_forward_pre_hook(lambda module, inputs: (3 * inputs[0], inputs[1]))
     scripted = torch.jit.script(nn.CrossEntropyLoss(label_smoothing=0.4))
     for loss_fn in (patched, hooked, prehooked, scripted):
-        assert not SampleLoss(loss_fn).has_root
+        assert SampleLoss(loss_fn).root is None
         estimate = hessian_trace(*case, loss_fn=loss_fn, rtol=None, num_probes=16)
         assert_within(estimate, dense_hessian_traces(case.model, *case[1:], copy.deepcopy(loss_fn)))
 

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from lightning_robust.functional._isolation.context import differentiable_weights
 from lightning_robust.functional.curvature._autograd_graph import in_order_of_computation, kind_of
-from lightning_robust.functional.curvature._piecewise_linear import _FACTORS, _PIECEWISE_LINEAR, curved_layers
+from lightning_robust.functional.curvature._piecewise_linear import _FACTORS, _PIECEWISE_LINEAR, CurvedLayers
 from tests.helpers.curvature import relu_mlp, tanh_mlp
 from tests.helpers.networks import random
 
@@ -184,8 +184,17 @@ class Between(nn.Module):
         return (out * random(1, *out.shape, dtype=torch.float32)).sum().expand(2, 3)
 
 
+def curved_layers(model: nn.Module, *chunks: Tensor, up_to_a_constant: bool = True) -> set[str]:
+    """Layers in which the outputs on some chunks of samples are curved."""
+    with differentiable_weights(model) as weights:
+        layers = CurvedLayers(weights, up_to_a_constant=up_to_a_constant)
+        for x in chunks:
+            layers.read(model(x))
+        return set(layers.names())
+
+
 def curved(operation: Operation) -> set[str]:
-    return set(curved_layers(Between(operation), random(2, 2, 4, dtype=torch.float32)))
+    return curved_layers(Between(operation), random(2, 2, 4, dtype=torch.float32))
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
@@ -331,11 +340,20 @@ def test_a_single_sample_is_enough_to_tell() -> None:
     assert curved_layers(relu_mlp(), x) == curved_layers(relu_mlp(), x[:1]) == set()
 
 
-def test_it_takes_one_forward_pass_of_every_sample() -> None:
-    sizes: list[int] = []
-    model = nn.Linear(4, 3)
-    handle = model.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
-    curved_layers(model, torch.ones(70, 4))
-    curved_layers(model, torch.ones(70, 4), chunk_size=50)
-    handle.remove()
-    assert sizes == [32, 32, 6, 50, 20]
+class Sided(nn.Module):
+    """A layer that acts on its own where the first number of the first sample is positive, else behind a tanh."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.other = nn.Linear(4, 3), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) if x[0, 0] > 0 else self.layer(x).tanh() + self.other(x)
+
+
+def test_a_layer_is_curved_if_it_is_in_one_chunk_and_linear_if_it_is_reached_in_one() -> None:
+    right = torch.ones(2, 4)
+    assert curved_layers(Sided(), right) == {"other.weight", "other.bias"}
+    assert curved_layers(Sided(), -right) == {"layer.weight", "layer.bias"}
+    for chunks in ((right, -right), (-right, right)):
+        assert curved_layers(Sided(), *chunks) == {"layer.weight", "layer.bias"}
