@@ -23,6 +23,8 @@ from lightning_robust.functional.curvature.plan import Estimator, Plan
 from lightning_robust.functional.curvature.signs import ProbeSeeds, sample_signs
 from lightning_robust.functional.curvature.sums import NUM_BLOCKS, CurvatureSums
 
+_FUSED = (nn.MultiheadAttention, nn.TransformerEncoder, nn.TransformerEncoderLayer)
+
 
 @dataclass(frozen=True, eq=False)
 class CurvatureProblem:
@@ -84,6 +86,9 @@ class ExaminedProblem:
         gauss_newton = names if loss.root is not None and problem.estimator != "hutchinson" else ()
         self._gradients = SampleGradients(problem.model, weights, gauss_newton)
         self._chunks = torch.split(torch.arange(len(x)), problem.chunk_size or self._gradients.samples_at_once(x))
+        # torch's attention runs in a fused kernel without a graph, which rounds otherwise: every estimator takes its
+        # outputs from there, so that they agree to the last bit in layers where they measure the same
+        self._is_fused = any(isinstance(module, _FUSED) for module in weights.modules)
         curved = None
         if gauss_newton and problem.estimator == "auto":
             curved = CurvedLayers(weights, up_to_a_constant=loss.is_cross_entropy)
@@ -100,6 +105,9 @@ class ExaminedProblem:
             outputs = outputs_of(self._problem.model, self._inputs[rows])
         if curved is not None:
             curved.read(outputs)
+            if self._is_fused:
+                with torch.no_grad():
+                    outputs = outputs_of(self._problem.model, self._inputs[rows])
         outputs = outputs.detach().clone()  # a network may write every batch of outputs to the same memory
         self._loss.check(outputs, self._targets_of(rows))
         return outputs
