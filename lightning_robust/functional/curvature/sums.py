@@ -9,7 +9,10 @@ processes. There are two errors:
   a few uncertain samples may make most of the noise, which leaves fewer: the Welch–Satterthwaite number. The error is
   widened by the matching quantile of Student's distribution, so that ± 2 standard errors come close to 95 % (on 256
   samples of a small trained network and two probes: 90 %, instead of 85 % without);
-- from *samples*: the spread of the estimate over other samples and other signs, from the spread between blocks.
+- from *samples*: the spread of the estimate over other samples and other signs, from the spread between blocks. Over
+  1000 draws of 128 samples, ± 2 standard errors covered the population's traces (total and single layers) in 91 to
+  93 % (ReLU network, digits) and 94 to 98 % (tanh network, normal inputs); Student's distribution says 94 % for 16
+  blocks.
 """
 
 from __future__ import annotations
