@@ -18,14 +18,14 @@ from lightning_robust.functional._validation.arguments import (
 )
 from lightning_robust.functional._validation.tensors import (
     check_input_type,
-    check_inputs,
     check_logits,
     check_targets,
     outputs_of,
 )
 from lightning_robust.functional.curvature.losses import LossFn, check_loss_fn
-from lightning_robust.functional.curvature.plan import Estimator, make_plan
-from lightning_robust.functional.curvature.probes import ProbeSeeds, curvature_sums
+from lightning_robust.functional.curvature.plan import Estimator
+from lightning_robust.functional.curvature.problem import CurvatureProblem
+from lightning_robust.functional.curvature.signs import ProbeSeeds
 from lightning_robust.functional.curvature.sums import CurvatureSums
 from lightning_robust.functional.fisher_rao.path_options import PathOptions
 from lightning_robust.functional.fisher_rao.paths import FisherRaoPaths, trace_fisher_rao_paths
@@ -154,39 +154,25 @@ class Probe:
         """Traces of the Hessian as sums over samples (see :func:`~lightning_robust.functional.hessian_trace`).
 
         Args:
-            estimator: See there.
-            num_probes: See there. Signs follow from the contents of the samples, attacked or not.
-            attack: Takes the loss on attacked inputs.
+            estimator: ``"auto"``, ``"gauss_newton"`` or ``"hutchinson"``.
+            num_probes: Number of probes. Their signs are a function of the clean samples, also under an attack.
+            attack: Measures the loss on attacked inputs.
         """
         key = ("curvature", estimator, num_probes, attack)
         return self._once(key, lambda: self._curvature(estimator, num_probes, attack))
 
     def _curvature(self, estimator: Estimator, num_probes: int, attack: Attack | None) -> CurvatureSums:
-        check_inputs(self.inputs)
-        inputs = self.inputs if attack is None else self.attacked(attack)
-        chunk_size = self.chunk_size
-        if chunk_size is not None:
-            chunk_size = max(1, chunk_size // self.outputs(inputs[:1])[0].numel())
-        plan = make_plan(
+        problem = CurvatureProblem(
             self.model,
-            inputs,
+            self.inputs if attack is None else self.attacked(attack),
             self.targets,
             estimator=estimator,
             loss_fn=self.loss_fn,
             module=self.module,
-            chunk_size=chunk_size,
+            chunk_size=self.chunk_size,
         )
-        return curvature_sums(
-            self.model,
-            inputs,
-            self.targets,
-            plan=plan,
-            seeds=ProbeSeeds.of(self.inputs),
-            probes=plan.probes(0, num_probes),
-            loss_fn=self.loss_fn,
-            module=self.module,
-            chunk_size=chunk_size,
-        )
+        with problem.examined() as examined:
+            return examined.sums(ProbeSeeds.from_contents(self.inputs), examined.plan.probes(0, num_probes))
 
     def fisher_rao_paths(self, *, num_targets: int | None, options: PathOptions) -> FisherRaoPaths:
         """Paths to other classes (see :func:`~lightning_robust.functional.trace_fisher_rao_paths`).
