@@ -11,17 +11,8 @@ from torch import Tensor, nn
 
 from lightning_robust.functional._isolation.context import differentiable
 from lightning_robust.functional._isolation.stand_ins import full_precision
-from lightning_robust.functional._validation.arguments import (
-    check_function,
-    check_kind,
-    check_positive_integer,
-)
-from lightning_robust.functional._validation.tensors import (
-    check_input_type,
-    check_logits,
-    check_targets,
-    outputs_of,
-)
+from lightning_robust.functional._validation.arguments import check_function, check_kind, check_positive_integer
+from lightning_robust.functional._validation.tensors import check_input_type, check_logits, check_targets, outputs_of
 from lightning_robust.functional.curvature.losses import LossFn, check_loss_fn
 from lightning_robust.functional.curvature.plan import Estimator
 from lightning_robust.functional.curvature.problem import CurvatureProblem

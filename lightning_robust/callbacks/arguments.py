@@ -1,14 +1,15 @@
-"""Constructor arguments, which configuration files also write."""
+"""Checks of constructor arguments, which may come from Python or from configuration files."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from lightning_robust.functional._validation.arguments import as_numbers, expected_but_got
+from lightning_robust.functional._validation.arguments import as_number, as_numbers, expected_but_got
 from lightning_robust.functional.input_space.units import check_constant
 from lightning_robust.metrics import (
     METRICS,
@@ -22,7 +23,7 @@ from lightning_robust.metrics import (
 
 @contextmanager
 def misconfiguration() -> Iterator[None]:
-    """Give a wrong type or value the name that Lightning has for it."""
+    """Turn a ``TypeError`` or ``ValueError`` into Lightning's ``MisconfigurationException``."""
     try:
         yield
     except (TypeError, ValueError) as error:
@@ -30,7 +31,7 @@ def misconfiguration() -> Iterator[None]:
 
 
 def as_metrics(metrics: Sequence[str | ProbeMetric] | None) -> list[ProbeMetric]:
-    """Return the metrics that are meant, the default ones for None, or raise a ``ValueError``."""
+    """Return metrics for metrics or their names, the defaults for None, or raise a ``ValueError``."""
     if metrics is None:
         return [FisherSpectralNorm(), LinearizedAccuracy(), HessianTrace(), WeightCurvatureIndex()]
     if isinstance(metrics, str | bytes) or not isinstance(metrics, Sequence) or not metrics:
@@ -48,8 +49,20 @@ def as_metrics(metrics: Sequence[str | ProbeMetric] | None) -> list[ProbeMetric]
 def as_constant(
     name: str, value: float | Sequence[float] | Tensor | None, *, positive: bool = True
 ) -> float | list[float] | None:
-    """Return plain numbers, or raise a ``ValueError`` unless it is a finite (positive) number or a list of them."""
+    """Return a number or a list of numbers, or raise a ``ValueError`` unless all are finite (and positive)."""
     if value is None:
         return None
     numbers = check_constant(name, value, positive=positive)
     return numbers[0] if as_numbers(value) is None else numbers
+
+
+def as_monitor_weights(monitor: str | Sequence[str] | Mapping[str, float]) -> dict[str, float]:
+    """Return a weight for each key, 1 by default, or raise a ``ValueError``."""
+    expected = "a key, a list of different keys, or a mapping of keys to positive numbers"
+    keys = [monitor] if isinstance(monitor, str) else monitor
+    weights: dict[str, float] = {}
+    if isinstance(keys, Mapping | Sequence) and all(isinstance(key, str) and key for key in keys):
+        weights = {key: as_number(keys[key]) if isinstance(keys, Mapping) else 1.0 for key in keys}
+    if not weights or len(weights) < len(keys) or not all(0 < weight < math.inf for weight in weights.values()):
+        raise ValueError(expected_but_got("monitor", expected, monitor))
+    return weights

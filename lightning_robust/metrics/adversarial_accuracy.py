@@ -42,14 +42,9 @@ class AdversarialAccuracy(ProbeMetric):
     """
 
     higher_is_better = True
-    correct: list[Tensor] | Tensor
+    correct: list[Tensor]
 
-    def __init__(
-        self,
-        epsilons: Sequence[float] = (8 / 255,),
-        norm: Norm = "linf",
-        steps: int = 20,
-    ) -> None:
+    def __init__(self, epsilons: Sequence[float] = (8 / 255,), norm: Norm = "linf", steps: int = 20) -> None:
         super().__init__()
         check_positive_integer("steps", steps)
         self.epsilons = check_epsilons(epsilons)
@@ -63,7 +58,6 @@ class AdversarialAccuracy(ProbeMetric):
         for epsilon in self.epsilons:
             attacked = probe.attacked(Attack(epsilon, self.norm, self.steps))
             correct.append(probe.logits(attacked).argmax(dim=1) == targets)
-        assert isinstance(self.correct, list)
         self.correct.append(torch.stack(correct, dim=1).to(self.device, torch.float64).flatten())
 
     def compute(self) -> dict[str, Tensor]:

@@ -17,31 +17,39 @@ from lightning_robust.functional.fisher_rao.ratios import share_of_hits
 from lightning_robust.probe import Probe
 
 
-class Float64Metric(Metric, ABC):
-    """A metric whose states stay float64 when the module that holds it changes precision.
+class ProbeMetric(Metric, ABC):
+    """A torchmetrics ``Metric`` of a network, updated with a :class:`~lightning_robust.Probe`.
 
-    Sums then do not depend, beyond negligible rounding, on how samples were spread over updates or processes.
+    ``compute()`` returns a flat dictionary of 0-d tensors, the most telling first; it is empty if no sample was seen.
+
+    States stay float64 when the module that holds the metric changes precision. Beyond negligible rounding, sums then
+    do not depend on how samples are spread over updates or processes.
+
+    Attributes:
+        per_sample: After ``compute()``, the per-sample values, (N,), of those keys that are means over samples, process
+            by process and in the order of the updates. They tell how well two measurements of the same samples can be
+            told apart.
+        best_untrained: Whether values are best at initialisation.
     """
 
     full_state_update = False
+    is_differentiable = False
+    best_untrained = False
 
-    def add_float64_state(self, name: str, *shape: int, reduce: Literal["sum", "max"] = "sum") -> None:
-        """Add a tensor of zeros that is summed over processes, or whose maximum counts."""
-        self.add_state(name, torch.zeros(shape, dtype=torch.float64), dist_reduce_fx=reduce)
+    def __init__(self) -> None:
+        super().__init__()
+        self.per_sample: dict[str, Tensor] = {}
 
     def reset(self) -> None:
         """Forget all samples, also after an error within ``compute`` has left the states of all processes here."""
         if self._is_synced:
             self.unsync()
         super().reset()
+        self.per_sample = {}
 
-    def set_dtype(self, dst_type: str | torch.dtype) -> Float64Metric:
-        """Change nothing: sums of lower precision would depend on how samples are spread over processes."""
+    def set_dtype(self, dst_type: str | torch.dtype) -> ProbeMetric:
+        """Change nothing: states stay float64."""
         return self
-
-    def add_float64_rows(self, name: str) -> None:
-        """Add a list of one-dimensional tensors that is joined over processes."""
-        self.add_state(name, [], dist_reduce_fx="cat")
 
     def sync(self, *args: Any, **kwargs: Any) -> None:
         """Gather the states of all processes, rows in one dtype; a process without rows sends an empty one."""
@@ -51,45 +59,29 @@ class Float64Metric(Metric, ABC):
                 setattr(self, name, [row.double() if row.is_floating_point() else row for row in rows])
         super().sync(*args, **kwargs)
 
+    def add_float64_state(self, name: str, *shape: int, reduce: Literal["sum", "max"] = "sum") -> None:
+        """Add a tensor of zeros. Processes exchange its sum or its maximum."""
+        self.add_state(name, torch.zeros(shape, dtype=torch.float64), dist_reduce_fx=reduce)
 
-class ProbeMetric(Float64Metric, ABC):
-    """A torchmetrics ``Metric`` of a network, updated with a :class:`~lightning_robust.Probe`.
-
-    ``compute()`` returns a flat dictionary of 0-d tensors, the most telling first; it is empty if no sample was seen.
-
-    Attributes:
-        per_sample: After ``compute()``, the per-sample values, (N,), of those keys that are means over samples, process
-            by process and in the order of the updates. They tell how well two measurements of the same samples can be
-            told apart.
-    """
-
-    is_differentiable = False
-    best_untrained = False  # whether values are best at initialisation
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.per_sample: dict[str, Tensor] = {}
-
-    def reset(self) -> None:
-        """Forget all samples."""
-        super().reset()
-        self.per_sample = {}
+    def add_float64_rows(self, name: str) -> None:
+        """Add a list of one-dimensional tensors that is joined over processes."""
+        self.add_state(name, [], dist_reduce_fx="cat")
 
     def add_configuration(self, *options: object) -> None:
-        """Add a state that tells apart metrics of one class with different options.
+        """Add a state that tells metrics of one class with different options apart.
 
-        torchmetrics lets the metrics of a ``MetricCollection`` whose states are equal after the first update share one
-        state from then on; those of different options may be equal by chance.
+        In a ``MetricCollection``, torchmetrics merges metrics whose states are equal after the first update. States of
+        metrics with different options can be equal by chance.
         """
         digest = hashlib.blake2b(repr(options).encode(), digest_size=8).digest()
         self.add_state("configuration", torch.tensor(list(digest), dtype=torch.float64), dist_reduce_fx="max")
 
     def direction(self, key: str) -> bool | None:
-        """Whether higher values of one of its keys are better; None if neither is."""
+        """Whether higher values of this key are better; None if neither direction is."""
         return self.higher_is_better
 
     def caveats(self, values: Mapping[str, float]) -> dict[str, str]:
-        """What a reader must know about the values of one measurement, as a clause that follows the key.
+        """Return warnings about the values of one measurement, by key; each continues a sentence that starts with it.
 
         Args:
             values: Everything that was measured, by key, ``num_samples`` included.
@@ -119,18 +111,8 @@ class ProbeMetric(Float64Metric, ABC):
 
 
 def joined(rows: list[Tensor] | Tensor) -> Tensor:
-    """The rows of all updates and processes, one-dimensional; empty where there are none."""
+    """Join the rows of all updates and processes, one-dimensional; without rows, return an empty tensor."""
     return dim_zero_cat(rows) if len(rows) else torch.empty(0, dtype=torch.float64)
-
-
-def code_points(text: str, *, like: Tensor) -> Tensor:
-    """A text as numbers, because only metric states travel between processes."""
-    return torch.tensor([ord(char) for char in text], dtype=torch.float64, device=like.device)
-
-
-def text_of(points: Tensor) -> str:
-    """The text of such numbers."""
-    return "".join(chr(int(point)) for point in points.tolist())
 
 
 def error_bar(key: str, mean: Tensor, stderr: Tensor) -> dict[str, Tensor]:

@@ -62,7 +62,7 @@ class FisherRaoMargin(ProbeMetric):
     """
 
     higher_is_better = None
-    rows: list[Tensor] | Tensor
+    rows: list[Tensor]
     num_classes: Tensor
 
     def __init__(
@@ -101,7 +101,6 @@ class FisherRaoMargin(ProbeMetric):
         if self.num_classes not in (0, c):
             raise ValueError(f"Expected logits of {int(self.num_classes)} classes, as before, but got {c}.")
         sums = _sums(paths).to(self.num_classes).flatten()
-        assert isinstance(self.rows, list)
         self.rows = [self.rows[0] + sums] if self.rows else [sums]
         self.num_classes = torch.full_like(self.num_classes, c)
 

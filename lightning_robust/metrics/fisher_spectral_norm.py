@@ -39,7 +39,7 @@ class FisherSpectralNorm(ProbeMetric):
 
     higher_is_better = False
     best_untrained = True
-    rows: list[Tensor] | Tensor
+    rows: list[Tensor]
     num_classes: Tensor
 
     def __init__(self) -> None:
@@ -55,7 +55,6 @@ class FisherSpectralNorm(ProbeMetric):
         upper = torch.triu_indices(c, c, device=linearization.gram.device)
         targets = check_targets(probe.targets, num_samples=len(probe))
         row = torch.cat([targets[:, None], linearization.logits, linearization.gram[:, upper[0], upper[1]]], dim=1)
-        assert isinstance(self.rows, list)
         self.rows.append(row.to(self.num_classes).flatten())
         self.num_classes = torch.full_like(self.num_classes, c)
 

@@ -44,11 +44,11 @@ class HessianTrace(CurvatureMetric):
 
     def compute(self) -> dict[str, Tensor]:
         """Return the trace over all samples, as the class docstring lists it."""
-        curvature = self._gathered()
-        if curvature is None:
+        gathered = self._gathered()
+        if gathered is None:
             return {}
-        sums, total = curvature.sums, curvature.sums.total()
-        key = self._key("hessian_trace")
+        key, sums = self._key("hessian_trace"), gathered[0]
+        total = sums.total()
         values = error_bar(key, total.means()[0], total.sample_stderr()[0])
         values |= stderr_of_probes(key, total.probe_stderr()[0])
         if self.per_layer:
@@ -56,19 +56,13 @@ class HessianTrace(CurvatureMetric):
         return values
 
     def caveats(self, values: Mapping[str, float]) -> dict[str, str]:
-        """Say so if the trace is mostly noise of probes.
-
-        Args:
-            values: Logged values by key, with the number of samples under ``num_samples``.
-
-        Returns:
-            Sentences to be read after the key that they belong to.
-        """
+        """Warn if the trace is mostly noise of probes (see :meth:`ProbeMetric.caveats`)."""
         trace, noise = values.get("hessian_trace", 0.0), values.get("hessian_trace_stderr_probes", 0.0)
         if not (noise > abs(trace) and values.get("num_samples", 0) >= _FEW_SAMPLES):
             return {}
         return {
-            "hessian_trace": "is mostly noise of random probes (`…_stderr_probes`), the same at every measurement."
-            " `HessianTrace(num_probes=32)` has a quarter of it. torch's own losses (modules, functions and"
-            " `functools.partial` of them, but not lambdas) need fewer probes than custom ones."
+            "hessian_trace": "is mostly noise of its random probes (`…_stderr_probes`), so its level means little. The"
+            " noise is the same at every measurement. `HessianTrace(num_probes=32)` has a quarter of it. torch's own"
+            " losses (modules, functions and `functools.partial` of them, but not lambdas) need fewer probes than"
+            " custom ones."
         }

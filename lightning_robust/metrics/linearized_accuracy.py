@@ -49,7 +49,7 @@ class LinearizedAccuracy(ProbeMetric):
     """
 
     higher_is_better = True
-    margins: list[Tensor] | Tensor
+    margins: list[Tensor]
 
     def __init__(
         self, epsilons: Sequence[float] = DEFAULT_EPSILONS, norm: Norm = "linf", order: Literal[1, 2] = 1
@@ -72,7 +72,6 @@ class LinearizedAccuracy(ProbeMetric):
         else:
             raise ValueError("Expected a linearisation with `gap_l1` for norm 'linf', but it has none. Use norm='l2'.")
         check_finite(margins.masked_fill(margins.isposinf(), 0.0), "gradients of the logits")
-        assert isinstance(self.margins, list)
         self.margins.append(margins.to(self.device, torch.float64))
 
     def compute(self) -> dict[str, Tensor]:

@@ -86,12 +86,11 @@ class WeightCurvatureIndex(CurvatureMetric):
 
     def compute(self) -> dict[str, Tensor]:
         """Return the index over all samples, as the class docstring lists it."""
-        curvature = self._gathered()
-        if curvature is None:
+        gathered = self._gathered()
+        if gathered is None:
             return {}
-        key = self._key(self._index)
-        sums, norms = curvature.sums, curvature.norms.nan_to_num(nan=0.0)
-        counted, traces = curvature.norms.isfinite(), sums.means()
+        key, (sums, norms) = self._key(self._index), gathered
+        counted, norms, traces = norms.isfinite(), norms.nan_to_num(nan=0.0), sums.means()
         terms = curvature_terms(norms, traces)
 
         def linearised(stderr: Tensor) -> Tensor:
@@ -109,21 +108,14 @@ class WeightCurvatureIndex(CurvatureMetric):
         return values
 
     def caveats(self, values: Mapping[str, float]) -> dict[str, str]:
-        """Say so if layers of negative curvature make the index unreliable.
-
-        Args:
-            values: Logged values by key.
-
-        Returns:
-            Sentences to be read after the key that they belong to.
-        """
+        """Warn if layers of negative curvature make the index unreliable (see :meth:`ProbeMetric.caveats`)."""
         key = self._index
         negative, stderr = values.get(f"{key}_negative_layers", 0.0), values.get(f"{key}_stderr", 0.0)
         if not (negative > 0 and stderr > 0.5 * values[key]):
             return {}
         remedy = "" if self.attack is None else " or a smaller `epsilon`"
         return {
-            key: "is not to be trusted: the curvature of some layers of this network (`…_negative_layers`) is negative,"
-            " truly or by noise of probes, and counts as 0. `WeightCurvatureIndex(estimator='gauss_newton')` is never"
-            f" negative; more `num_probes`{remedy} may help, too."
+            key: "is not reliable: some layers have negative curvature (`…_negative_layers`), truly or by noise of"
+            " the probes, and count as 0. `WeightCurvatureIndex(estimator='gauss_newton')` is never negative; more"
+            f" `num_probes`{remedy} may also help."
         }

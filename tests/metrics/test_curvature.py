@@ -250,7 +250,7 @@ def test_a_trace_below_its_noise_has_a_caveat(trace: float, noise: float, num_sa
     values = {"hessian_trace": trace, "hessian_trace_stderr_probes": noise, "num_samples": num_samples}
     (caveat,) = HessianTrace().caveats(values).items()
     assert caveat[0] == "hessian_trace"
-    assert caveat[1].startswith("is mostly noise of random probes (`…_stderr_probes`)")
+    assert caveat[1].startswith("is mostly noise of its random probes (`…_stderr_probes`)")
     assert "`HessianTrace(num_probes=32)`" in caveat[1]
 
 
@@ -278,7 +278,7 @@ CLEAN, ATTACKED = WeightCurvatureIndex(), WeightCurvatureIndex(attack="pgd")
 def test_an_uncertain_index_with_negative_layers_has_a_caveat(metric: WeightCurvatureIndex, key: str) -> None:
     ((name, sentence),) = metric.caveats({key: 1.0, f"{key}_negative_layers": 1.0, f"{key}_stderr": 0.51}).items()
     assert name == key
-    assert sentence.startswith("is not to be trusted: the curvature of some layers")
+    assert sentence.startswith("is not reliable: some layers have negative curvature")
     assert "`WeightCurvatureIndex(estimator='gauss_newton')` is never negative" in sentence
     assert ("a smaller `epsilon`" in sentence) == (metric is ATTACKED)
 

@@ -8,8 +8,6 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from lightning_robust.callbacks.drift_stopping import messages
-
 
 def copy_of_weights(pl_module: LightningModule) -> dict[str, Tensor]:
     """Copy the module's ``state_dict`` to main memory."""
@@ -22,7 +20,15 @@ def copy_of_weights(pl_module: LightningModule) -> dict[str, Tensor]:
 def check_restorable(trainer: Trainer) -> None:
     """Raise a ``MisconfigurationException`` if weights cannot be copied and put back in this Trainer."""
     if isinstance(trainer.strategy, DeepSpeedStrategy | FSDPStrategy | ModelParallelStrategy):
-        raise MisconfigurationException(messages.sharded_weights(type(trainer.strategy).__name__))
+        strategy = type(trainer.strategy).__name__
+        raise MisconfigurationException(
+            f"Expected argument `restore_best_weights` to be False with {strategy}, which spreads the weights over"
+            " processes. To keep the best weights, add a `ModelCheckpoint` that monitors the same key."
+        )
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     if any(isinstance(callback, WeightAveraging) for callback in callbacks):
-        raise MisconfigurationException(messages.averaged_weights())
+        raise MisconfigurationException(
+            "Expected argument `restore_best_weights` to be False beside weight averaging, which puts in its own"
+            " weights for validation and at the end. To keep the best weights, add a `ModelCheckpoint` that monitors"
+            " the same key."
+        )

@@ -15,9 +15,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from lightning_robust.callbacks.arguments import misconfiguration
+from lightning_robust.callbacks.arguments import as_monitor_weights, misconfiguration
 from lightning_robust.callbacks.drift_stopping import messages
-from lightning_robust.callbacks.drift_stopping.arguments import as_monitor_weights
 from lightning_robust.callbacks.drift_stopping.best_weights import check_restorable, copy_of_weights
 from lightning_robust.callbacks.drift_stopping.readings import Readings, no_direction, owner_of, read
 from lightning_robust.callbacks.drift_stopping.record import Record, Series
@@ -153,7 +152,7 @@ class RobustnessDriftStopping(EarlyStopping):
     @property
     def state_key(self) -> str:
         """Tells several stoppers in one checkpoint apart."""
-        # There is only one rule. Its name stays here because earlier checkpoints have it in their keys.
+        # There is only one rule. Keys in earlier checkpoints contain its name.
         return self._generate_state_key(
             monitor=self.monitor_weights, mode=self._mode, rule="consecutive", combine=self.combine, action=self.action
         )
@@ -201,7 +200,7 @@ class RobustnessDriftStopping(EarlyStopping):
                 raise MisconfigurationException(no_direction(trainer, key))
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Remember the values of earlier validations, to recognise new ones."""
+        """Remember the values of earlier validations, to recognise new values."""
         self._old = dict(trainer.callback_metrics)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -209,18 +208,13 @@ class RobustnessDriftStopping(EarlyStopping):
         if self._should_skip_check(trainer):
             return
         readings = read(
-            trainer,
-            self.monitor_weights,
-            old=self._old,
-            known=self._record.series,
-            mode=self._mode,
-            strict=self.strict,
-            tolerance=self.tolerance,
-            accuracy_key=self._record.accuracy_key,
+            trainer, self.monitor_weights, old=self._old, record=self._record, mode=self._mode, strict=self.strict
         )
         readings = trainer.strategy.broadcast(readings)  # values that a user logs may differ between processes
         if readings.error is not None:
             raise MisconfigurationException(readings.error)
+        if self.tolerance >= 1 and any(readings.higher_is_better.values()):
+            raise MisconfigurationException(messages.endless_tolerance(self.tolerance))
         if self.warmup == 0 and self.reference is None:
             self._warnings.once(*map(messages.best_untrained, readings.best_untrained))
         self._warnings.once(*map(messages.not_finite, readings.not_finite))
@@ -261,33 +255,31 @@ class RobustnessDriftStopping(EarlyStopping):
         for key, value in measured.values.items():
             series = record.series.setdefault(key, Series(measured.higher_is_better[key]))
             series.add(epoch, value, measured.stderrs[key], accuracy, measured.per_sample.get(key))
-        self._drifts = {key: self._drift(series) for key, series in record.series.items()}
-        self.wait_count = max(drift.length for drift in self._drifts.values())
+        self._drifts = {
+            key: drift(
+                series.values,
+                series.stderrs,
+                series.per_sample,
+                higher_is_better=series.higher_is_better,
+                patience=self.patience,
+                warmup=self.warmup,
+                reference=self.reference,
+                tolerance=self.tolerance,
+                z=self.z,
+            )
+            for key, series in record.series.items()
+        }
+        self.wait_count = max(found.length for found in self._drifts.values())
         warm = {key: value for key, value in measured.values.items() if len(record.series[key].values) > self.warmup}
         if warm and record.keep_if_better(epoch, warm, self.monitor_weights):
             self.best_score = torch.tensor(next(iter(warm.values())))
             if self.restore_best_weights:
                 self._best_weights = copy_of_weights(pl_module)
 
-    def _drift(self, series: Series) -> Drift:
-        return drift(
-            series.values,
-            series.stderrs,
-            series.per_sample,
-            higher_is_better=series.higher_is_better,
-            patience=self.patience,
-            warmup=self.warmup,
-            reference=self.reference,
-            tolerance=self.tolerance,
-            z=self.z,
-        )
-
     def _evaluate_stopping_criteria(self, current: Tensor) -> tuple[bool, str | None]:
         """Answer EarlyStopping whether to stop, and why."""
-        was_drifting, self._drifting = (
-            self._drifting,
-            drifted_together(self._drifts, self.monitor_weights, self.combine),
-        )
+        was_drifting = self._drifting
+        self._drifting = drifted_together(self._drifts, self.monitor_weights, self.combine)
         if not self._drifting:
             return False, None
         reason = messages.reason(self._record, self._drifts)

@@ -15,14 +15,15 @@ from lightning_robust.metrics.keys import is_accuracy, is_error_bar
 
 def reason(record: Record, drifts: Mapping[str, Drift]) -> str:
     """Why a run is stopped: each key that has drifted, and the change of clean accuracy since the best measurement."""
-    said = [_of_key(key, drift, record.series[key]) for key, drift in drifts.items() if drift.drifted]
-    pairs = [
-        (series.accuracies[drift.best], series.accuracies[-1])
-        for series, drift in ((record.series[key], drift) for key, drift in drifts.items())
-        if drift.drifted and drift.best is not None
-    ]
-    known = [pair for pair in pairs if all(map(math.isfinite, pair))]
-    return "; ".join([*said, *(_of_accuracy(record.accuracy_key, *pair) for pair in known[:1])]) + "."
+    drifted = {key: drift for key, drift in drifts.items() if drift.drifted}
+    said = [_of_key(key, drift, record.series[key]) for key, drift in drifted.items()]
+    accuracies = _accuracies(record, {key: drift.best for key, drift in drifted.items()})
+    if accuracies is not None:
+        points = accuracies[1] - accuracies[0]
+        verb = "rose" if points > 0 else "fell"
+        change = "stayed" if abs(points) < 0.05 else f"{verb} {abs(points):.1f} points"
+        said.append(f"clean accuracy {change} ({record.accuracy_key})")
+    return "; ".join(said) + "."
 
 
 def _of_key(key: str, drift: Drift, series: Series) -> str:
@@ -39,36 +40,30 @@ def _of_key(key: str, drift: Drift, series: Series) -> str:
     return f"{key} {verb} {amount} {side} {than} over {over}"
 
 
-def _of_accuracy(key: str | None, before: float, after: float) -> str:
-    before, after = _in_percent(before, after)
-    points = after - before
-    verb = "stayed" if abs(points) < 0.05 else "rose" if points > 0 else "fell"
-    amount = "" if verb == "stayed" else f" {abs(points):.1f} points"
-    return f"clean accuracy {verb}{amount} ({key})"
-
-
-def _in_percent(*accuracies: float) -> list[float]:
-    """Accuracies in percent; values above 1 already are."""
-    return [100 * accuracy if max(accuracies) <= 1 else accuracy for accuracy in accuracies]
+def _accuracies(record: Record, best: Mapping[str, int | None]) -> tuple[float, float] | None:
+    """Clean accuracy in percent at the best measurement, given by its index in each series, and at the last one."""
+    for key, index in best.items():
+        accuracies = record.series[key].accuracies
+        pair = (math.nan, math.nan) if index is None else (accuracies[index], accuracies[-1])
+        if all(map(math.isfinite, pair)):
+            return pair if max(pair) > 1 else (100 * pair[0], 100 * pair[1])
+    return None
 
 
 def put_back(record: Record) -> str:
     """Which weights were put back, and what that gains and costs compared with the last measurement."""
-    found = [(key, series, record.index_of_best(key)) for key, series in record.series.items()]
+    best = {key: index for key in record.series if (index := record.index_of_best(key)) is not None}
     said = [
-        f"{key} {series.values[best]:#.4g} instead of {series.values[-1]:#.4g} at epoch {series.epochs[-1]}"
-        for key, series, best in found
-        if best is not None
+        f"{key} {series.values[best[key]]:#.4g} instead of {series.values[-1]:#.4g} at epoch {series.epochs[-1]}"
+        for key, series in record.series.items()
+        if key in best
     ]
-    pairs = [(series.accuracies[best], series.accuracies[-1]) for _, series, best in found if best is not None]
-    known = [pair for pair in pairs if all(map(math.isfinite, pair))]
-    advice = ""
-    if known:
-        best_accuracy, last_accuracy = (f"{accuracy:.1f} %" for accuracy in _in_percent(*known[0]))
-        same = best_accuracy == last_accuracy
-        change = f"still {best_accuracy}" if same else f"{best_accuracy} instead of {last_accuracy}"
+    advice, accuracies = "", _accuracies(record, best)
+    if accuracies is not None:
+        before, after = (f"{accuracy:.1f} %" for accuracy in accuracies)
+        change = f"still {before}" if before == after else f"{before} instead of {after}"
         said.append(f"clean accuracy {change} ({record.accuracy_key})")
-        if not same and known[0][0] < known[0][1]:
+        if before != after and accuracies[0] < accuracies[1]:
             advice = " To keep the last weights, pass `restore_best_weights=False`."
     changes = f": {', '.join(said)}" if said else ""
     return f"RobustnessDriftStopping put back the weights of epoch {record.best_epoch}{changes}.{advice}"
@@ -88,7 +83,7 @@ def best_untrained(key: str) -> str:
     """A followed key is best at initialisation, and no measurement is left out."""
     return (
         f"RobustnessDriftStopping follows `{key}`, which is best at initialisation and gets worse while the network"
-        " learns. It takes that for drift and may stop the run too early. Leave out the first measurements, e.g. with"
+        " learns. That counts as drift and may stop the run too early. Skip the first measurements, e.g. with"
         " `warmup=10`."
     )
 
@@ -97,8 +92,8 @@ def no_best_weights(epoch: int) -> str:
     """The checkpoint of a resumed run holds no best weights."""
     return (
         f"RobustnessDriftStopping cannot put back the weights of epoch {epoch}: the run that was resumed did not keep"
-        " them. The weights of the last epoch stay. To have them kept, pass `restore_best_weights=True` from the first"
-        " run on."
+        " them. The module has the weights of the last epoch. To keep the best ones, pass `restore_best_weights=True`"
+        " from the first run on."
     )
 
 
@@ -140,7 +135,7 @@ def no_direction(key: str, *, prefixes: Sequence[str]) -> str:
     )
 
 
-def contradiction(key: str, mode: str, *, higher_is_better: bool) -> str:
+def contradiction(key: str, mode: str | None, *, higher_is_better: bool) -> str:
     """The user's direction is not that of the metric."""
     return (
         f"Expected argument `mode` to be None or {'max' if higher_is_better else 'min'!r} for `{key}`, whose"
@@ -153,20 +148,4 @@ def endless_tolerance(tolerance: float) -> str:
     return (
         "Expected argument `tolerance` to be a share of the best value, below 1 where high values are good, but got"
         f" {tolerance:g}, which no fall exceeds."
-    )
-
-
-def sharded_weights(strategy: str) -> str:
-    """The best weights cannot be kept because no process has all weights."""
-    return (
-        f"Expected argument `restore_best_weights` to be False with {strategy}, which spreads the weights over"
-        " processes. To keep the best weights, add a `ModelCheckpoint` that monitors the same key."
-    )
-
-
-def averaged_weights() -> str:
-    """The best weights cannot be kept because another callback exchanges the weights."""
-    return (
-        "Expected argument `restore_best_weights` to be False beside weight averaging, which puts in its own weights"
-        " for validation and at the end. To keep the best weights, add a `ModelCheckpoint` that monitors the same key."
     )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from lightning.pytorch import Trainer
 from torch import Tensor
 
 from lightning_robust.callbacks.drift_stopping import messages
+from lightning_robust.callbacks.drift_stopping.record import Record
 from lightning_robust.callbacks.monitor.callback import RobustnessMonitor, monitors_of
 from lightning_robust.metrics.keys import clean_accuracy_key
 
@@ -44,11 +45,9 @@ def read(
     keys: Iterable[str],
     *,
     old: Mapping[str, Tensor],
-    known: Collection[str],
+    record: Record,
     mode: str | None,
     strict: bool,
-    tolerance: float,
-    accuracy_key: str | None,
 ) -> Readings:
     """Read the callback metrics at the end of a validation.
 
@@ -56,22 +55,19 @@ def read(
         trainer: The Trainer.
         keys: Keys that are followed.
         old: Callback metrics from before the validation.
-        known: Keys that have been logged before; they may be missing in the first validations of a resumed run.
+        record: Earlier measurements. Their keys may be missing in the first validations of a resumed run.
         mode: The user's direction, for keys whose metric does not have one. If all metrics have one, it must agree.
         strict: Whether a missing key is an error once all keys should have been logged.
-        tolerance: Relative change that does not matter.
-        accuracy_key: Key of clean accuracy, if already known.
     """
     logged, readings = trainer.callback_metrics, Readings()
     # Lightning keeps the values of earlier validations. A value that is logged again is another tensor.
     new = {key: value for key, value in logged.items() if value is not old.get(key)}
     owners = {key: owner_of(trainer, key) for key in keys}
-    for_others = None in owners.values()
+    check_mode = mode is not None and None not in owners.values()  # otherwise `mode` is for keys without an owner
     for key, owner in owners.items():
         if key not in logged:
-            if strict and key not in known and not _comes_later(owner, key):
-                measured = owner is not None
-                readings.error = readings.error or messages.unknown(key, logged, measured=measured)
+            if strict and key not in record.series and not _comes_later(owner, key):
+                readings.error = readings.error or messages.unknown(key, logged, measured=owner is not None)
         elif key not in new:
             continue
         elif not math.isfinite(new[key]):
@@ -80,15 +76,17 @@ def read(
             stderr = float(new.get(f"{key}_stderr", math.nan))
             readings.values[key] = float(new[key])
             readings.stderrs[key] = stderr if math.isfinite(stderr) else 0.0
-            higher_is_better, error = _direction(trainer, owner, key, mode, for_others=for_others)
-            readings.higher_is_better[key] = higher_is_better
-            readings.error = readings.error or error
+            known = None if owner is None else owner.directions.get(key)
+            readings.higher_is_better[key] = mode == "max" if known is None else known
+            if known is None and mode is None:
+                readings.error = readings.error or no_direction(trainer, key)
+            elif known is not None and check_mode and known != (mode == "max"):
+                readings.error = readings.error or messages.contradiction(key, mode, higher_is_better=known)
             if owner is not None and key in owner.per_sample and owner.per_sample[key].isfinite().all():
                 readings.per_sample[key] = owner.per_sample[key]
             if owner is not None and key in owner.best_untrained:
                 readings.best_untrained.append(key)
-    if readings.error is None and tolerance >= 1 and any(readings.higher_is_better.values()):
-        readings.error = messages.endless_tolerance(tolerance)
+    accuracy_key = record.accuracy_key
     if accuracy_key is None:
         prefixes = [monitor.log_key_prefix for monitor in monitors_of(trainer)]
         accuracy_key = clean_accuracy_key((key for key in logged if key not in owners), prefixes=prefixes)
@@ -100,18 +98,6 @@ def read(
 def _comes_later(owner: RobustnessMonitor | None, key: str) -> bool:
     """Whether a missing key belongs to a monitor that has not measured everything yet."""
     return owner is not None and (owner.incomplete or not owner.directions or key in owner.directions)
-
-
-def _direction(
-    trainer: Trainer, owner: RobustnessMonitor | None, key: str, mode: str | None, *, for_others: bool
-) -> tuple[bool, str | None]:
-    """Whether higher values of a key are better, and an error if that is unknown or contradicts ``mode``."""
-    known = None if owner is None else owner.directions.get(key)
-    if known is None:
-        return mode == "max", no_direction(trainer, key) if mode is None else None
-    if not for_others and mode is not None and known != (mode == "max"):
-        return known, messages.contradiction(key, mode, higher_is_better=known)
-    return known, None
 
 
 def no_direction(trainer: Trainer, key: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 
 from lightning_robust.callbacks.arguments import as_constant, as_metrics, misconfiguration
 from lightning_robust.callbacks.monitor import diagnostics
-from lightning_robust.callbacks.monitor.measurement_loop import MeasurementLoop, Sampling
+from lightning_robust.callbacks.monitor.batches import read_batch
+from lightning_robust.callbacks.monitor.measurement_loop import MeasurementLoop
 from lightning_robust.callbacks.monitor.overhead import check_budget
 from lightning_robust.callbacks.monitor.reporting import Reporter
 from lightning_robust.callbacks.monitor.schedule import Schedule
@@ -131,16 +133,18 @@ class RobustnessMonitor(Callback):
             check_choice("on_error", on_error, ("warn", "raise"))
             self.on_error = on_error
             self.seed = check_integer("seed", seed, at_least=0)
-        probe_options = {
-            "input_std": self.input_std,
-            "input_mean": self.input_mean,
-            "valid_range": self.valid_range,
-            "chunk_size": self.chunk_size,
-            "loss_fn": self.loss_fn,
-        }
+        names = ("input_std", "input_mean", "valid_range", "chunk_size", "loss_fn")
+        defaults = {name: getattr(self, name) for name in names}
         self._reporter = Reporter(self.log_key_prefix, prog_bar=self.prog_bar)
-        sampling = Sampling(self.max_samples, self.dataloader_idx, self.seed, self.probe_fn, probe_options)
-        self._loop = MeasurementLoop(self.metrics, sampling, on_error=on_error, reporter=self._reporter)
+        self._loop = MeasurementLoop(
+            self.metrics,
+            self._reporter,
+            functools.partial(read_batch, probe_fn=self.probe_fn, defaults=defaults),
+            max_samples=self.max_samples,
+            dataloader_idx=self.dataloader_idx,
+            seed=self.seed,
+            on_error=on_error,
+        )
 
     # ---- what other callbacks read -----------------------------------------------------------------------------------
 

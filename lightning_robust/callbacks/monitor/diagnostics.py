@@ -123,7 +123,7 @@ def reservoir(max_samples: int) -> str:
 def not_finite(values: Mapping[str, float], *, prefix: str) -> list[str]:
     """Values that are not logged."""
     return [
-        f"`{prefix}{key}` is not finite, and is logged only in measurements in which it is finite."
+        f"`{prefix}{key}` is not finite, so it is not logged. Its curve has gaps wherever this happens."
         for key, value in values.items()
         if not math.isfinite(value)
     ]

@@ -36,9 +36,9 @@ _SHORTAGE = re.compile(
 class Measurement:
     """Collects samples, shows them to the metrics, and gathers the values.
 
-    Everything that may fail goes through :meth:`attempt`, which keeps the failure and skips later attempts.
-    :meth:`update` and :meth:`conclude` issue the same collectives on every process, whatever has failed on any. A
-    failure in one metric does not stop the others.
+    Everything that may fail goes through :meth:`attempt`, which keeps the failure and skips later attempts. A failure
+    in one metric does not stop the others. :meth:`update` and :meth:`conclude` issue the same collectives on every
+    process, whatever has failed on any.
 
     Args:
         metrics: What to measure.
@@ -54,11 +54,7 @@ class Measurement:
     """
 
     def __init__(
-        self,
-        metrics: Sequence[ProbeMetric],
-        *,
-        on_error: Literal["warn", "raise"],
-        samples_at_once: int | None = None,
+        self, metrics: Sequence[ProbeMetric], *, on_error: Literal["warn", "raise"], samples_at_once: int | None = None
     ) -> None:
         self._metrics = metrics
         self._on_error = on_error
@@ -91,9 +87,13 @@ class Measurement:
         try:
             step()
         except Exception as error:
-            if self._on_error == "raise":
-                raise
-            self._failures.setdefault(origin, Failure.of(error, origin=origin))
+            self._fail(origin, error)
+
+    def _fail(self, origin: int, error: Exception) -> None:
+        """Keep the first failure of a metric, by its index, or of the measurement (``WHOLE``)."""
+        if self._on_error == "raise":
+            raise error
+        self._failures.setdefault(origin, Failure.of(error))
 
     def update(self, pl_module: LightningModule, device: torch.device, *, examine: Callable[[Probe], None]) -> None:
         """Show the collected samples to the metrics, once, after the first of them have been examined.
@@ -117,7 +117,7 @@ class Measurement:
         viewers = {WHOLE: examine} | {number: metric.update for number, metric in enumerate(self._metrics)}
         with muted_logging(pl_module), differentiable(pl_module, *self.collector.callables()):
             for group in self.collector.groups():
-                self._show(group.probe(), viewers)
+                self._show(group, viewers)
             if not len(self.collector):  # torchmetrics complains about a metric that is computed without an update
                 for metric in self._metrics:
                     metric.update(Probe(pl_module, torch.empty(0), torch.empty(0, dtype=torch.long)))
@@ -150,19 +150,13 @@ class Measurement:
 
         The metric is then unchanged: metrics change their states at the end of an update.
         """
-        fits = True
-
-        def attempt() -> None:
-            nonlocal fits
-            try:
-                view(probe)
-            except Exception as error:
-                if len(probe) == 1 or not ran_out_of_memory(error):
-                    raise
-                fits = False
-
-        self._try(number, attempt)
-        return fits
+        try:
+            view(probe)
+        except Exception as error:
+            if len(probe) > 1 and ran_out_of_memory(error):
+                return False
+            self._fail(number, error)
+        return True
 
     def conclude(self, *, times: Callable[[], Times]) -> tuple[JointStatus, Values]:
         """Agree with the other processes; the values of those metrics that failed on none of them.
@@ -190,7 +184,7 @@ class Measurement:
 
     def _agree(self, times: Times) -> JointStatus:
         num_samples = 0 if self.collector is None else len(self.collector)
-        status = Status(tuple(self._failures.values()), num_samples, self._seconds, self._key, times)
+        status = Status(dict(self._failures), num_samples, self._seconds, self._key, times)
         return JointStatus.of(synchronised(status))
 
     def _reset(self) -> None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -14,28 +13,16 @@ from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor
 
 from lightning_robust.callbacks.monitor import diagnostics
-from lightning_robust.callbacks.monitor.batches import read_batch
 from lightning_robust.callbacks.monitor.measurement import Measurement, Values
 from lightning_robust.callbacks.monitor.overhead import Times
 from lightning_robust.callbacks.monitor.reporting import Reporter
 from lightning_robust.callbacks.monitor.sample_collection import SampleCollector
 from lightning_robust.callbacks.monitor.sample_selection import LoaderShare
 from lightning_robust.callbacks.monitor.schedule import Schedule
-from lightning_robust.callbacks.monitor.status import JointStatus, in_words, synchronised
+from lightning_robust.callbacks.monitor.status import JointStatus, in_words
 from lightning_robust.callbacks.warn_once import WarnOnce
 from lightning_robust.metrics import ProbeMetric
 from lightning_robust.probe import Probe
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """Which samples are measured, and how their batches are read (see the arguments of the monitor)."""
-
-    max_samples: int
-    dataloader_idx: int
-    seed: int
-    probe_fn: Callable[[LightningModule, Any], Probe] | None
-    probe_options: Mapping[str, Any]
 
 
 class MeasurementLoop:
@@ -43,9 +30,12 @@ class MeasurementLoop:
 
     Args:
         metrics: What to measure.
-        sampling: On which samples.
-        on_error: ``"warn"`` or ``"raise"``.
         reporter: Logs the values.
+        read: Makes a probe of the module and a batch.
+        max_samples: How many samples to measure, over all processes.
+        dataloader_idx: Which of several loaders to measure on.
+        seed: Chooses the samples.
+        on_error: ``"warn"`` or ``"raise"``.
 
     Attributes:
         schedule: When to measure; a run begins with a new one.
@@ -57,12 +47,16 @@ class MeasurementLoop:
     def __init__(
         self,
         metrics: Sequence[ProbeMetric],
-        sampling: Sampling,
-        *,
-        on_error: Literal["warn", "raise"],
         reporter: Reporter,
+        read: Callable[[LightningModule, Any], Probe],
+        *,
+        max_samples: int,
+        dataloader_idx: int,
+        seed: int,
+        on_error: Literal["warn", "raise"],
     ) -> None:
-        self._metrics, self._sampling, self._on_error, self._reporter = metrics, sampling, on_error, reporter
+        self._metrics, self._reporter, self._read, self._on_error = metrics, reporter, read, on_error
+        self._max_samples, self._dataloader_idx, self._seed = max_samples, dataloader_idx, seed
         self.schedule = Schedule(1, None)
         self.warnings = WarnOnce()
         self.incomplete = False
@@ -81,8 +75,8 @@ class MeasurementLoop:
 
     def begin(self, trainer: Trainer) -> None:
         """Begin a measurement, if one is due, possible and affordable."""
-        self._measurement = None
-        fitting, schedule, index = trainer.state.fn == TrainerFn.FITTING, self.schedule, self._sampling.dataloader_idx
+        self._measurement = self.schedule.share = None
+        fitting, schedule, index = trainer.state.fn == TrainerFn.FITTING, self.schedule, self._dataloader_idx
         if trainer.sanity_checking or (fitting and not schedule.is_due(trainer.current_epoch)):
             return
         loaders = CombinedLoader(trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders).flattened
@@ -93,7 +87,7 @@ class MeasurementLoop:
             self.warnings.once(obstacle)
             return
         with schedule.overhead.counted(as_cost=False):
-            if fitting and not schedule.is_affordable(lambda times: Times.largest(synchronised(times))):
+            if fitting and not schedule.is_affordable():
                 return
         schedule.overhead.begin_measurement()
         with schedule.overhead.counted():
@@ -106,45 +100,42 @@ class MeasurementLoop:
 
     def _choose(self, trainer: Trainer, loader: Iterable[object], num_batches: float, measurement: Measurement) -> None:
         """Choose the samples of this loader that will be measured."""
-        share, max_samples = LoaderShare.of(loader, num_batches=num_batches), self._sampling.max_samples
-        measurement.collector = SampleCollector(
-            share,
-            max_samples=max_samples,
-            rank=trainer.global_rank,
-            num_processes=trainer.world_size,
-            seed=self._sampling.seed,
+        share, rank, num_processes = (
+            LoaderShare.of(loader, num_batches=num_batches),
+            trainer.global_rank,
+            trainer.world_size,
         )
-        self.warnings.once(*diagnostics.on_loader(share, max_samples=max_samples))
+        measurement.collector = SampleCollector(
+            share, max_samples=self._max_samples, rank=rank, num_processes=num_processes, seed=self._seed
+        )
+        self.warnings.once(*diagnostics.on_loader(share, max_samples=self._max_samples))
 
     def collect(self, pl_module: LightningModule, batch: object, *, dataloader_idx: int) -> None:
         """Copy the selected samples of a batch."""
         measurement = self._measurement
-        if measurement is not None and dataloader_idx == self._sampling.dataloader_idx:
+        if measurement is not None and dataloader_idx == self._dataloader_idx:
             with self.schedule.overhead.counted():
                 measurement.attempt(lambda: self._collect(measurement, pl_module, batch))
 
     def _collect(self, measurement: Measurement, pl_module: LightningModule, batch: object) -> None:
         assert measurement.collector is not None
-        sampling = self._sampling
-        samples = read_batch(pl_module, batch, probe_fn=sampling.probe_fn, defaults=sampling.probe_options)
-        measurement.collector.add(samples)
+        measurement.collector.add(self._read(pl_module, batch))
         if measurement.collector.irregular:
-            self.warnings.once(diagnostics.reservoir(sampling.max_samples))
+            self.warnings.once(diagnostics.reservoir(self._max_samples))
 
     def measure(self, pl_module: LightningModule, *, batch_idx: int, dataloader_idx: int) -> None:
         """Measure after the last batch, on the weights that were validated: a later hook may exchange them."""
         measurement = self._measurement
-        if measurement is not None and (dataloader_idx, batch_idx) == (
-            self._sampling.dataloader_idx,
-            measurement.last_batch,
-        ):
+        if measurement is None or dataloader_idx != self._dataloader_idx:
+            return
+        if batch_idx == measurement.last_batch:
             with self.schedule.overhead.counted():
                 measurement.update(pl_module, _device(pl_module), examine=self._examine)
 
     def conclude(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Agree with the other processes and log: the same collectives on every process."""
         measurement, self._measurement = self._measurement, None
-        share = self.schedule.take_share()
+        share = self.schedule.share
         if measurement is not None:
             with self.schedule.overhead.counted():
                 self._conclude(trainer, pl_module, measurement)

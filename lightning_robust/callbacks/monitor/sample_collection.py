@@ -7,15 +7,11 @@ from itertools import chain
 
 import torch
 
-from lightning_robust.callbacks.monitor.batches import Batch, callables_of
-from lightning_robust.callbacks.monitor.sample_selection import (
-    LoaderShare,
-    ReservoirSelection,
-    Selection,
-    StratifiedSelection,
-)
+from lightning_robust.callbacks.monitor.batches import copied, joined, match
+from lightning_robust.callbacks.monitor.sample_selection import LoaderShare, ReservoirSelection, StratifiedSelection
 from lightning_robust.functional._isolation.stand_ins import full_precision
 from lightning_robust.functional.curvature.signs import keys_of
+from lightning_robust.probe import Probe
 
 
 class SampleCollector:
@@ -41,20 +37,20 @@ class SampleCollector:
         self._share = share
         own = len(range(rank, max_samples, num_processes)) if share.distributed else max_samples
         self._reservoir = ReservoirSelection(own, seed=seed)
-        self._selection: Selection = self._reservoir
+        self._selection: ReservoirSelection | StratifiedSelection = self._reservoir
         if share.size is not None:
             self._selection = StratifiedSelection(share.size, max_samples, seed=seed)
         self._rank, self._num_processes = rank, num_processes
         self.irregular = False
         self._seen = 0
         self._largest_batch = 1
-        self._kept: list[tuple[list[int], Batch]] = []  # positions of samples, ascending, and copies of them
+        self._kept: list[tuple[list[int], Probe]] = []  # positions of samples, ascending, and copies of them
 
     def __len__(self) -> int:
         total = sum(len(positions) for positions, _ in self._kept)
         return len(range(self._rank, total, self._num_processes)) if self.presumes else total
 
-    def add(self, batch: Batch) -> None:
+    def add(self, batch: Probe) -> None:
         """Copy the selected samples of the next batch."""
         if self._seen == 0 and len(batch) != self._expected(len(batch)):
             self.irregular = True
@@ -73,7 +69,7 @@ class SampleCollector:
         if revoked:
             self._kept = [kept for kept in (_without(*kept, revoked) for kept in self._kept) if kept[0]]
         if wanted:
-            self._kept.append((list(wanted), batch.copied(list(wanted.values()))))
+            self._kept.append((list(wanted), copied(batch, list(wanted.values()))))
 
     def _expected(self, otherwise: int) -> int:
         """Number of samples in the first batch, if it can be known."""
@@ -81,7 +77,7 @@ class SampleCollector:
             return otherwise
         return min(self._share.batch_size, -(-self._share.size // self._share.stride))
 
-    def _chosen(self) -> Iterator[Batch]:
+    def _chosen(self) -> Iterator[Probe]:
         """The samples that this process measures, in order."""
         if not self.presumes:
             yield from (batch for _, batch in self._kept)
@@ -106,29 +102,30 @@ class SampleCollector:
         return torch.cat(rows).tolist() if rows else []
 
     def callables(self) -> list[object]:
-        """Every model, module and loss that takes part."""
-        return callables_of(batch for _, batch in self._kept)
+        """Every model, module and loss that takes part, once each."""
+        found = [part for _, batch in self._kept for part in (batch.model, batch.module, batch.loss_fn)]
+        return list({id(part): part for part in found if part is not None}.values())
 
-    def groups(self) -> Iterator[Batch]:
+    def groups(self) -> Iterator[Probe]:
         """The samples in order, never more together than the largest batch held, and only those that match."""
-        group: list[Batch] = []
+        group: list[Probe] = []
         for batch in self._chosen():
-            rest = batch
-            while len(rest):
+            start = 0
+            while start < len(batch):
                 room = self._largest_batch - sum(map(len, group))
-                if group and (not room or not rest.matches(group[0])):
-                    yield Batch.joined(group)
+                if group and (not room or not match(batch, group[0])):
+                    yield joined(group)
                     group = []
                 else:
-                    group.append(rest[:room])
-                    rest = rest[room:]
+                    group.append(batch.rows(slice(start, start + room)))
+                    start += room
         if group:
-            yield Batch.joined(group)
+            yield joined(group)
 
 
-def _without(positions: list[int], batch: Batch, others: set[int]) -> tuple[list[int], Batch]:
+def _without(positions: list[int], batch: Probe, others: set[int]) -> tuple[list[int], Probe]:
     """The samples whose positions are not among ``others``."""
     rows = [row for row, position in enumerate(positions) if position not in others]
     if len(rows) == len(positions):
         return positions, batch
-    return [positions[row] for row in rows], batch.copied(rows)
+    return [positions[row] for row in rows], copied(batch, rows)

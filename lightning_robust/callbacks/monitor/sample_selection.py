@@ -15,7 +15,6 @@ from bisect import insort
 from collections.abc import Iterable, Sized
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Protocol
 
 from torch.utils.data import (
     BatchSampler,
@@ -30,16 +29,6 @@ from torch.utils.data import (
 _SHUFFLING = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 
 
-class Selection(Protocol):
-    """A choice among samples that are offered in order."""
-
-    def offer(self, position: int) -> bool:
-        """Whether the sample at this position is wanted, as far as is known so far."""
-
-    def revoked(self) -> int | None:
-        """Position of the sample that the last offer pushed out, if any."""
-
-
 class StratifiedSelection:
     """One sample from each of ``count`` equal stretches of ``size`` positions; all of them if there are not more."""
 
@@ -50,7 +39,7 @@ class StratifiedSelection:
         self.positions = frozenset(draw.randrange(start, stop) for start, stop in pairwise(borders))
 
     def offer(self, position: int) -> bool:
-        """Whether the position was drawn."""
+        """Whether the sample at this position is wanted."""
         return position in self.positions
 
     def revoked(self) -> None:
@@ -67,14 +56,14 @@ class ReservoirSelection:
         self._revoked: int | None = None
 
     def offer(self, position: int) -> bool:
-        """Whether the position is among the best so far. Positions must be offered once each, in order."""
+        """Whether the sample at this position is wanted so far. Positions must be offered once each, in order."""
         entry = (self._draw.random(), position)
         insort(self._kept, entry)
         self._revoked = self._kept.pop()[1] if len(self._kept) > self._count else None
         return self._revoked != position
 
     def revoked(self) -> int | None:
-        """Position that the last offer pushed out, if any."""
+        """Position of the sample that the last offer pushed out, if any."""
         return self._revoked
 
 

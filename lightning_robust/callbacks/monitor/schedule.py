@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
 from typing import Any
 
 from lightning_robust.callbacks.monitor.overhead import Overhead, Times
+from lightning_robust.callbacks.monitor.status import synchronised
 
 
 class Schedule:
@@ -19,7 +19,8 @@ class Schedule:
     Attributes:
         overhead: The clocks.
         last_epoch: Epoch of the last measurement in ``fit``.
-        share: Share of the time spent measuring so far, after a measurement that the budget left out; else None.
+        share: Share of the time spent measuring so far, if the budget has left out the measurement that was due; else
+            None.
     """
 
     def __init__(self, every_n_epochs: int, budget: float | None) -> None:
@@ -33,18 +34,14 @@ class Schedule:
         """Whether enough epochs of ``fit`` have passed."""
         return self.last_epoch is None or epoch <= self.last_epoch or epoch - self.last_epoch >= self._every_n_epochs
 
-    def is_affordable(self, largest: Callable[[Times], Times]) -> bool:
-        """Whether the budget lasts for one more measurement.
-
-        Args:
-            largest: Finds the largest times over all processes, which must decide alike.
-        """
+    def is_affordable(self) -> bool:
+        """Whether the budget lasts for one more measurement. Under a budget, every process must call this."""
         if self._budget is None:
             return True
-        times = largest(self.overhead.times)
+        times = Times.largest(synchronised(self.overhead.times))
         if times.nothing_measured:
-            # After the start-up's many objects a collection is due. It takes as long as a small measurement, and within
-            # the first one it would count as the cost of the next.
+            # Collect the many objects of the start-up now. Within the first measurement, this would take as long as a
+            # small measurement and count as the cost of the next.
             gc.collect()
         if times.affords(self._budget):
             self.overhead.made += 1
@@ -52,11 +49,6 @@ class Schedule:
         self.overhead.left_out += 1
         self.share = times.share
         return False
-
-    def take_share(self) -> float | None:
-        """The share to log in a validation without a measurement, once."""
-        share, self.share = self.share, None
-        return share
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers."""

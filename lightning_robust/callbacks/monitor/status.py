@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import traceback
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal, TypeVar
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -14,7 +14,7 @@ from torch import distributed
 from lightning_robust.callbacks.monitor.overhead import Times
 
 T = TypeVar("T")
-WHOLE = -1  # origin of a failure that concerns the whole measurement rather than one metric
+WHOLE = -1  # in place of a metric's index, for a failure of the whole measurement
 _LONGEST = 1000  # characters of an error that are sent to other processes and shown in a warning
 
 
@@ -23,20 +23,18 @@ class Failure:
     """What went wrong.
 
     Attributes:
-        origin: Index of the metric in which it did, or ``WHOLE``.
         kind: ``"refused"`` by one of this package's own checks, whose message says what to do, or ``"raised"`` by
             anything else: the network, the loader, torch.
         message: Class and text of the error, on one line.
     """
 
-    origin: int
     kind: Literal["refused", "raised"]
     message: str
 
     @classmethod
-    def of(cls, error: Exception, *, origin: int) -> Failure:
+    def of(cls, error: Exception) -> Failure:
         """Describe an error (in words: its traceback would keep tensors alive)."""
-        return cls(origin, "refused" if _is_refusal(error) else "raised", in_words(error))
+        return cls("refused" if _is_refusal(error) else "raised", in_words(error))
 
 
 @dataclass(frozen=True)
@@ -44,14 +42,14 @@ class Status:
     """How a measurement went in one process.
 
     Attributes:
-        failures: What went wrong, at most once per origin.
+        failures: What went wrong first in each metric, by its index, or ``WHOLE``.
         num_samples: Samples that this process measured.
         seconds: Wall time.
         key: Identifies this process's samples, where all processes should see the same ones.
         times: What its clocks show.
     """
 
-    failures: tuple[Failure, ...] = ()
+    failures: Mapping[int, Failure] = field(default_factory=dict)
     num_samples: int = 0
     seconds: float = 0.0
     key: int | None = None
@@ -63,7 +61,7 @@ class JointStatus:
     """How a measurement went in all processes together.
 
     Attributes:
-        failures: By origin, as the first process met them.
+        failures: Those of the first process that met them, by index or ``WHOLE``.
         num_samples: Samples of all processes.
         seconds: Wall time of the slowest process.
         disagree: Whether processes that should see the same samples see different ones.
@@ -80,12 +78,12 @@ class JointStatus:
     def of(cls, parts: Sequence[Status]) -> JointStatus:
         """Join the parts of all processes, in the order of their ranks."""
         failures: dict[int, Failure] = {}
-        for failure in (failure for part in parts for failure in part.failures):
-            failures.setdefault(failure.origin, failure)
+        for part in reversed(parts):
+            failures |= part.failures
         num_samples = sum(part.num_samples for part in parts)
         if not num_samples:
             message = "ValueError: Expected at least one validation sample, but the loop saw none."
-            failures.setdefault(WHOLE, Failure(WHOLE, "refused", message))
+            failures.setdefault(WHOLE, Failure("refused", message))
         return cls(
             failures,
             num_samples,

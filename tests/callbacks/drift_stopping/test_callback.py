@@ -355,7 +355,7 @@ def test_values_that_are_missing_or_not_finite_are_skipped(tmp_path: Path, missi
     assert stopper.stopped_epoch == 9
     assert series(stopper) == [0.6, 0.7, 0.7, 0.4, 0.4, 0.4]
     assert messages
-    expected = "skipped the measurement in epoch" if missing is None else "is not finite and is not logged"
+    expected = "skipped the measurement in epoch" if missing is None else "is not finite, so it is not logged"
     assert all(expected in message for message in messages)
 
 

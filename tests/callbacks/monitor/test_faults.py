@@ -266,7 +266,7 @@ def test_infinite_values_are_not_logged_and_named_once(tmp_path: Path) -> None:
     constant = Outputs(lambda z: (3 * torch.eye(4) - 1)[torch.zeros(len(z), dtype=torch.long)] + 0 * z)
     messages, rows = fit(Quiet(constant), loader(), tmp_path)
     assert messages == [
-        "`robust/linearized_margin_linf` is not finite, and is logged only in measurements in which it is finite."
+        "`robust/linearized_margin_linf` is not finite, so it is not logged. Its curve has gaps wherever this happens."
     ]
     assert all("robust/linearized_margin_linf" not in row for row in rows)
     assert all(row["robust/fim_spectral_norm"] == 0 for row in rows)
@@ -312,7 +312,7 @@ def test_curvature_that_is_noise_is_named_in_the_same_words_at_every_measurement
         return diagnostics.on_values([HessianTrace()], values, prefix="robust/")
 
     (sentence,) = said(1.0, 2.0)
-    assert sentence.startswith("`robust/hessian_trace` is mostly noise of random probes")
+    assert sentence.startswith("`robust/hessian_trace` is mostly noise of its random probes")
     assert said(-1.5, 2.0) == [sentence]
     assert said(2.5, 2.0) == said(1.0, 2.0, num_samples=3) == []
 

@@ -362,11 +362,11 @@ SETTINGS = {
     "schedule by a plateau": Setting(Plateau, options={"max_epochs": 3}),
     "manual optimisation": Setting(Manual),
     "a network that draws random numbers in eval mode": Setting(
-        on_network(StochasticDepth), says="returns other outputs when it is called twice|is not to be trusted"
+        on_network(StochasticDepth), says="returns other outputs when it is called twice|is not reliable"
     ),
     "deterministic algorithms": Setting(options={"deterministic": True}),
-    "recurrence": Setting(on_network(Recurrent), says="is not to be trusted"),
-    "attention": Setting(on_network(attention), says="is mostly noise of random probes"),
+    "recurrence": Setting(on_network(Recurrent), says="is not reliable"),
+    "attention": Setting(on_network(attention), says="is mostly noise of its random probes"),
     "parametrised weights": Setting(on_network(parametrised)),
     "gradient checkpointing": Setting(on_network(Checkpointed)),
     "metrics inside the module": Setting(WithMetrics),

@@ -27,7 +27,7 @@ class Checks(nn.Module):
 def failure(step: Any) -> Failure:
     with pytest.raises((ValueError, TypeError, RuntimeError, MisconfigurationException)) as caught:
         step()
-    return Failure.of(caught.value, origin=WHOLE)
+    return Failure.of(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -56,12 +56,12 @@ def test_errors_of_this_package_are_told_from_others_by_their_place(step: Any, k
 
 
 def test_processes_conclude_from_all_their_parts() -> None:
-    first, second = Failure(0, "raised", "OSError: first"), Failure(0, "refused", "ValueError: second")
-    other = Failure(1, "raised", "OSError: other")
+    first, second = Failure("raised", "OSError: first"), Failure("refused", "ValueError: second")
+    other = Failure("raised", "OSError: other")
     joint = JointStatus.of(
         [
-            Status((first,), num_samples=3, seconds=1.0, key=5, times=Times(10.0, 2.0, 1.0)),
-            Status((second, other), num_samples=4, seconds=2.0, key=None, times=Times(8.0, 4.0, 0.5)),
+            Status({0: first}, num_samples=3, seconds=1.0, key=5, times=Times(10.0, 2.0, 1.0)),
+            Status({0: second, 1: other}, num_samples=4, seconds=2.0, key=None, times=Times(8.0, 4.0, 0.5)),
             Status(num_samples=0, seconds=0.5, key=6),
         ]
     )
