@@ -1,9 +1,9 @@
-"""What a metric sees: a network, inputs, targets, and expensive results that all metrics share."""
+"""The input of all metrics: a network, labelled samples, and expensive results that the metrics share."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import KW_ONLY, dataclass, field, replace
+from dataclasses import KW_ONLY, asdict, dataclass, field, replace
 from typing import Any, TypeVar, cast
 
 import torch
@@ -51,14 +51,14 @@ class Probe:
     Args:
         model: Maps inputs ``(N, ...)`` to logits ``(N, C)``, sample by sample.
         inputs: ``(N, ...)``, floating point.
-        targets: ``(N,)``, class indices; with a ``loss_fn`` any targets that it takes, ``(N, ...)``. Metrics that need
-            classes say so.
+        targets: ``(N,)``, class indices; with a ``loss_fn``, any targets ``(N, ...)`` that it takes. Metrics that need
+            classes raise an error without them.
         input_std: Standard deviation by which the inputs were divided, one number or one per channel (dimension 1).
             With it every input-space number is in units of the un-normalised input.
         input_mean: Mean that was subtracted from the inputs before the division, one number or one per channel;
             ``valid_range`` needs it.
-        valid_range: Smallest and largest value of an un-normalised input, e.g. ``(0, 1)``, which perturbations cannot
-            leave. L∞ margins and attacks respect it; L2 margins ignore it.
+        valid_range: Smallest and largest value of an un-normalised input, e.g. ``(0, 1)``. Perturbations stay within
+            it. L∞ margins and attacks respect it; L2 margins ignore it.
         chunk_size: Largest number of samples that pass through the network together, a bound on memory; see
             :func:`~lightning_robust.functional.linearize`.
         loss_fn: Maps logits and targets to the loss whose curvature is measured; cross-entropy by default. See
@@ -90,7 +90,7 @@ class Probe:
         check_kind("module", self.module, nn.Module)
         if self.chunk_size is not None:
             check_positive_integer("chunk_size", self.chunk_size)
-        check_samples(self.inputs, self.targets, loss_fn=self.loss_fn)
+        _check_samples(self.inputs, self.targets, loss_fn=self.loss_fn)
         check_units(input_std=self.input_std, input_mean=self.input_mean, valid_range=self.valid_range)
 
     def __len__(self) -> int:
@@ -100,22 +100,18 @@ class Probe:
     def linearization(self) -> Linearization:
         """Logits, Gram matrices and L1 gaps of all samples (see :func:`~lightning_robust.functional.linearize`)."""
         return self._once(
-            ("linearization",),
-            lambda: linearize(self.model, self.inputs, chunk_size=self.chunk_size, **self._units),
+            ("linearization",), lambda: linearize(self.model, self.inputs, chunk_size=self.chunk_size, **self._units)
         )
 
     def relinearization(self, norm: Norm) -> Linearization:
         """Gradients taken near the boundary (see :func:`~lightning_robust.functional.relinearize`)."""
-        return self._once(
-            ("relinearization", norm),
-            lambda: relinearize(
-                self.model, self.inputs, self.linearization, norm=norm, chunk_size=self.chunk_size, **self._units
-            ),
-        )
+        options = {"norm": norm, "chunk_size": self.chunk_size, **self._units}
+        key = ("relinearization", norm)
+        return self._once(key, lambda: relinearize(self.model, self.inputs, self.linearization, **options))
 
     @property
     def _units(self) -> dict[str, Any]:
-        """The options by which functions know the units of the inputs."""
+        """The options that tell estimators the units of the inputs."""
         return {name: getattr(self, name) for name in ("input_std", "input_mean", "valid_range")}
 
     @property
@@ -126,18 +122,8 @@ class Probe:
 
     def attacked(self, attack: Attack) -> Tensor:
         """The inputs under an attack, ``(N, ...)``."""
-        return self._once(
-            ("attacked", attack),
-            lambda: pgd(
-                self.model,
-                self.inputs,
-                self.targets,
-                epsilon=attack.epsilon,
-                steps=attack.steps,
-                norm=attack.norm,
-                **self._units,
-            ),
-        )
+        options = asdict(attack) | self._units
+        return self._once(("attacked", attack), lambda: pgd(self.model, self.inputs, self.targets, **options))
 
     def curvature(
         self, *, estimator: Estimator = "auto", num_probes: int = 2, attack: Attack | None = None
@@ -146,7 +132,7 @@ class Probe:
 
         Args:
             estimator: ``"auto"``, ``"gauss_newton"`` or ``"hutchinson"``.
-            num_probes: Number of probes. Their signs are a function of the clean samples, also under an attack.
+            num_probes: Number of probes. Their signs depend on the clean samples, also under an attack.
             attack: Measures the loss on attacked inputs.
         """
         key = ("curvature", estimator, num_probes, attack)
@@ -193,7 +179,7 @@ class Probe:
         return others.topk(min(count, logits.shape[1] - 1), dim=1).indices
 
     def logits(self, inputs: Tensor) -> Tensor:
-        """Outputs of the network at other inputs, which must be logits ``(N, C)``, in eval mode and without a graph."""
+        """Outputs of the network at other inputs, checked to be logits ``(N, C)``, in eval mode and without a graph."""
         logits = self.outputs(inputs)
         check_logits(logits, num_samples=len(inputs))
         return logits
@@ -204,23 +190,18 @@ class Probe:
             return outputs_of(self.model, full_precision(inputs))
 
     def _once(self, key: tuple[object, ...], compute: Callable[[], T]) -> T:
-        """The result that is kept under a key, computed on first use."""
+        """Compute a result on first use, and keep it under a key."""
         if key not in self._done:
             self._done[key] = compute()
         return cast(T, self._done[key])
 
     def rows(self, rows: slice) -> Probe:
-        """Return a probe of some of the samples, which shares their memory."""
+        """Return a probe of some of the samples, without copying them."""
         return replace(self, inputs=self.inputs[rows], targets=self.targets[rows])
 
 
-def check_samples(inputs: Tensor, targets: Tensor, *, loss_fn: LossFn | None) -> None:
-    """Raise unless these are floating-point inputs ``(N, ...)`` with one class index, or target of a loss, each.
-
-    Raises:
-        TypeError: If ``inputs`` or ``targets`` are not tensors, or the inputs not floating point.
-        ValueError: If there is not one class index (with a ``loss_fn``: one target) per input.
-    """
+def _check_samples(inputs: Tensor, targets: Tensor, *, loss_fn: LossFn | None) -> None:
+    """Raise unless there is one class index (with a ``loss_fn``, one target) per floating-point input ``(N, ...)``."""
     check_input_type(inputs)
     if inputs.ndim == 0:
         raise ValueError("Expected argument `inputs` to be a tensor (N, ...), but got a single number.")

@@ -239,5 +239,5 @@ def check(schedule: Schedule, outcome: Outcome, reference: Outcome) -> None:
     kinds_here = {fault.kind for fault in schedule.values() if 0 in fault.ranks}
     assert any("ran out of memory" in sentence for sentence in notices) == ("out of memory" in kinds_here)
     other_samples = [sentence for sentence in notices if "ran out of memory" not in sentence]
-    assert all("found other samples" in sentence for sentence in other_samples)
+    assert all("yields other samples" in sentence for sentence in other_samples)
     assert "loader ends early" in kinds or not other_samples

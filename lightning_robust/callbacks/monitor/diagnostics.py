@@ -1,4 +1,4 @@
-"""Warnings of the monitor: what may make numbers mean something else than they seem to, with the remedy."""
+"""Warnings of the monitor: anything that makes numbers mean something else than they seem to, with the remedy."""
 
 from __future__ import annotations
 
@@ -21,28 +21,28 @@ from lightning_robust.metrics import ProbeMetric
 from lightning_robust.probe import Probe
 
 _MANY_CLASSES = 200
-_FEW_POINTS = 5  # fewer make no curve
+_FEW_POINTS = 5  # measurements; fewer hardly make a curve
 _EXAMINED = 8  # samples
 SHUFFLES = (
     "The validation loader shuffles, so RobustnessMonitor measures different samples each time, and its curves carry"
     " that noise. Pass `shuffle=False` to the validation DataLoader."
 )
 UNSHARED = (
-    "Each process sees other validation samples, without a `DistributedSampler`, so RobustnessMonitor cannot tell which"
-    " of them other processes see, too. Each of n processes measures one in n of the samples that it would measure on"
-    " its own: fewer than `max_samples` in all, and perhaps some of them twice. Lightning's own distributed sampler"
-    " avoids this."
+    "Each process sees different validation samples, but not through a `DistributedSampler`, so RobustnessMonitor"
+    " cannot tell whether processes share samples. Each of n processes measures one in n of the samples that it would"
+    " measure alone: fewer than `max_samples` in all, and some perhaps twice. To avoid this, let Lightning distribute"
+    " the samples with `Trainer(use_distributed_sampler=True)`."
 )
 OTHER_SAMPLES = (
-    "RobustnessMonitor found other samples in the validation loader than at the last measurement, so its curves carry"
-    " that noise. A loader that yields the same samples in the same order avoids it."
+    "The validation loader yields other samples than at the last measurement, so the curves of RobustnessMonitor carry"
+    " that noise. Use a loader that yields the same samples in the same order every time."
 )
 
 
 def obstacle(trainer: Trainer) -> str | None:
-    """The reason why no measurement of a run can be made, if there is one."""
+    """The reason why a run cannot be measured, if there is one."""
     if trainer.barebones:
-        return "`Trainer(barebones=True)` logs nothing, so RobustnessMonitor measures nothing."
+        return "`Trainer(barebones=True)` logs nothing, so RobustnessMonitor measures nothing. Drop `barebones=True`."
     strategy, spread = trainer.strategy, None
     if isinstance(strategy, DeepSpeedStrategy | FSDPStrategy):
         spread = type(strategy).__name__
@@ -52,7 +52,7 @@ def obstacle(trainer: Trainer) -> str | None:
         return None
     return (
         f"RobustnessMonitor measures nothing under {spread}, which spreads the weights over processes in a way that it"
-        " cannot undo. It measures under `DDPStrategy`, and under `ModelParallelStrategy(tensor_parallel_size=1)` with"
+        " cannot undo. Use `DDPStrategy`, or `ModelParallelStrategy(tensor_parallel_size=1)` with"
         " `torch.distributed.fsdp.fully_shard` in `configure_model`."
     )
 
@@ -61,7 +61,7 @@ def no_such_loader(dataloader_idx: int, *, num_loaders: int) -> str:
     """The loader to measure on does not exist."""
     return (
         f"RobustnessMonitor was told to measure on `dataloader_idx={dataloader_idx}`, but there are {num_loaders}"
-        " loaders, so nothing is measured."
+        f" loaders, so nothing is measured. Pass an index below {num_loaders}."
     )
 
 
@@ -69,12 +69,12 @@ def out_of_memory(samples_at_once: int) -> str:
     """Memory ran out, and fewer samples pass at once from now on."""
     return (
         f"RobustnessMonitor ran out of memory, and from now on measures at most {samples_at_once} samples at once. The"
-        " numbers stay the same, but take longer. Pass `chunk_size` to avoid the failed attempt."
+        f" numbers stay the same, but take longer. Pass `chunk_size={samples_at_once}` to avoid the failed attempt."
     )
 
 
 def before_fit(trainer: Trainer, *, prefix: str, every_n_epochs: int, budget: float | None) -> list[str]:
-    """Nothing will ever be measured, or a stopper will count validations without a measurement."""
+    """Nothing will ever be measured, or EarlyStopping will count validations without a measurement."""
     if sentence := obstacle(trainer):
         return [sentence]
     if not trainer.enable_validation:
@@ -100,7 +100,8 @@ def hardly_a_curve(overhead: Overhead, *, budget: float) -> list[str]:
         return []
     return [
         f"RobustnessMonitor made {made} of {due} measurements within `overhead_budget={budget:g}`; the last one took"
-        f" {overhead.times.cost:.2g} s. Fewer `max_samples` or `metrics`, or a larger budget, make more of a curve."
+        f" {overhead.times.cost:.2g} s. So few points hardly make a curve: lower `max_samples`, measure fewer `metrics`"
+        " or raise the budget."
     ]
 
 
@@ -114,9 +115,9 @@ def reservoir(max_samples: int) -> str:
     """The loader does not tell how many samples it yields."""
     return (
         "RobustnessMonitor cannot tell beforehand how many samples the validation loader yields, so it measures a"
-        f" uniformly random subset of {max_samples} (reservoir sampling). The subset stays the same only as long as the"
-        " loader yields the same samples in the same order. A loader with a length, whose batches hold `batch_size`"
-        " samples each, is safer."
+        f" uniformly random subset of {max_samples} (reservoir sampling). The subset stays the same only while the"
+        " loader yields the same samples in the same order. To be safe, use a loader with a length whose batches hold"
+        " `batch_size` samples each."
     )
 
 
@@ -130,7 +131,7 @@ def not_finite(values: Mapping[str, float], *, prefix: str) -> list[str]:
 
 
 def on_values(metrics: Iterable[ProbeMetric], values: Mapping[str, float], *, prefix: str) -> list[str]:
-    """The caveats that metrics have about their values, which are keyed without the prefix."""
+    """The caveats of metrics about their values, which are keyed without the prefix."""
     caveats = {key: caveat for metric in metrics for key, caveat in metric.caveats(values).items()}
     return [f"`{prefix}{key}` {caveat}" for key, caveat in caveats.items()]
 
@@ -202,8 +203,9 @@ def _about_model(probe: Probe, x: Tensor, outputs: Tensor, *, has_gradient: bool
     tolerance = 1e-4 * outputs.abs().max()
     if (probe.outputs(x) - outputs).abs().max() > tolerance:
         flaws.append(
-            "The model returns other outputs when it is called twice on the same inputs, even in eval mode, so its"
-            " numbers are partly noise. Is a dropout applied with `training=True`?"
+            "The model returns other outputs when it is called twice on the same inputs, even in eval mode, so the"
+            " numbers are partly noise. Look for random layers that ignore eval mode, such as `F.dropout(x)` without"
+            " `training=self.training`."
         )
         return flaws
     disturbed = x.clone()
@@ -212,8 +214,8 @@ def _about_model(probe: Probe, x: Tensor, outputs: Tensor, *, has_gradient: bool
     if moves[1:].any():
         flaws.append(
             "The model mixes the samples of a batch (changing one sample changed the outputs of others), so no sample"
-            " has a robustness of its own, and the numbers depend on the batch. Is a normalisation computed over the"
-            " batch?"
+            " has a robustness of its own, and the numbers depend on the batch. Look for a normalisation over the batch"
+            " in eval mode, such as `BatchNorm` with `track_running_stats=False`."
         )
     elif are_logits and moves[0] and not has_gradient:
         raise ValueError(
@@ -230,8 +232,8 @@ def _about_classes(outputs: Tensor) -> list[str]:
         return []
     return [
         f"The model has {num_classes} classes. An exact measurement costs one backward pass per class and sample, and"
-        f" {num_classes}² numbers of memory per sample; lower `max_samples` or raise `every_n_epochs` if it takes too"
-        " long."
+        f" memory for {num_classes}² numbers per sample. If it takes too long, lower `max_samples` or raise"
+        " `every_n_epochs`."
     ]
 
 
@@ -246,7 +248,7 @@ def _about_units(probe: Probe) -> list[str]:
         )
         sentences.append(
             f"Validation inputs range from {low:.3g} to {high:.3g} and no `input_std` was given, so ε, margins and"
-            f" Fisher information are in units of the inputs as the network receives them. {remedy}: then ε is in"
+            f" Fisher information are in units of the inputs as the network receives them. {remedy}, so that ε is in"
             " units of pixels between 0 and 1."
         )
     if probe.valid_range is not None:

@@ -40,7 +40,7 @@ class MeasurementLoop:
     Attributes:
         schedule: When to measure; a run begins with a new one.
         warnings: The sentences of this run.
-        incomplete: Whether something has failed in the last measurement.
+        incomplete: Whether anything failed in the last measurement.
         per_sample: By key without the prefix, per-sample values of the last measurement.
     """
 
@@ -62,7 +62,7 @@ class MeasurementLoop:
         self.incomplete = False
         self.per_sample: dict[str, Tensor] = {}
         self._unexamined = True
-        self._samples_at_once: int | None = None  # for which memory has lasted
+        self._samples_at_once: int | None = None  # that fit into memory
         self._measurement: Measurement | None = None  # in progress
         self._targets: list[int] | None = None  # of the last measurement in `fit`
 
@@ -99,14 +99,13 @@ class MeasurementLoop:
             self._measurement = measurement
 
     def _choose(self, trainer: Trainer, loader: Iterable[object], num_batches: float, measurement: Measurement) -> None:
-        """Choose the samples of this loader that will be measured."""
-        share, rank, num_processes = (
-            LoaderShare.of(loader, num_batches=num_batches),
-            trainer.global_rank,
-            trainer.world_size,
-        )
+        share = LoaderShare.of(loader, num_batches=num_batches)
         measurement.collector = SampleCollector(
-            share, max_samples=self._max_samples, rank=rank, num_processes=num_processes, seed=self._seed
+            share,
+            max_samples=self._max_samples,
+            rank=trainer.global_rank,
+            num_processes=trainer.world_size,
+            seed=self._seed,
         )
         self.warnings.once(*diagnostics.on_loader(share, max_samples=self._max_samples))
 
@@ -126,16 +125,14 @@ class MeasurementLoop:
     def measure(self, pl_module: LightningModule, *, batch_idx: int, dataloader_idx: int) -> None:
         """Measure after the last batch, on the weights that were validated: a later hook may exchange them."""
         measurement = self._measurement
-        if measurement is None or dataloader_idx != self._dataloader_idx:
-            return
-        if batch_idx == measurement.last_batch:
+        at = (dataloader_idx, batch_idx)
+        if measurement is not None and at == (self._dataloader_idx, measurement.last_batch):
             with self.schedule.overhead.counted():
                 measurement.update(pl_module, _device(pl_module), examine=self._examine)
 
     def conclude(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Agree with the other processes and log: the same collectives on every process."""
-        measurement, self._measurement = self._measurement, None
-        share = self.schedule.share
+        measurement, self._measurement, share = self._measurement, None, self.schedule.share
         if measurement is not None:
             with self.schedule.overhead.counted():
                 self._conclude(trainer, pl_module, measurement)
@@ -165,13 +162,13 @@ class MeasurementLoop:
             self.warnings.warn(diagnostics.skipped(status.failures, names, epoch=trainer.current_epoch))
 
     def _examine(self, probe: Probe) -> None:
-        """Once per run, warn of what gives the numbers another meaning than they seem to have."""
+        """Once per run, warn of anything that makes the numbers mean something else than they seem to."""
         if self._unexamined:
             self.warnings.once(*diagnostics.on_probe(probe))
             self._unexamined = False
 
     def _compare(self, measurement: Measurement) -> None:
-        """Warn if these are other samples than last time."""
+        """Warn if the samples differ from those of the last measurement."""
         if measurement.collector is not None:
             before, self._targets = self._targets, measurement.collector.targets()
             if before is not None and before != self._targets and not self.warnings.were(diagnostics.SHUFFLES):
@@ -185,11 +182,11 @@ class MeasurementLoop:
             self.warnings.once(*diagnostics.on_values(measured, logged, prefix=prefix))
 
     def abandon(self) -> None:
-        """Let go of the samples of a measurement that will not be finished."""
+        """Drop a measurement that will not be finished, with its samples."""
         self._measurement = None
 
     def guard(self, step: Callable[[], None], purpose: str) -> None:
-        """Take a step that must not end a run."""
+        """Take a step whose failure must not end a run."""
         try:
             step()
         except Exception as error:
@@ -199,5 +196,5 @@ class MeasurementLoop:
 
 
 def _device(pl_module: LightningModule) -> torch.device:
-    """Where the states are kept: Metal has no float64, nor does it run several processes."""
+    """Where the states are kept: Metal has no float64 (and does not run several processes)."""
     return torch.device("cpu") if pl_module.device.type == "mps" else pl_module.device

@@ -1,11 +1,11 @@
 """What measuring costs: its share of a run's wall time, and when the next measurement fits a budget.
 
-A measurement is made if the share would be within the budget after it, were it to cost what the last one did:
+A measurement is made if the share would stay within the budget when it costs as much as the last one:
 
     (spent + cost) / (elapsed + cost) ≤ budget.
 
-The first one is always made, because nothing is known without it. Processes have their own clocks and must decide
-alike, so the largest of their times counts on all of them.
+The first one is always made, because its cost is unknown. Processes have their own clocks and must decide alike, so the
+largest of their times counts on all of them.
 
 Source: ours.
 """
@@ -25,8 +25,8 @@ class Times(NamedTuple):
 
     Attributes:
         elapsed: Since the beginning of the run, including the time before it was resumed.
-        spent: The part of it that went into measuring.
-        cost: The part that went into the last measurement; 0 before the first.
+        spent: Time spent measuring.
+        cost: Time spent on the last measurement; 0 before the first.
     """
 
     elapsed: float = 0.0
@@ -35,7 +35,7 @@ class Times(NamedTuple):
 
     @classmethod
     def largest(cls, parts: Sequence[Times]) -> Times:
-        """The largest of each over all processes."""
+        """Take the maximum of each over all processes."""
         return cls(*map(max, zip(*parts, strict=True)))
 
     @property
@@ -45,7 +45,7 @@ class Times(NamedTuple):
 
     @property
     def share(self) -> float:
-        """Share of the wall time that was spent on measuring."""
+        """Share of the wall time that was spent measuring."""
         return self.spent / self.elapsed if self.elapsed else 0.0
 
     def affords(self, budget: float) -> bool:
@@ -73,17 +73,17 @@ class Overhead:
         self._begun = time.perf_counter()
 
     def end(self) -> None:
-        """Stop it."""
+        """Stop the clock."""
         self._before, self._spent, self._cost = self.times
         self._begun = None
 
     def begin_measurement(self) -> None:
-        """Start to count the cost of one measurement, if the clock runs."""
+        """Start to count the cost of one measurement, while the clock runs."""
         self._cost = self._cost if self._begun is None else 0.0
 
     @contextmanager
     def counted(self, *, as_cost: bool = True) -> Iterator[None]:
-        """Count the time inside as spent on measuring, and as part of one measurement's cost, while the clock runs."""
+        """Count the time inside as spent measuring and as cost of one measurement, while the clock runs."""
         if self._begun is None:
             yield
             return
@@ -97,7 +97,7 @@ class Overhead:
 
     @property
     def times(self) -> Times:
-        """What the clocks show."""
+        """Times up to now."""
         now = time.perf_counter()
         running = 0.0 if self._begun is None else now - self._begun
         counting = 0.0 if self._counting_since is None else now - self._counting_since
@@ -108,7 +108,7 @@ class Overhead:
         return self.times._asdict() | {"made": self.made, "left_out": self.left_out}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on counting from there."""
+        """Continue counting from a state."""
         state = dict(state_dict)
         self.made, self.left_out = state.pop("made", 0), state.pop("left_out", 0)
         self._before, self._spent, self._cost = Times(**state)
@@ -116,10 +116,7 @@ class Overhead:
 
 def check_budget(budget: float | None) -> float | None:
     """Return a budget as a float, or raise a ``ValueError`` unless it is a share or None."""
-    if budget is None:
-        return None
-    if not 0 < as_number(budget) <= 1:
-        raise ValueError(
-            expected_but_got("overhead_budget", "a share of the wall time above 0 and at most 1, or None", budget)
-        )
-    return as_number(budget)
+    if budget is not None and not 0 < as_number(budget) <= 1:
+        expected = "a share of the wall time above 0 and at most 1, or None"
+        raise ValueError(expected_but_got("overhead_budget", expected, budget))
+    return None if budget is None else as_number(budget)

@@ -1,4 +1,4 @@
-"""How the values of a measurement reach Lightning: callback metrics, loggers, progress bar, TensorBoard's layout."""
+"""Hands the values of a measurement to Lightning: callback metrics, loggers, progress bar, TensorBoard's layout."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lightning_robust.metrics import ProbeMetric
 
 
 class Reporter:
-    """Logs the values of one monitor, and remembers what it logged.
+    """Logs the values of one monitor, and remembers them.
 
     Args:
         prefix: Beginning of the logged keys.
@@ -45,10 +45,9 @@ class Reporter:
     ) -> dict[str, float]:
         """Log the values of a measurement, and return them by key, without the prefix."""
         for number, computed in values.items():
-            metric, keys = metrics[number], {key: self.prefix + key for key in computed}
-            self.directions |= {logged: metric.direction(key) for key, logged in keys.items()}
-            if metric.best_untrained:
-                self.best_untrained.update(keys.values())
+            self.directions |= {self.prefix + key: metrics[number].direction(key) for key in computed}
+            if metrics[number].best_untrained:
+                self.best_untrained.update(self.prefix + key for key in computed)
         flat = {key: float(value) for computed in values.values() for key, value in computed.items()}
         flat |= {"num_samples": float(status.num_samples), "seconds": status.seconds}
         flat |= {"overhead": status.overhead} if status.overhead else {}
@@ -63,29 +62,22 @@ class Reporter:
         return flat
 
     def log(self, pl_module: LightningModule, values: dict[str, float], *, in_bar: Sequence[str] = ()) -> None:
-        """Log the finite values.
+        """Log the finite values, which are the same on all processes.
 
-        All processes hold the same values already, so nothing needs to travel. Lightning accepts that without a warning
-        from a metric that does not synchronise; it asks for the attribute that holds the metric, and never looks at it.
+        Lightning warns about values that are not synchronised, except for those of a metric that does not synchronise.
+        It asks which attribute holds the metric, but never looks there.
         """
         finite = {key: value for key, value in values.items() if math.isfinite(value)}
         for key, value in finite.items():
             agreed = SumMetric(sync_on_compute=False)
             agreed.update(value)
-            LightningModule.log(  # the module may override its own
-                pl_module,
-                self.prefix + key,
-                agreed,
-                metric_attribute=self.prefix + key,
-                prog_bar=key in in_bar,
-                on_step=False,
-                on_epoch=True,
-                batch_size=1,
-            )
+            name, options = self.prefix + key, {"on_step": False, "on_epoch": True, "batch_size": 1}
+            # the module may override `log`
+            LightningModule.log(pl_module, name, agreed, metric_attribute=name, prog_bar=key in in_bar, **options)
         self.values |= {self.prefix + key: value for key, value in finite.items()}
 
     def lay_out(self, trainer: Trainer, reporters: Sequence[Reporter]) -> None:
-        """Write TensorBoard's Custom Scalars layout of all reporters' keys, once per directory of logs."""
+        """Write TensorBoard's Custom Scalars layout for the keys of all reporters, once per log directory."""
         keys = {reporter.prefix: list(reporter.values) for reporter in reporters if reporter.values}
         for logger in trainer.loggers if keys else ():
             if isinstance(logger, TensorBoardLogger) and logger.log_dir not in self._laid_out:

@@ -133,7 +133,7 @@ def test_shares_that_are_not_known_are_told_or_split_by_another_rule(tmp_path: P
     (own, said), (reordered, said_too) = results[0]
     assert own < MAX_SAMPLES
     assert len(said) == 1
-    assert said[0].startswith("Each process sees other validation samples, without a `DistributedSampler`")
+    assert said[0].startswith("Each process sees different validation samples, but not through a `DistributedSampler`")
     assert reordered == MAX_SAMPLES
     assert len(said_too) == 1
     assert "uniformly random subset" in said_too[0]
