@@ -62,11 +62,14 @@ def test_the_length_is_the_number_of_samples(probe: Probe) -> None:
 
 def test_rows_of_a_probe_have_its_options_and_share_its_memory() -> None:
     model, inputs, targets = build("mlp")
-    part = Probe(model, inputs, targets, input_std=2.0, input_mean=1.0, chunk_size=7).rows(slice(1, 4))
+    options = {"input_std": 2.0, "input_mean": 1.0, "valid_range": (-9, 9), "chunk_size": 7}
+    options |= {"loss_fn": nn.MSELoss(), "module": nn.Linear(1, 1)}
+    part = Probe(model, inputs, targets, **options).rows(slice(1, 4))
     assert torch.equal(part.inputs, inputs[1:4])
     assert torch.equal(part.targets, targets[1:4])
     assert part.inputs.data_ptr() == inputs[1:].data_ptr()
-    assert (part.model, part.input_std, part.input_mean, part.chunk_size) == (model, 2.0, 1.0, 7)
+    assert part.model is model
+    assert {name: getattr(part, name) for name in options} == options
 
 
 def test_rows_of_a_probe_have_their_own_linearization(probe: Probe) -> None:
@@ -85,8 +88,6 @@ def test_rows_of_a_probe_have_their_own_linearization(probe: Probe) -> None:
     ],
     ids=["inputs", "targets", "too few", "float", "scalar"],
 )
-def test_what_is_not_a_labelled_batch_is_refused(
-    inputs: Any, targets: Any, error: type[Exception], sentence: str
-) -> None:
+def test_only_labelled_batches_are_accepted(inputs: Any, targets: Any, error: type[Exception], sentence: str) -> None:
     with pytest.raises(error, match=sentence):
         Probe(nn.Identity(), inputs, targets)

@@ -68,7 +68,7 @@ async def save_screenshot(page: Page, path: Path) -> None:
     await page.screenshot(path)
 
 
-def test_accuracy_and_robustness_stand_on_one_chart(server: Server, run: Run, tmp_path: Path) -> None:
+def test_accuracy_and_robustness_share_one_chart(server: Server, run: Run, tmp_path: Path) -> None:
     async def look() -> list[dict[str, Any]]:
         async with browse(server.url + _PATH, tmp_path / "profile") as page:
             drawn = "charts().length && charts().every((chart) => chart.lines || chart.errors.length)"

@@ -68,7 +68,7 @@ def test_finds_the_accuracy_of_the_user(name: str, prefix: str) -> None:
         "epoch",
     ],
 )
-def test_leaves_out_what_is_no_accuracy_by_epoch(name: str, prefix: str) -> None:
+def test_leaves_out_keys_that_are_not_accuracies_per_epoch(name: str, prefix: str) -> None:
     assert not is_drawn(name, prefix)
 
 
@@ -91,7 +91,7 @@ def test_draws_one_band_for_every_key_that_has_both_edges(prefix: str) -> None:
     assert all(title.startswith(f"{band[0].removeprefix(prefix)} ") for title, band in bands.items())
 
 
-def test_the_most_telling_key_stands_beside_the_accuracy_chart() -> None:
+def test_the_most_telling_key_is_shown_beside_the_accuracy_chart() -> None:
     """TensorBoard shows margin charts in the opposite order of the layout."""
     keys = [f"robust/{key}{edge}" for key in ("first", "second") for edge in ("", "_lower", "_upper")]
     assert list(charts(keys, "robust/", "Margin")) == ["second ± 2 standard errors", "first ± 2 standard errors"]

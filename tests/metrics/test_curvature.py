@@ -267,7 +267,7 @@ def test_a_trace_below_its_noise_has_a_caveat(trace: float, noise: float, num_sa
         {"hessian_trace_gauss_newton": 1.0, "hessian_trace_gauss_newton_stderr_probes": 9.0, "num_samples": 256},
     ],
 )
-def test_other_traces_have_none(values: dict[str, float]) -> None:
+def test_other_traces_have_no_caveat(values: dict[str, float]) -> None:
     assert HessianTrace().caveats(values) == {}
 
 
@@ -292,7 +292,7 @@ def test_an_uncertain_index_with_negative_layers_has_a_caveat(metric: WeightCurv
         {"wci": 1.0, "wci_negative_layers": 3.0},  # a single sample
     ],
 )
-def test_other_indices_have_none(values: dict[str, float]) -> None:
+def test_other_indices_have_no_caveat(values: dict[str, float]) -> None:
     assert CLEAN.caveats(values) == {}
     assert ATTACKED.caveats(values) == {}
 

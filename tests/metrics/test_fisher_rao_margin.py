@@ -14,7 +14,7 @@ def measured(metric: FisherRaoMargin, probe: Probe) -> dict[str, Tensor]:
     return metric.compute()
 
 
-def test_values_are_means_over_paths_and_those_of_classes_what_class_shielding_says() -> None:
+def test_values_are_means_over_paths_and_class_values_agree_with_class_shielding() -> None:
     model, inputs, targets = build("cnn_batchnorm", num_samples=30)
     values = measured(FisherRaoMargin(), Probe(model, inputs, targets))
     paths = trace_fisher_rao_paths(model, inputs, labels=targets)
@@ -40,7 +40,7 @@ def test_values_are_means_over_paths_and_those_of_classes_what_class_shielding_s
     assert any(f"shielded/{label}" in values for label in range(10))
 
 
-def test_paths_that_do_not_arrive_are_counted_and_nothing_else_of_them() -> None:
+def test_paths_that_do_not_arrive_count_only_as_unreached() -> None:
     model, inputs, targets = build("mlp", num_samples=20)
     values = measured(FisherRaoMargin(max_steps=1), Probe(model, inputs, targets))
     paths = trace_fisher_rao_paths(model, inputs, labels=targets, max_steps=1)
@@ -49,13 +49,13 @@ def test_paths_that_do_not_arrive_are_counted_and_nothing_else_of_them() -> None
     torch.testing.assert_close(values["fisher_rao_margin"], paths.margins[paths.success].double().mean())
 
 
-def test_where_nothing_arrives_only_that_is_said() -> None:
+def test_if_no_path_arrives_only_the_unreached_share_is_returned() -> None:
     flat = Linear(torch.zeros(3, 4), torch.tensor([1.0, 0.0, 0.0]))
     values = measured(FisherRaoMargin(), Probe(flat, torch.ones(5, 4), torch.zeros(5, dtype=torch.long)))
     assert values == {"fisher_rao_margin_unreached": 1.0}
 
 
-def test_where_all_is_wrong_the_margin_is_zero_and_nothing_is_shielded() -> None:
+def test_misclassified_samples_have_margin_zero_and_no_shields() -> None:
     model, inputs, _ = build("mlp", num_samples=5)
     wrong = (model.eval()(inputs).argmax(dim=1) + 1) % 6
     values = measured(FisherRaoMargin(), Probe(model, inputs, wrong))
@@ -64,7 +64,7 @@ def test_where_all_is_wrong_the_margin_is_zero_and_nothing_is_shielded() -> None
     assert "fisher_rao_margin_excess" not in values
 
 
-def test_paths_can_aim_at_the_most_probable_other_classes_alone() -> None:
+def test_paths_can_aim_at_only_the_most_probable_other_classes() -> None:
     model, inputs, targets = build("cnn_batchnorm", num_samples=10)
     probe = Probe(model, inputs, targets)
     others = model.eval()(inputs).detach().scatter(1, targets[:, None], -torch.inf)
@@ -104,7 +104,7 @@ def test_single_classes_can_be_left_out() -> None:
     assert not any("/" in key for key in values)
 
 
-def test_of_margins_detours_and_shields_nobody_can_say_what_is_better_and_of_distances_one_can() -> None:
+def test_distances_have_a_direction_and_margins_detours_and_shields_have_none() -> None:
     metric = FisherRaoMargin()
     for key in ("fisher_rao_margin_l2", "fisher_rao_margin_l2_lower", "fisher_rao_margin_linf"):
         assert metric.direction(key) is True

@@ -30,7 +30,7 @@ def test_a_word_that_begins_with_acc_names_an_accuracy(key: str) -> None:
 
 
 @pytest.mark.parametrize("key", ["val_loss", "vaccine", "accelerator/power", "grad_accumulation", "acceptance_rate"])
-def test_other_words_name_none(key: str) -> None:
+def test_other_words_do_not_name_an_accuracy(key: str) -> None:
     assert not is_accuracy(key)
 
 
@@ -51,7 +51,7 @@ def test_clean_accuracy_on_the_measured_samples_comes_first(prefix: str) -> None
     "key",
     ["val_acc", "val/accuracy", "valid_top1_acc", "validation/Accuracy", "val_acc/dataloader_idx_0", "my/val_acc"],
 )
-def test_without_it_a_validation_accuracy_of_the_user_is_taken(key: str) -> None:
+def test_otherwise_a_validation_accuracy_of_the_user_is_chosen(key: str) -> None:
     perturbed = ["val_adv_acc", "val_pgd_accuracy", "val_acc_robust", "val_noise/acc"]
     others = ["val_loss", "train_acc", "val_acc_step", "val_acc/dataloader_idx_1"]
     assert clean_accuracy_key([*perturbed, *others, key, f"val_longer_{key}"], prefixes=[]) == key

@@ -52,7 +52,7 @@ def read(
     """Read the callback metrics at the end of a validation.
 
     Args:
-        trainer: The Trainer.
+        trainer: Holds the metrics.
         keys: Keys that are followed.
         old: Callback metrics from before the validation.
         record: Earlier measurements. Their keys may be missing in the first validations of a resumed run.

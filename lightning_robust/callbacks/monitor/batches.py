@@ -37,8 +37,6 @@ def read_batch(
 
     Raises:
         MisconfigurationException: If the batch cannot be read, or ``probe_fn`` returns no probe.
-        TypeError: As :class:`~lightning_robust.Probe`.
-        ValueError: Likewise.
     """
     method = getattr(pl_module, "robustness_probe", None)
     if probe_fn is None and not callable(method):
@@ -88,7 +86,7 @@ def _same(name: str, a: object, b: object) -> bool:
 
 
 def _inputs_and_targets(batch: object) -> tuple[Tensor, Tensor]:
-    """Those of a pair ``(x, y)``, or of a dictionary with customary keys."""
+    """Find them in a pair ``(x, y)``, or in a dictionary with customary keys."""
     inputs, targets = None, None
     if isinstance(batch, Mapping):
         inputs = next((batch[key] for key in _INPUT_KEYS if key in batch), None)

@@ -38,7 +38,7 @@ class RobustnessMonitor(Callback):
     ``fit``, later ones in every validation run of an epoch that is ``every_n_epochs`` after the last measured one;
     ``trainer.validate`` and ``trainer.test`` always measure, the sanity check never does.
 
-    The training does not change: weights, gradients, buffers, modes and random states are as without the callback.
+    Training does not change: weights, gradients, buffers, modes and random states are the same as without the callback.
 
     **Logged metrics**
 
@@ -61,17 +61,17 @@ class RobustnessMonitor(Callback):
         max_samples: Size of the subset, over all processes.
         overhead_budget: Share of the wall time of ``fit``, e.g. 0.05, that measuring may take. Measurements are skipped
             to keep it; the others stay the same, so that curves stay paired. All processes decide alike. The first
-            measurement is always made. By default there is no bound.
+            measurement is always made. By default there is no limit.
         log_key_prefix: Beginning of the logged keys; several monitors in one Trainer need different ones.
         input_std: Standard deviation by which the data module divides the inputs, one number or one per channel. With
             it, ε, margins and Fisher information are in units of the un-normalised input.
         input_mean: Mean that it subtracts, one number or one per channel; ``valid_range`` needs it.
         valid_range: Smallest and largest value of an un-normalised input, e.g. ``(0, 1)`` for images, which
             perturbations cannot leave. L∞ margins and attacks respect it. Without it, robustness is underestimated
-            where many inputs lie at an end of their range, as black pixels do.
-        probe_fn: Makes a :class:`~lightning_robust.Probe` of ``(pl_module, batch)``, for batches other than ``(x, y)``
-            or dictionaries. A method ``robustness_probe(batch)`` of the module does the same. Options that the probe
-            leaves open are filled in from the monitor.
+            where many inputs lie at the end of their range, such as black pixels.
+        probe_fn: Makes a :class:`~lightning_robust.Probe` from ``(pl_module, batch)``, for batches other than
+            ``(x, y)`` or dictionaries. A method ``robustness_probe(batch)`` of the module does the same. The monitor
+            fills in options that the probe leaves open.
         loss_fn: Maps logits and targets to the loss whose curvature is measured, e.g.
             ``nn.CrossEntropyLoss(label_smoothing=0.1)``; cross-entropy by default.
         chunk_size: Largest number of samples that pass through the network together, a bound on memory. The size of the
@@ -150,7 +150,7 @@ class RobustnessMonitor(Callback):
 
     @property
     def directions(self) -> dict[str, bool | None]:
-        """For each key that has been computed, whether higher values are better; None if neither is."""
+        """For each key that has been computed, whether higher values are better; None if neither direction is."""
         return self._reporter.directions
 
     @property
@@ -160,14 +160,14 @@ class RobustnessMonitor(Callback):
 
     @property
     def incomplete(self) -> bool:
-        """Whether something has failed in the last measurement."""
+        """Whether anything failed in the last measurement."""
         return self._loop.incomplete
 
     @property
     def per_sample(self) -> dict[str, Tensor]:
-        """By key, the per-sample values behind the last measurement where the logged value is their mean.
+        """Per-sample values of the last measurement, for keys whose logged value is their mean.
 
-        ``(N,)`` each, of all processes, float32 on the CPU.
+        Each is ``(N,)``, over all processes, float32 on the CPU.
         """
         return {self.log_key_prefix + key: found for key, found in self._loop.per_sample.items()}
 
@@ -175,11 +175,11 @@ class RobustnessMonitor(Callback):
 
     @property
     def state_key(self) -> str:
-        """Distinguishes several monitors in one checkpoint by the keys that they log."""
+        """Tells several monitors in one checkpoint apart by the keys that they log."""
         return self._generate_state_key(log_key_prefix=self.log_key_prefix)
 
     def state_dict(self) -> dict[str, Any]:
-        """Cadence, times for the budget, and the last values, which other callbacks go on seeing."""
+        """Return the cadence, the times for the budget, and the last values, which other callbacks keep seeing."""
         return {**self._loop.schedule.state_dict(), "values": dict(self._reporter.values)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -190,14 +190,14 @@ class RobustnessMonitor(Callback):
     # ---- hooks -------------------------------------------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Begin a new run; validations and tests after ``fit`` do not belong to it."""
+        """Begin a new run. Validations and tests after ``fit`` are not part of it."""
         fitting = stage == "fit"
         self._loop.begin_run(Schedule(self.every_n_epochs, self.overhead_budget) if fitting else None)
         if fitting:
             self._reporter.values = {}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clock, and warn if nothing will ever be measured or a stopper will misread the cadence."""
+        """Start the clock. Warn if nothing will be measured, or if EarlyStopping will misread the cadence."""
         self._loop.schedule.overhead.begin()
         sentences = diagnostics.before_fit(
             trainer, prefix=self.log_key_prefix, every_n_epochs=self.every_n_epochs, budget=self.overhead_budget
@@ -205,7 +205,7 @@ class RobustnessMonitor(Callback):
         self._loop.warnings.once(*sentences)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Show a resumed run's callbacks the last values, as an uninterrupted run would."""
+        """Put the last values back in a resumed run, where other callbacks look for them."""
         trainer.callback_metrics.update({key: torch.tensor(value) for key, value in self._reporter.values.items()})
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -235,7 +235,7 @@ class RobustnessMonitor(Callback):
         self._loop.conclude(trainer, pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Lay out TensorBoard's Custom Scalars page for all monitors of the trainer; the first one does it."""
+        """Lay out TensorBoard's Custom Scalars page; the first monitor does it for all of the trainer."""
         monitors = monitors_of(trainer)
         if self is monitors[0] and trainer.is_global_zero:
             reporters = [monitor._reporter for monitor in monitors]
@@ -249,11 +249,11 @@ class RobustnessMonitor(Callback):
             self._loop.warnings.once(*diagnostics.hardly_a_curve(overhead, budget=self.overhead_budget))
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Stop the clock, and let go of a measurement that will not be finished."""
+        """Stop the clock, and drop a measurement that will not be finished."""
         self._loop.schedule.overhead.end()
         self._loop.abandon()
 
-    # a test run is measured as a validation run is
+    # test runs are measured like validation runs
     on_test_epoch_start = on_validation_epoch_start
     on_test_batch_start = on_validation_batch_start
     on_test_batch_end = on_validation_batch_end

@@ -137,13 +137,7 @@ def on_values(metrics: Iterable[ProbeMetric], values: Mapping[str, float], *, pr
 
 
 def skipped(failures: Mapping[int, Failure], names: Mapping[int, str], *, epoch: int) -> str:
-    """What was not measured and why, in one warning.
-
-    Args:
-        failures: By the index of the metric, or ``WHOLE``.
-        names: Names of all metrics, by their indices.
-        epoch: In which the measurement was made.
-    """
+    """What was not measured and why, by the index of the metric or ``WHOLE``; ``names`` are those of all metrics."""
     if WHOLE in failures or failures.keys() >= names.keys():
         what = f"the measurement in epoch {epoch}: {_ended(failures[min(failures)].message)}"
     else:

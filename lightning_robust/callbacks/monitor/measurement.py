@@ -26,7 +26,7 @@ from lightning_robust.metrics import ProbeMetric
 from lightning_robust.probe import Probe
 
 Values = dict[int, dict[str, Tensor]]  # of each metric, by its index
-# beside the messages that Lightning knows
+# messages that Lightning does not know
 _SHORTAGE = re.compile(
     r"out of memory|not enough memory|CUBLAS_STATUS_ALLOC_FAILED|CUDNN_STATUS_ALLOC_FAILED"
     r"|could not create a (?:primitive|memory object)$"  # oneDNN; a primitive *descriptor* is missing for other reasons
@@ -42,6 +42,7 @@ class Measurement:
 
     Args:
         metrics: What to measure.
+        examine: Sees the samples before the metrics do.
         on_error: ``"raise"`` lets failures through.
         samples_at_once: Bound on the samples that pass through the network together, if one is known.
 
@@ -54,10 +55,14 @@ class Measurement:
     """
 
     def __init__(
-        self, metrics: Sequence[ProbeMetric], *, on_error: Literal["warn", "raise"], samples_at_once: int | None = None
+        self,
+        metrics: Sequence[ProbeMetric],
+        examine: Callable[[Probe], None],
+        *,
+        on_error: Literal["warn", "raise"],
+        samples_at_once: int | None = None,
     ) -> None:
-        self._metrics = metrics
-        self._on_error = on_error
+        self._metrics, self._examine, self._on_error = metrics, examine, on_error
         self._failures: dict[int, Failure] = {}
         self._seconds = 0.0
         self._updated = False
@@ -95,26 +100,26 @@ class Measurement:
             raise error
         self._failures.setdefault(origin, Failure.of(error))
 
-    def update(self, pl_module: LightningModule, device: torch.device, *, examine: Callable[[Probe], None]) -> None:
-        """Show the collected samples to the metrics, once, after the first of them have been examined.
+    def update(self, pl_module: LightningModule) -> None:
+        """Show the collected samples to the metrics, once.
 
-        Sharded weights are gathered by all processes, also by those on which something has failed.
+        All processes gather sharded weights, even those on which something has failed.
         """
         if self._updated:
             return
         self._updated = True
         with ExitStack() as stack:
             self.attempt(lambda: stack.enter_context(gathered_weights(pl_module)), in_any_case=True)
-            self.attempt(lambda: self._update(pl_module, device, examine))
+            self.attempt(lambda: self._update(pl_module))
 
-    def _update(self, pl_module: LightningModule, device: torch.device, examine: Callable[[Probe], None]) -> None:
+    def _update(self, pl_module: LightningModule) -> None:
         if self.collector is None:
             return
         if self.collector.presumes:
             self._key = self.collector.key()
-        for metric in self._metrics:
-            metric.to(device)
-        viewers = {WHOLE: examine} | {number: metric.update for number, metric in enumerate(self._metrics)}
+        for metric in self._metrics:  # Metal has no float64 (and does not run several processes)
+            metric.to("cpu" if pl_module.device.type == "mps" else pl_module.device)
+        viewers = {WHOLE: self._examine} | {number: metric.update for number, metric in enumerate(self._metrics)}
         with muted_logging(pl_module), differentiable(pl_module, *self.collector.callables()):
             for group in self.collector.groups():
                 self._show(group, viewers)
@@ -124,17 +129,14 @@ class Measurement:
 
     def _show(self, probe: Probe, viewers: Mapping[int, Callable[[Probe], object]]) -> None:
         """Show a probe, in parts small enough for the memory, to those viewers that have not failed."""
-        if self.samples_at_once is None or len(probe) <= self.samples_at_once:
-            self._show_at_once(probe, viewers)
-            return
         start = 0
         while start < len(probe):
-            stop = start + self.samples_at_once  # memory may run out again on the way
+            stop = start + (self.samples_at_once or len(probe))  # memory may run out again on the way
             self._show_at_once(probe.rows(slice(start, stop)), viewers)
             start = stop
 
     def _show_at_once(self, probe: Probe, viewers: Mapping[int, Callable[[Probe], object]]) -> None:
-        """Show a probe as a whole, and in smaller parts from the viewer on whom memory runs out."""
+        """Show a probe as a whole, or in smaller parts from the viewer for which memory runs out."""
         remaining = dict(viewers)
         for number, view in viewers.items():
             if WHOLE in self._failures:
@@ -159,9 +161,9 @@ class Measurement:
         return True
 
     def conclude(self, *, times: Callable[[], Times]) -> tuple[JointStatus, Values]:
-        """Agree with the other processes; the values of those metrics that failed on none of them.
+        """Agree with the other processes, and return the values of those metrics that failed on none of them.
 
-        The metrics are empty afterwards: some hold much memory.
+        The metrics are empty afterwards, because some hold much memory.
         """
         status, values = self._agree(times()), Values()
         if WHOLE not in status.failures:
@@ -193,7 +195,7 @@ class Measurement:
 
 
 def _kept(per_sample: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies: metrics may go on writing to their tensors, and views keep all that lies behind them."""
+    """Copy tensors: metrics may go on writing to theirs, and a view keeps all memory behind it."""
     for key, found in per_sample.items():
         if not isinstance(found, Tensor) or found.ndim != 1 or not len(found):
             got = f"of shape {tuple(found.shape)}" if isinstance(found, Tensor) else class_of(found)
@@ -202,6 +204,6 @@ def _kept(per_sample: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def ran_out_of_memory(error: Exception) -> bool:
-    """Whether half as much at once might have gone well."""
+    """Whether an error says that memory ran out, so that fewer samples at once may fit."""
     known = isinstance(error, torch.OutOfMemoryError | MemoryError) or is_oom_error(error)
     return known or _SHORTAGE.search(in_words(error)) is not None

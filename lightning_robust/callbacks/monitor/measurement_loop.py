@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import CombinedLoader
@@ -26,16 +25,12 @@ from lightning_robust.probe import Probe
 
 
 class MeasurementLoop:
-    """Makes the measurements of one monitor.
+    """Makes the measurements of one monitor, whose docstring explains the options.
 
     Args:
         metrics: What to measure.
         reporter: Logs the values.
         read: Makes a probe of the module and a batch.
-        max_samples: How many samples to measure, over all processes.
-        dataloader_idx: Which of several loaders to measure on.
-        seed: Chooses the samples.
-        on_error: ``"warn"`` or ``"raise"``.
 
     Attributes:
         schedule: When to measure; a run begins with a new one.
@@ -91,7 +86,9 @@ class MeasurementLoop:
                 return
         schedule.overhead.begin_measurement()
         with schedule.overhead.counted():
-            measurement = Measurement(self._metrics, on_error=self._on_error, samples_at_once=self._samples_at_once)
+            measurement = Measurement(
+                self._metrics, self._examine, on_error=self._on_error, samples_at_once=self._samples_at_once
+            )
             num_batches = trainer.num_test_batches if trainer.testing else trainer.num_val_batches
             limit = num_batches[index] if isinstance(num_batches, list) else num_batches
             measurement.last_batch = None if limit == math.inf else int(limit) - 1
@@ -128,7 +125,7 @@ class MeasurementLoop:
         at = (dataloader_idx, batch_idx)
         if measurement is not None and at == (self._dataloader_idx, measurement.last_batch):
             with self.schedule.overhead.counted():
-                measurement.update(pl_module, _device(pl_module), examine=self._examine)
+                measurement.update(pl_module)
 
     def conclude(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Agree with the other processes and log: the same collectives on every process."""
@@ -145,7 +142,7 @@ class MeasurementLoop:
         if fitting:
             self.schedule.last_epoch = trainer.current_epoch
             measurement.attempt(lambda: self._compare(measurement))
-        measurement.update(pl_module, _device(pl_module), examine=self._examine)
+        measurement.update(pl_module)
         status, values = measurement.conclude(times=lambda: self.schedule.overhead.times if fitting else Times())
         self.incomplete = bool(status.failures)
         samples_at_once = measurement.samples_at_once
@@ -193,8 +190,3 @@ class MeasurementLoop:
             if self._on_error == "raise":
                 raise
             self.warnings.warn_here(f"RobustnessMonitor could not {purpose}: {in_words(error)}. The run goes on.")
-
-
-def _device(pl_module: LightningModule) -> torch.device:
-    """Where the states are kept: Metal has no float64 (and does not run several processes)."""
-    return torch.device("cpu") if pl_module.device.type == "mps" else pl_module.device

@@ -71,9 +71,16 @@ class Reporter:
         for key, value in finite.items():
             agreed = SumMetric(sync_on_compute=False)
             agreed.update(value)
-            name, options = self.prefix + key, {"on_step": False, "on_epoch": True, "batch_size": 1}
-            # the module may override `log`
-            LightningModule.log(pl_module, name, agreed, metric_attribute=name, prog_bar=key in in_bar, **options)
+            LightningModule.log(  # the module may override its own
+                pl_module,
+                self.prefix + key,
+                agreed,
+                metric_attribute=self.prefix + key,
+                prog_bar=key in in_bar,
+                on_step=False,
+                on_epoch=True,
+                batch_size=1,
+            )
         self.values |= {self.prefix + key: value for key, value in finite.items()}
 
     def lay_out(self, trainer: Trainer, reporters: Sequence[Reporter]) -> None:

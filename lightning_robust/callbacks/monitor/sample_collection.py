@@ -21,14 +21,14 @@ class SampleCollector:
         share: What this process sees of the loader.
         max_samples: How many samples are wanted over all processes.
         rank: Number of this process.
-        num_processes: Number of processes. Where no distributed sampler shares the samples out among them, each takes
-            every ``num_processes``-th of those selected, which together are all of them if the processes see the same
-            loader. Where one does, but positions are not known, each selects its share of ``max_samples``.
+        num_processes: Number of processes. Without a distributed sampler, each takes every ``num_processes``-th of the
+            selected samples; together these are all of them if the processes see the same loader. With one, if
+            positions are not known, each selects its share of ``max_samples``.
         seed: Chooses the samples.
 
     Attributes:
-        irregular: Whether batches turned out not to be made of the loader's samples one by one (a collate function may
-            join or split them), so that positions are not known beforehand.
+        irregular: Whether batches turned out not to hold the loader's samples one by one (a collate function may join
+            or split them), so that positions are not known beforehand.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class SampleCollector:
             self._kept.append((list(wanted), copied(batch, list(wanted.values()))))
 
     def _expected(self, otherwise: int) -> int:
-        """Number of samples in the first batch, if it can be known."""
+        """Number of samples in the first batch, if the loader tells."""
         if self._share.size is None or self._share.batch_size is None:
             return otherwise
         return min(self._share.batch_size, -(-self._share.size // self._share.stride))
@@ -88,16 +88,16 @@ class SampleCollector:
 
     @property
     def presumes(self) -> bool:
-        """Whether the choice presumes that all processes see the same samples."""
+        """Whether the choice relies on all processes seeing the same samples."""
         return not self._share.distributed and self._num_processes > 1
 
     def key(self) -> int:
-        """A number that depends on the contents of the first sample that is kept; -1 without one."""
+        """A number that depends on the contents of the first kept sample; -1 without one."""
         first = self._kept[0][1].inputs[:1] if self._kept else None
         return -1 if first is None else keys_of(full_precision(first))[0]
 
     def targets(self) -> list[int]:
-        """Classes of the samples, in order: a different list at another time means different samples."""
+        """Targets of the samples, in order. If they change, so have the samples."""
         rows = [batch.targets for batch in self._chosen() if len(batch)]
         return torch.cat(rows).tolist() if rows else []
 
@@ -107,7 +107,7 @@ class SampleCollector:
         return list({id(part): part for part in found if part is not None}.values())
 
     def groups(self) -> Iterator[Probe]:
-        """The samples in order, never more together than the largest batch held, and only those that match."""
+        """The samples in order. Those of a group match, and are no more than the largest batch held."""
         group: list[Probe] = []
         for batch in self._chosen():
             start = 0
@@ -124,7 +124,7 @@ class SampleCollector:
 
 
 def _without(positions: list[int], batch: Probe, others: set[int]) -> tuple[list[int], Probe]:
-    """The samples whose positions are not among ``others``."""
+    """Keep the samples whose positions are not among ``others``."""
     rows = [row for row, position in enumerate(positions) if position not in others]
     if len(rows) == len(positions):
         return positions, batch

@@ -1,10 +1,10 @@
-"""How samples are chosen: a fixed subset of the validation samples, spread over the whole loader.
+"""Chooses samples: a fixed subset of the validation samples, spread over the whole loader.
 
-Loaders are often sorted by class, so the first samples will not do; some repeat the classes in turn, so every n-th will
-not do either. If the number of samples is known, the loader is cut into as many stretches as samples are wanted, and
-one sample is drawn from each (stratified sampling). If it is unknown, every sample draws a random number and the
-smallest ones stay, a uniformly random subset of a stream of any length (reservoir sampling). Both depend on the seed
-and the order of the samples alone: not on the batch size, the epoch, or the number of processes.
+Loaders are often sorted by class, so the first samples are not representative. Some cycle through the classes, so every
+n-th sample is not either. If the number of samples is known, the loader is cut into as many stretches as samples are
+wanted, and one sample is drawn from each (stratified sampling). If it is unknown, every sample draws a random number,
+and those with the smallest numbers stay: a uniformly random subset of a stream of any length (reservoir sampling). Both
+depend only on the seed and the order of the samples, not on the batch size, the epoch or the number of processes.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class LoaderShare:
             return cls(size=None)
         sampler = getattr(loader.batch_sampler, "sampler", loader.sampler)
         if isinstance(sampler, DistributedSampler) and type(loader.batch_sampler) is not BatchSampler:
-            return cls(size=None, shuffled=sampler.shuffle, distributed=True)  # in whatever order
+            return cls(size=None, shuffled=sampler.shuffle, distributed=True)  # positions are unknown
         batch_size = getattr(loader.batch_sampler, "batch_size", loader.batch_size)
         samples: object = sampler
         total = math.inf

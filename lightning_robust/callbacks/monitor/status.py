@@ -1,4 +1,4 @@
-"""How a measurement went, and how all processes agree on it, so that a failure in one has the same end in all."""
+"""How a measurement went. All processes agree on it, so that a failure in one has the same effect in all."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Status:
         num_samples: Samples that this process measured.
         seconds: Wall time.
         key: Identifies this process's samples, where all processes should see the same ones.
-        times: What its clocks show.
+        times: Its wall times.
     """
 
     failures: Mapping[int, Failure] = field(default_factory=dict)
@@ -61,10 +61,10 @@ class JointStatus:
     """How a measurement went in all processes together.
 
     Attributes:
-        failures: Those of the first process that met them, by index or ``WHOLE``.
+        failures: As above, of the first process that has one.
         num_samples: Samples of all processes.
         seconds: Wall time of the slowest process.
-        disagree: Whether processes that should see the same samples see different ones.
+        disagree: Whether processes see different samples where they should see the same ones.
         overhead: Share of the wall time of the run so far that was spent measuring; 0 outside ``fit``.
     """
 

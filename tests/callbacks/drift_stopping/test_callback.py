@@ -166,7 +166,7 @@ def test_a_run_is_stopped_in_the_epoch_in_which_the_drift_is_complete(tmp_path: 
     assert float(stopper.best_score) == pytest.approx(0.7)
 
 
-def test_a_run_that_does_not_drift_is_not_stopped_and_nothing_is_said(tmp_path: Path) -> None:
+def test_a_run_that_does_not_drift_is_not_stopped_and_does_not_warn(tmp_path: Path) -> None:
     stopper = RobustnessDriftStopping(KEY, patience=3)
     with robustness_warnings() as messages:
         run = fit(tmp_path, monitor(Quality([0.5, 0.6, 0.3, 0.3, 0.6] * 2)), stopper, max_epochs=10)
@@ -183,14 +183,14 @@ def test_the_default_follows_a_key_that_the_default_metrics_log(tmp_path: Path) 
 
 
 @pytest.mark.parametrize(("cls", "stops"), [(Quality, True), (Harm, False)])
-def test_the_metric_says_whether_a_fall_is_a_drift(tmp_path: Path, cls: type[Quality], stops: bool) -> None:
+def test_the_metric_decides_whether_a_fall_counts_as_drift(tmp_path: Path, cls: type[Quality], stops: bool) -> None:
     stopper = RobustnessDriftStopping(KEY, patience=3)
     fit(tmp_path, monitor(cls([1.0] * 3 + [0.5] * 20)), stopper, max_epochs=8)
     assert stopper.stopped_epoch == (5 if stops else 0)
 
 
 @pytest.mark.parametrize(("cls", "stops"), [(Quality, False), (Harm, True)])
-def test_the_metric_says_whether_a_rise_is_a_drift(tmp_path: Path, cls: type[Quality], stops: bool) -> None:
+def test_the_metric_decides_whether_a_rise_counts_as_drift(tmp_path: Path, cls: type[Quality], stops: bool) -> None:
     stopper = RobustnessDriftStopping(KEY, patience=3)
     fit(tmp_path, monitor(cls([1.0] * 3 + [1.5] * 20)), stopper, max_epochs=8)
     assert stopper.stopped_epoch == (5 if stops else 0)
@@ -264,7 +264,7 @@ def test_values_per_sample_of_a_wrong_kind_are_a_failure_of_the_metric(tmp_path:
     assert [message for message in messages if "Odd" in message]
 
 
-def test_what_is_kept_per_sample_is_a_copy(tmp_path: Path) -> None:
+def test_per_sample_values_are_copies(tmp_path: Path) -> None:
     """A metric may reuse its buffer."""
     kept = []
 
@@ -391,20 +391,20 @@ def test_a_second_run_with_the_same_stopper_begins_anew(tmp_path: Path) -> None:
     assert ends[1] == ends[0]
 
 
-def test_a_run_goes_on_to_its_least_number_of_epochs(tmp_path: Path) -> None:
+def test_a_run_continues_until_min_epochs(tmp_path: Path) -> None:
     stopper = RobustnessDriftStopping(KEY, patience=3)
     run = fit(tmp_path, monitor(Quality(FALL)), stopper, min_epochs=12)
     assert run.current_epoch == 12
 
 
-def test_a_fast_run_is_not_stopped(tmp_path: Path) -> None:
+def test_a_fast_dev_run_is_not_stopped(tmp_path: Path) -> None:
     stopper = RobustnessDriftStopping(KEY, patience=1, reference=1.0)
     run = fit(tmp_path, monitor(Quality([0.1], steps=1)), stopper, fast_dev_run=True)
     assert run.state.finished
     assert stopper.stopping_reason is EarlyStoppingReason.NOT_STOPPED
 
 
-def test_nothing_is_said_about_a_fast_run_which_nobody_expects_to_be_stopped(tmp_path: Path) -> None:
+def test_a_fast_dev_run_does_not_warn(tmp_path: Path) -> None:
     with robustness_warnings() as messages:
         fit(tmp_path, monitor(Quality([0.1], steps=1)), RobustnessDriftStopping(KEY), fast_dev_run=True)
     assert messages == []
@@ -420,7 +420,7 @@ def test_a_key_of_the_user_is_followed_in_the_given_direction(tmp_path: Path, mo
     assert stopper.stopped_epoch == stopped
 
 
-def test_a_direction_that_agrees_with_the_metric_is_taken(tmp_path: Path) -> None:
+def test_a_direction_that_agrees_with_the_metric_is_accepted(tmp_path: Path) -> None:
     stopper = RobustnessDriftStopping(KEY, mode="min", patience=3)
     fit(tmp_path, monitor(Harm([1.0] * 3 + [1.5] * 20)), stopper)
     assert stopper.stopped_epoch == 5
@@ -461,7 +461,7 @@ def test_a_key_of_a_metric_that_cannot_say_what_is_better_needs_a_direction(tmp_
         assert len(series(stopper, key)) == 6
 
 
-def test_an_unknown_key_is_refused_with_those_that_there_are(tmp_path: Path) -> None:
+def test_an_unknown_key_is_refused_with_a_list_of_available_keys(tmp_path: Path) -> None:
     with pytest.raises(MisconfigurationException) as raised:
         fit(tmp_path, monitor(Quality(FALL, stderr=0.1)), RobustnessDriftStopping("robust/qualty"))
     message = str(raised.value)
@@ -476,7 +476,7 @@ def test_an_unknown_key_of_the_user_is_refused_with_a_way_out(tmp_path: Path) ->
         fit(tmp_path, RobustnessDriftStopping("val_ac", mode="max"))
 
 
-def test_a_key_that_is_logged_later_is_waited_for_if_it_may_be_missing(tmp_path: Path) -> None:
+def test_without_strict_a_key_may_be_logged_later(tmp_path: Path) -> None:
     class Late(Accuracy):
         def validation_step(self, batch: Any, batch_idx: int) -> None:
             if self.current_epoch >= 3:
@@ -490,7 +490,7 @@ def test_a_key_that_is_logged_later_is_waited_for_if_it_may_be_missing(tmp_path:
     assert stopper.stopped_epoch == 6
 
 
-def test_a_key_that_is_never_logged_is_told_at_the_end_if_it_may_be_missing(tmp_path: Path) -> None:
+def test_without_strict_a_key_that_is_never_logged_is_reported_at_the_end(tmp_path: Path) -> None:
     with robustness_warnings() as messages:
         run = fit(tmp_path, RobustnessDriftStopping("other", mode="max", strict=False), max_epochs=3)
     assert run.state.finished
@@ -533,7 +533,7 @@ def test_keys_of_several_monitors_are_followed_each_at_its_cadence(tmp_path: Pat
 # --- what it says ---------------------------------------------------------------------------------------------------
 
 
-def test_the_reason_says_what_fell_by_how_much_since_when_and_what_became_of_accuracy(tmp_path: Path) -> None:
+def test_the_reason_gives_the_fall_its_epochs_and_the_change_of_accuracy(tmp_path: Path) -> None:
     stopper = RobustnessDriftStopping(KEY, patience=3)
     model = Accuracy([0.5, 0.55, 0.6, 0.62, 0.64, 0.66, 0.68, 0.725])
     fit(tmp_path, monitor(Quality(FALL)), stopper, model=model, max_epochs=8)
@@ -587,7 +587,7 @@ def test_the_reason_names_all_keys_that_have_drifted_and_no_others(tmp_path: Pat
     assert [f"robust/{key} fell" in message for key in "abc"] == [True, False, True]
 
 
-def test_the_warning_is_given_once_per_drift_and_training_goes_on(tmp_path: Path) -> None:
+def test_each_drift_warns_once_and_training_continues(tmp_path: Path) -> None:
     values = [1.0] * 3 + [0.5] * 4 + [1.0] * 2 + [0.4] * 4
     stopper = RobustnessDriftStopping(KEY, patience=2, action="warn")
     with robustness_warnings() as messages:
@@ -602,7 +602,7 @@ def test_the_warning_is_given_once_per_drift_and_training_goes_on(tmp_path: Path
 
 
 @pytest.mark.parametrize(("max_epochs", "told"), [(1, True), (5, True), (6, False)])
-def test_too_few_measurements_to_stop_a_run_are_told_once_at_its_end(
+def test_too_few_measurements_to_stop_a_run_are_reported_once_at_its_end(
     tmp_path: Path, max_epochs: int, told: bool
 ) -> None:
     with robustness_warnings() as messages:
@@ -708,7 +708,7 @@ KEEP = " To keep the last weights, pass `restore_best_weights=False`."
         (0.6, math.inf, f"{PUT_BACK}."),
     ],
 )
-def test_what_restoring_gains_and_what_it_costs_in_accuracy_is_told(
+def test_restoring_reports_its_gain_and_its_cost_in_accuracy(
     tmp_path: Path, best: float, last: float, said: str
 ) -> None:
     stopper = RobustnessDriftStopping(KEY, patience=3, restore_best_weights=True)
@@ -718,14 +718,14 @@ def test_what_restoring_gains_and_what_it_costs_in_accuracy_is_told(
     assert messages == [said]
 
 
-def test_without_a_known_accuracy_restoring_tells_what_it_gains(tmp_path: Path) -> None:
+def test_without_a_known_accuracy_restoring_reports_only_its_gain(tmp_path: Path) -> None:
     stopper = RobustnessDriftStopping(KEY, patience=3, restore_best_weights=True)
     with put_back() as messages:
         fit(tmp_path, monitor(Quality(FALL)), stopper, model=Accuracy([0.1] * 20, key="val_loss"))
     assert messages == [f"{PUT_BACK}."]
 
 
-def test_restoring_tells_what_becomes_of_each_key_that_the_best_measurement_has(tmp_path: Path) -> None:
+def test_restoring_reports_each_key_of_the_best_measurement(tmp_path: Path) -> None:
     a, b, c = [1.0, 3.0, 0.5, 0.4], [2.0, 1.0, 4.0, 5.0], [1.0, None, 1.0, 1.0]
     stopper = RobustnessDriftStopping(["robust/a", "robust/b", "c"], mode="max", restore_best_weights=True)
     with put_back() as messages, robustness_warnings():
@@ -737,7 +737,7 @@ def test_restoring_tells_what_becomes_of_each_key_that_the_best_measurement_has(
     ]
 
 
-def test_nothing_is_told_of_weights_that_stay(tmp_path: Path) -> None:
+def test_nothing_is_reported_if_the_weights_stay(tmp_path: Path) -> None:
     with put_back() as messages:
         fit(tmp_path, monitor(Quality(FALL)), RobustnessDriftStopping(KEY, patience=3))
         fit(tmp_path, monitor(Quality([0.1 * n for n in range(9)])), RobustnessDriftStopping(KEY), max_epochs=9)
@@ -865,7 +865,7 @@ def test_a_state_is_found_under_the_key_of_earlier_versions(options: dict[str, A
 
 @pytest.mark.parametrize("path", sorted(STATES.glob("*.pt")), ids=lambda path: path.stem)
 @pytest.mark.filterwarnings("ignore:Checkpoint directory")
-def test_states_of_every_version_are_continued(tmp_path: Path, path: Path) -> None:
+def test_runs_continue_from_states_of_every_version(tmp_path: Path, path: Path) -> None:
     """Each was stored after epoch 5, with two of three falls counted, next to what its version did in epoch 6."""
     stored = torch.load(path, weights_only=True)
     options: dict[str, Any] = {"patience": 3, "restore_best_weights": True}
@@ -1102,6 +1102,7 @@ def test_weights_are_put_back_in_a_module_with_incomplete_checkpoints(tmp_path: 
     fit(tmp_path, stopper, weights, model=model)
     assert stopper.best_epoch == 2
     assert same(model.state_dict(), weights.by_epoch[2])
+    assert not same(model.state_dict(), weights.by_epoch[max(weights.by_epoch)])
 
 
 def test_weights_are_not_put_back_beside_weight_averaging(tmp_path: Path) -> None:

@@ -144,7 +144,7 @@ def test_a_probe_function_is_called_with_whole_batches_and_its_open_options_are_
     assert torch.equal(probe.inputs, module.embedding(ids))
 
 
-def test_a_plain_function_is_taken_to_call_the_module() -> None:
+def test_a_plain_function_is_assumed_to_call_the_module() -> None:
     module = Module()
     probe = read_batch(
         module,  # type: ignore[arg-type]

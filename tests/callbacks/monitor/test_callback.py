@@ -340,7 +340,7 @@ def test_early_stopping_and_checkpoints_can_follow_a_robustness_key(tmp_path: Pa
     assert stopper.stopped_epoch == best + 2 == len(values) - 1
 
 
-def test_nothing_is_said_about_a_sound_run(tmp_path: Path) -> None:
+def test_a_sound_run_does_not_warn(tmp_path: Path) -> None:
     with robustness_warnings() as messages:
         trainer(RobustnessMonitor(), root=tmp_path).fit(classifier(), loader(), loader())
     assert messages == []
@@ -365,7 +365,7 @@ def test_averaged_weights_are_measured_when_they_are_validated(tmp_path: Path, f
     assert all(measured == pytest.approx(validated, abs=1e-6) for validated, measured in accuracies)
 
 
-def test_what_a_forward_pass_records_is_not_disturbed(tmp_path: Path) -> None:
+def test_values_recorded_in_a_forward_pass_are_not_disturbed(tmp_path: Path) -> None:
     class Recorder(type(classifier())):
         def __init__(self, network: torch.nn.Module) -> None:
             super().__init__(network)

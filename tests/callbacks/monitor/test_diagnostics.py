@@ -69,7 +69,7 @@ def test_mixing_is_found_whatever_the_first_sample_is(value: float) -> None:
 
 @pytest.mark.parametrize("num_samples", [1, 2, 9, 20])
 @pytest.mark.parametrize("name", NETWORKS)
-def test_a_network_that_keeps_the_rules_has_no_flaws(name: str, num_samples: int) -> None:
+def test_a_valid_network_has_no_flaws(name: str, num_samples: int) -> None:
     assert find_flaws(Probe(*build(name, num_samples=num_samples))) == []
 
 

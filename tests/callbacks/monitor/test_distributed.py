@@ -128,7 +128,7 @@ def validate_odd_shares(rank: int, root: Path) -> list[tuple[float, list[str]]]:
     return results
 
 
-def test_shares_that_are_not_known_are_told_or_split_by_another_rule(tmp_path: Path) -> None:
+def test_unknown_shares_are_reported_or_split_by_another_rule(tmp_path: Path) -> None:
     results = processes.run(validate_odd_shares, 2, tmp_path)
     (own, said), (reordered, said_too) = results[0]
     assert own < MAX_SAMPLES
@@ -164,7 +164,7 @@ def measure_traffic(rank: int, root: Path) -> dict[str, list[Counter[str]]]:
     }
 
 
-def test_metric_states_alone_travel_whatever_the_number_of_parameters(tmp_path: Path) -> None:
+def test_only_metric_states_are_exchanged_whatever_the_number_of_parameters(tmp_path: Path) -> None:
     for sent in processes.run(measure_traffic, 2, tmp_path):
         assert all(counts.keys() == {"allgather_"} for runs in sent.values() for counts in runs)
         input_side, curvature = ([counts["allgather_"] for counts in sent[name]] for name in sent)
@@ -195,7 +195,7 @@ def fit(rank: int, root: Path) -> tuple[list[Any], list[str]]:
     return history.rows, [str(w.message) for w in caught if issubclass(w.category, RobustnessWarning)]
 
 
-def test_when_one_process_fails_all_skip_the_measurement_and_go_on(tmp_path: Path) -> None:
+def test_when_one_process_fails_all_skip_the_measurement_and_continue(tmp_path: Path) -> None:
     results = processes.run(fit, 2, tmp_path)
     for rows, _ in results:
         assert rows[1] == rows[0]  # nothing new was logged

@@ -25,7 +25,7 @@ def test_a_run_without_faults_is_measured_each_time_and_trains_as_without_the_mo
 
 
 @pytest.mark.parametrize("kind", LOST)
-def test_a_fault_of_each_kind_takes_what_it_must_and_the_next_measurement_works(
+def test_a_fault_of_each_kind_costs_only_its_own_values_and_the_next_measurement_works(
     reference: Outcome, tmp_path: Path, kind: str
 ) -> None:
     schedule = {1: Fault(kind, frozenset({0}), batch=2), 2: Fault(kind, frozenset({0}), batch=0)}

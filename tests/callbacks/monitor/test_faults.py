@@ -140,14 +140,14 @@ def test_a_model_whose_numbers_mislead_is_measured_with_one_warning(
     assert all(row["robust/num_samples"] == 120 for row in rows)
 
 
-def test_a_run_without_validation_is_told_so_once(tmp_path: Path) -> None:
+def test_a_run_without_validation_warns_once(tmp_path: Path) -> None:
     with robustness_warnings() as messages:
         trainer(RobustnessMonitor(), root=tmp_path, limit_val_batches=0).fit(classifier(), loader(), loader())
     assert len(messages) == 1
     assert "validation loop, but this run has none" in messages[0]
 
 
-def test_a_shuffled_loader_is_named_once(tmp_path: Path) -> None:
+def test_a_shuffled_loader_is_reported_once(tmp_path: Path) -> None:
     # Lightning has a word on it too
     with pytest.warns(UserWarning, match="shuffling enabled"):
         messages, _ = fit(Quiet(), loader(shuffle=True), tmp_path)
@@ -166,7 +166,7 @@ def test_a_stream_of_unknown_length_is_measured_by_a_stated_rule(tmp_path: Path)
     assert [row["robust/num_samples"] for row in rows] == [50, 50]
 
 
-def test_the_unit_of_epsilon_is_named_once_when_inputs_leave_the_unit_interval(tmp_path: Path) -> None:
+def test_the_unit_of_epsilon_is_reported_once_when_inputs_leave_the_unit_interval(tmp_path: Path) -> None:
     x, y = samples().tensors
     normalised = loader(TensorDataset((x - 0.5) / 0.2, y))
     messages, _ = fit(Quiet(classifier().network), normalised, tmp_path)
@@ -176,14 +176,14 @@ def test_the_unit_of_epsilon_is_named_once_when_inputs_leave_the_unit_interval(t
     assert messages == []
 
 
-def test_bytes_are_told_their_own_remedy(tmp_path: Path) -> None:
+def test_bytes_have_their_own_remedy(tmp_path: Path) -> None:
     x, y = samples().tensors
     messages, _ = fit(Quiet(classifier().network), loader(TensorDataset((x * 255).round(), y)), tmp_path)
     assert len(messages) == 1
     assert "For bytes from 0 to 255 pass `input_std=1/255`" in messages[0]
 
 
-def test_inputs_beyond_their_valid_range_are_named_once(tmp_path: Path) -> None:
+def test_inputs_beyond_their_valid_range_are_reported_once(tmp_path: Path) -> None:
     x, y = samples().tensors
     normalised = loader(TensorDataset((x - 0.5) / 0.2, y))
     messages, _ = fit(
@@ -195,7 +195,7 @@ def test_inputs_beyond_their_valid_range_are_named_once(tmp_path: Path) -> None:
     assert fit(Quiet(classifier().network), normalised, tmp_path, **options)[0] == []
 
 
-def test_a_stopper_that_would_count_old_values_is_named(tmp_path: Path) -> None:
+def test_a_stopper_that_would_count_old_values_is_reported(tmp_path: Path) -> None:
     key = "robust/linearized_accuracy_linf_0.03137"
     for cadence, count in ((1, 0), (3, 1)):
         with robustness_warnings() as messages:
@@ -254,7 +254,7 @@ def test_a_model_that_refuses_inputs_out_of_range_is_measured(tmp_path: Path) ->
     assert rows[1]["robust/num_samples"] == 120
 
 
-def test_many_classes_are_warned_of(tmp_path: Path) -> None:
+def test_many_classes_cause_a_warning(tmp_path: Path) -> None:
     many = nn.Sequential(nn.Flatten(), nn.Linear(16, 250))
     messages, rows = fit(Quiet(many), loader(), tmp_path, max_samples=5)
     assert len(messages) == 1
@@ -262,7 +262,7 @@ def test_many_classes_are_warned_of(tmp_path: Path) -> None:
     assert rows[1]["robust/num_samples"] == 5
 
 
-def test_infinite_values_are_not_logged_and_named_once(tmp_path: Path) -> None:
+def test_infinite_values_are_not_logged_and_reported_once(tmp_path: Path) -> None:
     constant = Outputs(lambda z: (3 * torch.eye(4) - 1)[torch.zeros(len(z), dtype=torch.long)] + 0 * z)
     messages, rows = fit(Quiet(constant), loader(), tmp_path)
     assert messages == [
@@ -272,7 +272,7 @@ def test_infinite_values_are_not_logged_and_named_once(tmp_path: Path) -> None:
     assert all(row["robust/fim_spectral_norm"] == 0 for row in rows)
 
 
-def test_input_std_of_the_wrong_length_is_named_and_leaves_what_has_no_use_for_it(tmp_path: Path) -> None:
+def test_an_input_std_of_wrong_length_is_reported_and_skips_only_the_metrics_that_need_it(tmp_path: Path) -> None:
     messages, rows = fit(Quiet(classifier().network), loader(), tmp_path, input_std=[0.2, 0.3, 0.4])
     for row in rows:
         assert {key.split("/")[1].split("_")[0] for key in row} == {"hessian", "wci", "num", "seconds", "overhead"}
@@ -306,7 +306,7 @@ def test_the_second_of_two_metrics_that_log_the_same_key_is_left_out(tmp_path: P
     assert "two log ['linearized_accuracy_linf_0'" in messages[0]
 
 
-def test_curvature_that_is_noise_is_named_in_the_same_words_at_every_measurement() -> None:
+def test_the_caveat_about_noisy_curvature_is_the_same_at_every_measurement() -> None:
     def said(trace: float, noise: float, num_samples: int = 120) -> list[str]:
         values = {"hessian_trace": trace, "hessian_trace_stderr_probes": noise, "num_samples": float(num_samples)}
         return diagnostics.on_values([HessianTrace()], values, prefix="robust/")
@@ -349,7 +349,7 @@ def test_metrics_that_cannot_be_measured_do_not_stop_the_others(tmp_path: Path) 
         assert not any("hessian" in key or "wci" in key for key in row)
 
 
-def test_the_way_out_of_a_missing_second_derivative_works(tmp_path: Path) -> None:
+def test_gauss_newton_works_without_a_second_derivative(tmp_path: Path) -> None:
     network = nn.Sequential(nn.Flatten(), nn.Linear(16, 8), Squared(), nn.Linear(8, 4))
     messages, rows = fit(Quiet(network), loader(), tmp_path, metrics=[HessianTrace(estimator="gauss_newton")])
     assert messages == []
@@ -366,7 +366,7 @@ def test_the_two_matrices_can_be_logged_side_by_side(tmp_path: Path) -> None:
         assert row["robust/hessian_trace/network.1.weight"] != row["robust/hessian_trace_gauss_newton/network.1.weight"]
 
 
-def test_how_the_module_is_called_is_asked_after_errors_of_its_own_only(tmp_path: Path) -> None:
+def test_the_hint_about_calling_the_module_follows_only_its_own_errors(tmp_path: Path) -> None:
     def refuse(z: Tensor) -> Tensor:
         raise TypeError("forward() missing 1 required positional argument: 'mask'")
 
@@ -383,7 +383,7 @@ def warn_in_two_runs(path: Path) -> None:
             WarnOnce().once("beware")
 
 
-def test_the_second_run_in_a_process_is_warned_as_the_first_was(tmp_path: Path) -> None:
+def test_the_second_run_in_a_process_warns_like_the_first(tmp_path: Path) -> None:
     """In a process with Python's own filters, which show a sentence once."""
     assert processes.exit_code(warn_in_two_runs, tmp_path / "stderr.txt") == 0
     assert (tmp_path / "stderr.txt").read_text().count("beware") == 2
@@ -437,7 +437,7 @@ def test_two_monitors_that_log_the_same_keys_are_refused(tmp_path: Path) -> None
         trainer(RobustnessMonitor(), RobustnessMonitor(seed=1), root=tmp_path)
 
 
-def test_a_barebones_trainer_is_told_that_nothing_is_measured(tmp_path: Path) -> None:
+def test_a_barebones_trainer_warns_that_nothing_is_measured(tmp_path: Path) -> None:
     class Silent(Classifier):
         def validation_step(self, batch: Any, batch_idx: int) -> None:
             pass

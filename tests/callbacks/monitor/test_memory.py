@@ -119,7 +119,7 @@ def test_other_failures_are_not_taken_for_a_shortage(words: str) -> None:
     assert not ran_out_of_memory(RuntimeError(words))
 
 
-def test_where_not_even_one_sample_has_room_the_cause_is_named(tmp_path: Path) -> None:
+def test_if_not_even_one_sample_fits_the_cause_is_reported(tmp_path: Path) -> None:
     rows, messages, tried = fit(tmp_path, 0)
     assert rows == [{}, {}]
     assert [message.startswith("RobustnessMonitor skipped the measurement") for message in messages].count(True) == 2

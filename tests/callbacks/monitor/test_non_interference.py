@@ -519,7 +519,7 @@ CHANGED_IN_PLACE = {  # put back after the measurement only: the monitor notices
 
 
 @pytest.mark.parametrize("name", MEMORIES)
-def test_what_a_network_keeps_is_as_without_the_monitor(tmp_path: Path, name: str) -> None:
+def test_a_network_keeps_the_same_values_as_without_the_monitor(tmp_path: Path, name: str) -> None:
     kept, remember = MEMORIES[name]
     said = {"says": "returns other outputs"} if name in CHANGED_IN_PLACE else {}
     setting = Setting(on_network(lambda: Remembering(kept(), remember)), **said)

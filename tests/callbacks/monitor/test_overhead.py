@@ -142,7 +142,7 @@ def expected_epochs(costs: Sequence[float], *, epochs: int, budget: float) -> li
     ("times", "share"),
     [((0.0, 0.0, 0.0), 0.0), ((10.0, 0.0, 0.0), 0.0), ((10.0, 1.0, 0.5), 0.1), ((4.0, 4.0, 4.0), 1.0)],
 )
-def test_the_share_is_what_was_spent_of_what_has_passed(times: tuple[float, float, float], share: float) -> None:
+def test_the_share_is_spent_over_elapsed_time(times: tuple[float, float, float], share: float) -> None:
     assert Times(*times).share == share
 
 
@@ -164,7 +164,7 @@ def test_a_measurement_is_afforded_if_the_share_is_within_the_budget_after_it(
     assert Times(*times).affords(budget) is affords
 
 
-def test_the_clocks_count_what_happens_inside_as_spent(clock: Clock) -> None:
+def test_time_inside_the_context_counts_as_spent(clock: Clock) -> None:
     clocks = Overhead()
     assert clocks.times == Times(0, 0, 0)
     clocks.begin()
@@ -197,7 +197,7 @@ def test_nothing_counts_while_the_clock_does_not_run(clock: Clock) -> None:
     assert clocks.times == Times(1, 1, 1)
 
 
-def test_the_clocks_go_on_from_a_state(clock: Clock) -> None:
+def test_the_clocks_continue_from_a_state(clock: Clock) -> None:
     clocks, again = Overhead(), Overhead()
     clocks.begin()
     with clocks.counted():
@@ -210,7 +210,7 @@ def test_the_clocks_go_on_from_a_state(clock: Clock) -> None:
     assert again.times == Times(20, 3, 3)
 
 
-def test_a_state_that_was_loaded_is_given_back_before_the_run_goes_on() -> None:
+def test_a_loaded_state_is_returned_unchanged_before_the_run_continues() -> None:
     clocks, state = Overhead(), {"elapsed": 20.0, "spent": 3.0, "cost": 1.0, "made": 2, "left_out": 5}
     clocks.load_state_dict(state)
     assert clocks.state_dict() == state
@@ -273,7 +273,7 @@ def test_the_first_measurement_is_always_made(tmp_path: Path, clock: Clock) -> N
 
 
 @pytest.mark.parametrize(("epochs", "told"), [(11, True), (12, False)])
-def test_fewer_than_five_measurements_are_told_at_the_end(
+def test_fewer_than_five_measurements_are_reported_at_the_end(
     tmp_path: Path, clock: Clock, epochs: int, told: bool
 ) -> None:
     with robustness_warnings() as messages:
@@ -312,7 +312,7 @@ def test_sanity_checking_is_neither_measured_nor_the_first(tmp_path: Path, clock
 
 
 @pytest.mark.parametrize(("budget", "epochs"), [(BUDGET, [0, 11, 12, 13, 14, 15]), (None, list(range(16)))])
-def test_garbage_is_collected_before_the_first_measurement_lest_it_be_an_estimate_for_the_second(
+def test_garbage_collection_does_not_inflate_the_expected_cost_of_the_second_measurement(
     tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch, budget: float | None, epochs: list[int]
 ) -> None:
     collected: list[float] = []
@@ -330,7 +330,7 @@ def test_garbage_is_collected_before_the_first_measurement_lest_it_be_an_estimat
         assert measured.shares[:2] == pytest.approx([2.2 / 6.2, 2.4 / 50.4], rel=1e-6)
 
 
-def test_what_cannot_be_measured_is_no_measurement_within_a_budget(
+def test_a_run_that_cannot_be_measured_uses_no_budget(
     tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(schedule, "gc", SimpleNamespace(collect=lambda: pytest.fail("nothing is measured")))
@@ -344,7 +344,7 @@ def test_what_cannot_be_measured_is_no_measurement_within_a_budget(
     assert (times["made"], times["left_out"], times["spent"]) == (0, 0, 0)
 
 
-def test_a_measurement_that_fails_has_cost_its_time(tmp_path: Path, clock: Clock) -> None:
+def test_the_time_of_a_failed_measurement_counts(tmp_path: Path, clock: Clock) -> None:
     class Failing(Costly):
         def compute(self) -> dict[str, Tensor]:
             super().compute()
@@ -400,7 +400,7 @@ class Killer(Callback):
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory")
-def test_a_resumed_run_goes_on_counting(tmp_path: Path, clock: Clock) -> None:
+def test_a_resumed_run_continues_counting(tmp_path: Path, clock: Clock) -> None:
     costs = [0.5]
     whole = fit(tmp_path, clock, costs=costs, epochs=20, overhead_budget=BUDGET)
     checkpoint = ModelCheckpoint(tmp_path, save_last=True, enable_version_counter=False)
@@ -430,7 +430,7 @@ def test_measurements_before_a_run_was_resumed_are_points_of_its_curve(tmp_path:
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory")
 @pytest.mark.parametrize("between", ["validate", "test"])
-def test_what_is_measured_after_a_run_is_no_part_of_its_times(tmp_path: Path, clock: Clock, between: str) -> None:
+def test_measurements_after_a_run_do_not_count_in_its_times(tmp_path: Path, clock: Clock, between: str) -> None:
     metric = Costly(wait_by(clock), [0.5])
     monitor, model = RobustnessMonitor([metric], max_samples=10, overhead_budget=BUDGET), Slow(clock)
     data = loader(samples(8 * STEPS), batch_size=8)
@@ -459,7 +459,7 @@ def test_a_budget_that_is_no_share_is_refused(budget: Any) -> None:
 
 
 @pytest.mark.parametrize("budget", [1, 1.0, 0.05, Fraction(1, 20), torch.tensor(0.5), 1e-300], ids=repr)
-def test_a_share_is_taken(budget: Any) -> None:
+def test_a_share_is_accepted(budget: Any) -> None:
     assert RobustnessMonitor(overhead_budget=budget).overhead_budget == float(budget)
 
 
@@ -490,7 +490,7 @@ def test_processes_of_different_speeds_decide_alike_by_the_slowest(tmp_path: Pat
     assert slow_shares[-1] <= 0.055
 
 
-def test_the_time_in_which_a_measurement_is_left_out_is_spent_but_no_part_of_its_cost(clock: Clock) -> None:
+def test_the_time_to_skip_a_measurement_is_spent_but_is_not_its_cost(clock: Clock) -> None:
     clocks = Overhead()
     clocks.begin()
     clocks.begin_measurement()

@@ -65,7 +65,7 @@ def test_a_checkpoint_of_this_version_is_loaded_with_weights_only_and_continued(
 
 
 @pytest.mark.parametrize("path", sorted(STATES.glob("*.pt")), ids=lambda path: path.stem)
-def test_states_of_every_version_are_continued(tmp_path: Path, path: Path) -> None:
+def test_runs_continue_from_states_of_every_version(tmp_path: Path, path: Path) -> None:
     """A run that had measured epoch 3 last, every second epoch, is resumed in epoch 4."""
     stored = torch.load(path, weights_only=True)
 

@@ -153,7 +153,7 @@ def test_sharded_training_is_bit_identical_with_and_without_the_monitor(results:
 @on_cpu
 @pytest.mark.ddp
 @pytest.mark.parametrize("name", ["failing", "talking"])  # after the weights are gathered, and before
-def test_when_one_process_fails_all_gather_and_go_on(results: list[dict[str, Any]], name: str) -> None:
+def test_when_one_process_fails_all_gather_and_continue(results: list[dict[str, Any]], name: str) -> None:
     rows, said, _ = results[0][name]
     assert len(said) == 1
     assert "skipped the measurement in epoch 1: OSError: one process alone" in said[0]

@@ -47,7 +47,7 @@ def failure(step: Any) -> Failure:
     ],
     ids=["groups", "dimensions", "recurrent", "their own check", "outputs", "inputs", "batch"],
 )
-def test_errors_of_this_package_are_told_from_others_by_their_place(step: Any, kind: str, words: str) -> None:
+def test_errors_of_this_package_are_recognised_by_where_they_were_raised(step: Any, kind: str, words: str) -> None:
     found = failure(step)
     assert found.kind == kind
     assert words in found.message
@@ -55,7 +55,7 @@ def test_errors_of_this_package_are_told_from_others_by_their_place(step: Any, k
     assert ("If the module is not called as `pl_module(inputs)`, pass `probe_fn`." in sentence) == (kind == "raised")
 
 
-def test_processes_conclude_from_all_their_parts() -> None:
+def test_the_statuses_of_all_processes_are_joined() -> None:
     first, second = Failure("raised", "OSError: first"), Failure("refused", "ValueError: second")
     other = Failure("raised", "OSError: other")
     joint = JointStatus.of(
@@ -69,7 +69,7 @@ def test_processes_conclude_from_all_their_parts() -> None:
     assert (joint.num_samples, joint.seconds, joint.disagree, joint.overhead) == (7, 2.0, True, 0.4)
 
 
-def test_processes_that_saw_nothing_say_so() -> None:
+def test_no_samples_on_any_process_is_a_failure() -> None:
     joint = JointStatus.of([Status(), Status()])
     assert list(joint.failures) == [WHOLE]
     assert "Expected at least one validation sample" in joint.failures[WHOLE].message

@@ -295,7 +295,7 @@ def test_a_datamodule_is_measured_in_every_stage(tmp_path: Path) -> None:
     assert run.test(model, data, verbose=False)[0]["robust/num_samples"] == 30
 
 
-def test_a_second_fit_of_the_same_trainer_goes_on_measuring(tmp_path: Path) -> None:
+def test_a_second_fit_of_the_same_trainer_continues_measuring(tmp_path: Path) -> None:
     history = History()
     run, model = trainer(monitor(max_samples=20), history, root=tmp_path), classifier()
     run.fit(model, loader(), loader())
@@ -368,7 +368,7 @@ def test_a_module_can_bring_its_monitor(tmp_path: Path) -> None:
     assert measured(run)["robust/num_samples"] == 20
 
 
-def test_a_module_without_a_validation_step_is_told_that_nothing_is_measured(tmp_path: Path) -> None:
+def test_a_module_without_a_validation_step_warns_that_nothing_is_measured(tmp_path: Path) -> None:
     class Trained(LightningModule):
         forward, training_step = Classifier.forward, Classifier.training_step
         configure_optimizers = Classifier.configure_optimizers
@@ -394,7 +394,7 @@ def test_every_loader_can_have_a_monitor(tmp_path: Path) -> None:
     assert measured(run)["robust/1/num_samples"] == 30
 
 
-def test_an_empty_loader_beside_others_is_told_that_there_were_no_samples(tmp_path: Path) -> None:
+def test_an_empty_loader_beside_others_reports_that_there_were_no_samples(tmp_path: Path) -> None:
     empty = loader(TensorDataset(torch.empty(0, 1, 4, 4), torch.empty(0, dtype=torch.long)))
     with robustness_warnings() as messages, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Total length of `DataLoader` across ranks is zero")
@@ -507,7 +507,7 @@ def test_a_collection_gives_the_values_of_its_metrics() -> None:
 
 
 @pytest.mark.parametrize("name", METRICS)
-def test_a_saved_metric_goes_on_where_it_stopped(name: str, tmp_path: Path) -> None:
+def test_a_saved_metric_continues_where_it_stopped(name: str, tmp_path: Path) -> None:
     first, rest = probes()[:1], probes()[1:]
     begun, resumed, whole = METRICS[name](), METRICS[name](), METRICS[name]()
     begun.persistent(True)
@@ -524,7 +524,7 @@ def test_a_saved_metric_goes_on_where_it_stopped(name: str, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("name", METRICS)
-def test_a_metric_that_is_told_another_dtype_gives_the_same_values(name: str) -> None:
+def test_a_metric_set_to_another_dtype_gives_the_same_values(name: str) -> None:
     plain, moved = METRICS[name](), METRICS[name]().set_dtype(torch.float32)
     for probe in probes():
         plain.update(probe)
