@@ -1,7 +1,7 @@
-"""Robustness curves beside accuracy, for PyTorch Lightning, measured without running attacks.
+"""Robustness curves next to accuracy in PyTorch Lightning, measured without running attacks.
 
-Add :class:`RobustnessMonitor` to a Trainer's callbacks. The metrics work without Lightning, on a :class:`Probe`; the
-estimators without either, in :mod:`lightning_robust.functional`.
+Add :class:`RobustnessMonitor` to the callbacks of a Trainer. Without Lightning, update the metrics with a
+:class:`Probe`, or call the estimators in :mod:`lightning_robust.functional`.
 """
 
 from importlib.metadata import PackageNotFoundError, version
@@ -21,7 +21,7 @@ from lightning_robust.probe import Probe
 
 try:
     __version__ = version("lightning-robust")
-except PackageNotFoundError:  # a source tree on the path, which was never installed
+except PackageNotFoundError:  # run from a source tree without installation
     __version__ = "unknown"
 
 __all__ = [

@@ -11,12 +11,12 @@ class RobustnessWarning(UserWarning):
     """A measurement was skipped, or its numbers need care."""
 
 
-# Python shows a sentence once per process, but the second run of a sweep needs it as much as the first.
+# By default Python shows a sentence once per process, but every run of a sweep needs it.
 warnings.filterwarnings("always", category=RobustnessWarning, append=True)
 
 
 class WarnOnce:
-    """Warns, and remembers the sentences of a run."""
+    """Gives warnings, and remembers those of a run."""
 
     def __init__(self) -> None:
         self._said: set[str] = set()
@@ -30,7 +30,7 @@ class WarnOnce:
         rank_zero_warn(sentence, category=RobustnessWarning)
 
     def warn_here(self, sentence: str) -> None:
-        """Warn in this process, whatever its rank: the cause may be in no other."""
+        """Warn in this process, whatever its rank, because the cause may be specific to it."""
         warnings.warn(sentence, category=RobustnessWarning, stacklevel=2)
 
     def once(self, *sentences: str) -> None:
@@ -41,5 +41,5 @@ class WarnOnce:
                 self.warn(sentence)
 
     def were(self, beginning: str) -> bool:
-        """Whether a sentence with this beginning has been said."""
+        """Whether a sentence with this beginning has been given."""
         return any(sentence.startswith(beginning) for sentence in self._said)

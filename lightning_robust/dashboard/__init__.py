@@ -1,1 +1,1 @@
-"""How measurements are drawn: the only files that name TensorBoard."""
+"""Charts of measurements."""

@@ -34,7 +34,7 @@ class HessianTrace(CurvatureMetric):
         num_probes: Probes per sample. Two are plenty for piecewise linear networks and at least 32 samples; with fewer
             samples the error bar is too small. On other networks two probes leave an error of 3 to 30 %, the same at
             every measurement, so differences along a curve are known better.
-        per_layer: Whether to return the value of each parameter tensor, too.
+        per_layer: Whether to return the value of each parameter tensor as well.
 
     Raises:
         ValueError: If ``estimator`` is unknown, ``num_probes`` is not positive, or ``per_layer`` is not a boolean.

@@ -25,17 +25,17 @@ def accuracy_key(kind: str, norm: str, epsilon: float) -> str:
 
 
 def is_accuracy_at_epsilon(key: str, *, prefix: str) -> bool:
-    """Tell whether :func:`accuracy_key` built this key; ``prefix`` is that of the monitor that logs it."""
+    """Whether :func:`accuracy_key` built this key; ``prefix`` is that of the monitor that logs it."""
     return re.fullmatch(rf"{re.escape(prefix)}\w+{_EPSILON}", key) is not None
 
 
 def is_accuracy(key: str) -> bool:
-    """Tell whether a key, from us or from the user, names an accuracy."""
+    """Whether a key, from us or from the user, names an accuracy."""
     return re.search(_ACCURACY, key) is not None
 
 
 def is_error_bar(key: str) -> bool:
-    """Tell whether a key belongs to the error bar of another key."""
+    """Whether a key belongs to the error bar of another key."""
     return _ERROR_BAR.search(key) is not None
 
 

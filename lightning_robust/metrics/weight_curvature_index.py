@@ -45,7 +45,7 @@ class WeightCurvatureIndex(CurvatureMetric):
         estimator: ``"auto"``, ``"gauss_newton"`` or ``"hutchinson"``, see
             :func:`~lightning_robust.functional.hessian_trace`.
         num_probes: Probes per sample.
-        per_layer: Whether to return the term of each weight tensor, too.
+        per_layer: Whether to return the term of each weight tensor as well.
         attack: Measures the loss on inputs attacked by ``"pgd"``, as the source does, or by ``"fgsm"``, a single step
             of PGD.
         epsilon: Size of the attack, in units of the un-normalised input if the probe has ``input_std``.

@@ -48,7 +48,7 @@ class DigitsModule(LightningModule):
 
 @dataclass(frozen=True)
 class Run:
-    """What a training run left behind."""
+    """The results of a training run."""
 
     logdir: Path
     name: str

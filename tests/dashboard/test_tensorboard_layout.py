@@ -1,4 +1,4 @@
-"""The layout as a value, and what a run with it leaves in the event file."""
+"""The layout as a value, and as a run writes it to the event file."""
 
 import re
 from pathlib import Path

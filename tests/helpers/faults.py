@@ -1,4 +1,4 @@
-"""A toy run in which measurements fail as a schedule says, and what must come of it."""
+"""A toy run in which measurements fail by a schedule, and the checks of its outcome."""
 
 import math
 import random
@@ -115,7 +115,7 @@ class Toy(Classifier):
 
 
 class FaultyMetric(FisherSpectralNorm):
-    """Of lists of states, which an error after they were gathered leaves in another form."""
+    """A metric with lists of states. An error after they were gathered leaves them joined."""
 
     def __init__(self, suffers: Callable[[str], Fault | None]) -> None:
         super().__init__()
@@ -140,7 +140,7 @@ class FaultyMetric(FisherSpectralNorm):
 
 
 class FaultyLoader(DataLoader):
-    """Its length counts batches that it may not yield."""
+    """A loader whose length counts batches that it may not yield."""
 
     suffers: Callable[[str], Fault | None] = staticmethod(lambda kind: None)
 
@@ -165,7 +165,7 @@ class Records(DummyLogger):
 
 @dataclass(frozen=True)
 class Outcome:
-    """Of a run.
+    """The results of a run.
 
     Attributes:
         rows: Values logged in each epoch, on rank zero.
@@ -209,12 +209,12 @@ def run(
 
 
 def check(schedule: Schedule, outcome: Outcome, reference: Outcome) -> None:
-    """Assert that nothing is lost but what the schedule takes, and that this was said."""
+    """Assert that only scheduled values are lost, and that warnings say so."""
     assert outcome.finished
     assert all(torch.equal(a, b) for a, b in zip(outcome.weights, reference.weights, strict=True))
     assert len(outcome.rows) == len(reference.rows)
     skipped = [sentence for sentence in outcome.said if "skipped" in sentence]
-    tolerance = 0.0  # until samples pass through the network in smaller groups, which round otherwise
+    tolerance = 0.0  # smaller groups of samples round differently
     for epoch, (row, expected) in enumerate(zip(outcome.rows, reference.rows, strict=True)):
         fault = schedule.get(epoch)
         lost = NOTHING if fault is None else LOST[fault.kind]

@@ -1,4 +1,4 @@
-"""Small networks that differ in what can go wrong, each with the shape of its input."""
+"""Small networks with different pitfalls, each with the shape of its input."""
 
 from collections.abc import Callable
 
@@ -123,7 +123,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 
 
 def build(name: str, *, num_samples: int = 9, seed: int = 0) -> tuple[nn.Module, Tensor, Tensor]:
-    """A network of lively statistics in train mode, inputs, and targets of which about half are its predictions."""
+    """A network in train mode with moved running statistics, inputs, and targets; about half are its predictions."""
     factory, shape = NETWORKS[name]
     with torch.random.fork_rng():
         torch.manual_seed(seed)

@@ -1,4 +1,4 @@
-"""Watching what is done to a network: passes through it, the state it is left in, and the memory they take."""
+"""Records what happens to a network: passes through it, its state afterwards, and the memory they take."""
 
 import weakref
 from collections import Counter

@@ -1,4 +1,4 @@
-"""A small LightningModule, data, and a quiet Trainer, which the callback tests script."""
+"""A small LightningModule, data, and a quiet Trainer for the tests of callbacks."""
 
 import warnings
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_robust import RobustnessWarning
 
 NUM_CLASSES = 4
-CLOCKS = {"robust/seconds", "robust/overhead"}  # keys whose values no two runs share
+CLOCKS = {"robust/seconds", "robust/overhead"}  # keys whose values differ between any two runs
 
 
 class Classifier(LightningModule):
@@ -86,7 +86,7 @@ def trainer(*callbacks: Callback, root: Path, **options: Any) -> Trainer:
 
 
 class History(Callback):
-    """Records what stood in `callback_metrics` under a prefix after each validation run."""
+    """Records the `callback_metrics` under a prefix after each validation run."""
 
     def __init__(self, prefix: str = "robust/") -> None:
         self.prefix = prefix

@@ -86,9 +86,8 @@ def test_the_adversarial_index_equals_the_index_of_attacked_inputs() -> None:
     attacked = pgd(sample.model, sample.inputs, sample.targets, epsilon=0.3, steps=4)
     values = measured(WeightCurvatureIndex(attack="pgd", epsilon=0.3, steps=4, num_probes=64), sample)
     assert all(key.startswith("adversarial_wci") for key in values)
-    expected = measured(
-        WeightCurvatureIndex(num_probes=64), Probe(sample.model, attacked, sample.targets)
-    )  # with other signs: these are a function of the attacked inputs, the others of the clean ones
+    # with other signs, which here depend on the attacked inputs and above on the clean ones
+    expected = measured(WeightCurvatureIndex(num_probes=64), Probe(sample.model, attacked, sample.targets))
     error = math.hypot(values["adversarial_wci_stderr_probes"], expected["wci_stderr_probes"])
     assert values["adversarial_wci"] == pytest.approx(expected["wci"], abs=4 * error)
     assert error < 0.05 * expected["wci"]

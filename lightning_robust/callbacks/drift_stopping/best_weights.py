@@ -28,7 +28,7 @@ def check_restorable(trainer: Trainer) -> None:
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     if any(isinstance(callback, WeightAveraging) for callback in callbacks):
         raise MisconfigurationException(
-            "Expected argument `restore_best_weights` to be False beside weight averaging, which puts in its own"
+            "Expected argument `restore_best_weights` to be False with weight averaging, which puts in its own"
             " weights for validation and at the end. To keep the best weights, add a `ModelCheckpoint` that monitors"
             " the same key."
         )

@@ -1,4 +1,4 @@
-"""The callback that measures robustness inside the validation loop and logs it beside accuracy."""
+"""The callback that measures robustness in the validation loop and logs it next to accuracy."""
 
 from __future__ import annotations
 
@@ -75,11 +75,11 @@ class RobustnessMonitor(Callback):
         loss_fn: Maps logits and targets to the loss whose curvature is measured, e.g.
             ``nn.CrossEntropyLoss(label_smoothing=0.1)``; cross-entropy by default.
         chunk_size: Largest number of samples that pass through the network together, a bound on memory. The size of the
-            largest validation batch bounds it in any case.
+            largest validation batch is always a bound.
         dataloader_idx: Which of several validation loaders to measure on.
         prog_bar: Show the first value of each metric in the progress bar, and a line of text per measurement above it.
-        on_error: ``"warn"`` turns any failure of a measurement into one warning; the run and all unaffected metrics go
-            on, on every process. ``"raise"`` lets it through.
+        on_error: ``"warn"`` turns any failure of a measurement into one warning; the run and all unaffected metrics
+            continue, on every process. ``"raise"`` raises it.
         seed: Chooses the subset.
 
     Raises:

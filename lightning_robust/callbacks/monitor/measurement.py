@@ -38,12 +38,12 @@ class Measurement:
 
     Everything that may fail goes through :meth:`attempt`, which keeps the failure and skips later attempts. A failure
     in one metric does not stop the others. :meth:`update` and :meth:`conclude` issue the same collectives on every
-    process, whatever has failed on any.
+    process, whatever fails on any of them.
 
     Args:
         metrics: What to measure.
         examine: Sees the samples before the metrics do.
-        on_error: ``"raise"`` lets failures through.
+        on_error: ``"raise"`` raises failures.
         samples_at_once: Bound on the samples that pass through the network together, if one is known.
 
     Attributes:

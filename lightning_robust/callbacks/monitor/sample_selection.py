@@ -76,8 +76,8 @@ class LoaderShare:
         first: Position of this process's first sample among the samples of all processes.
         stride: Distance between the positions of two successive samples of this process.
         shuffled: Whether the order of the samples changes from one pass to the next.
-        distributed: Whether this process sees samples that no other one does. Positions and size, if known, are then
-            those of all processes together; otherwise they are this process's own.
+        distributed: Whether no other process sees this one's samples. Positions and size, if known, are then those of
+            all processes together; otherwise they are this process's own.
         batch_size: Number of samples in all batches but the last.
     """
 
@@ -90,7 +90,7 @@ class LoaderShare:
 
     @classmethod
     def of(cls, loader: Iterable[object], *, num_batches: float) -> LoaderShare:
-        """Read off a loader of which each process draws up to ``num_batches`` batches (``inf`` for all)."""
+        """Inspect a loader; each process draws up to ``num_batches`` batches from it (``inf`` for all)."""
         if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
             return cls(size=None)
         sampler = getattr(loader.batch_sampler, "sampler", loader.sampler)

@@ -103,7 +103,7 @@ def synchronised(part: T) -> list[T]:
 
 
 def in_words(error: Exception) -> str:
-    """An error on one line of reasonable length."""
+    """Describe an error on one line of reasonable length."""
     try:
         message = str(error)
     except Exception:
@@ -113,7 +113,7 @@ def in_words(error: Exception) -> str:
 
 
 def _is_refusal(error: Exception) -> bool:
-    """Whether this package raised an error on purpose: by its place, since torch, too, begins with "Expected"."""
+    """Whether this package raised an error on purpose, by where it was raised: torch's errors, too, say "Expected"."""
     if not isinstance(error, ValueError | TypeError | MisconfigurationException):
         return False
     innermost = deque(traceback.walk_tb(error.__traceback__), maxlen=1)

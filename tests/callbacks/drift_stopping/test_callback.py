@@ -133,7 +133,7 @@ def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
 
 
 def series(stopper: RobustnessDriftStopping, key: str = KEY) -> list[float]:
-    """Values that it has counted, rounded because they are logged as float32."""
+    """The values that it has counted, rounded because they are logged as float32."""
     return [round(value, 5) for value in stopper.state_dict()["record"]["series"][key]["values"]]
 
 
@@ -159,7 +159,7 @@ def test_a_run_is_stopped_in_the_epoch_in_which_the_drift_is_complete(tmp_path: 
     stopper = RobustnessDriftStopping(KEY, patience=patience)
     run = fit(tmp_path, monitor(Quality(FALL)), stopper)
     assert stopper.stopped_epoch == 4 + patience
-    assert run.current_epoch == 5 + patience  # Lightning counts the one that is done
+    assert run.current_epoch == 5 + patience  # Lightning counts the finished one
     assert run.should_stop
     assert stopper.stopping_reason is EarlyStoppingReason.PATIENCE_EXHAUSTED
     assert (stopper.wait_count, stopper.best_epoch) == (patience, 2)
@@ -206,7 +206,7 @@ def test_a_fall_within_the_logged_standard_errors_is_no_drift(
 
 
 class OnSamples(Quality):
-    """Its values are means of samples with a much larger spread; ``shuffled`` draws a new order for each value."""
+    """Values are means over samples with a much larger spread; ``shuffled`` draws a new order for each value."""
 
     def __init__(self, values: Sequence[float], *, spread: float = 2.0, shuffled: bool = False) -> None:
         super().__init__(values, stderr=spread / math.sqrt(8))
@@ -866,7 +866,7 @@ def test_a_state_is_found_under_the_key_of_earlier_versions(options: dict[str, A
 @pytest.mark.parametrize("path", sorted(STATES.glob("*.pt")), ids=lambda path: path.stem)
 @pytest.mark.filterwarnings("ignore:Checkpoint directory")
 def test_runs_continue_from_states_of_every_version(tmp_path: Path, path: Path) -> None:
-    """Each was stored after epoch 5, with two of three falls counted, next to what its version did in epoch 6."""
+    """Each was stored after epoch 5, with two of three falls counted, and with what its version did in epoch 6."""
     stored = torch.load(path, weights_only=True)
     options: dict[str, Any] = {"patience": 3, "restore_best_weights": True}
     checkpoint = ModelCheckpoint(tmp_path, save_last=True, enable_version_counter=False)
@@ -1019,7 +1019,7 @@ class Logging(Repeatable):
 
 
 def test_mode_is_the_direction_of_keys_without_a_metric_only(tmp_path: Path) -> None:
-    """The loss should be low and the quality high: `mode` concerns the loss alone."""
+    """The loss should be low and the quality high: `mode` concerns only the loss."""
     stopper = RobustnessDriftStopping(["val_loss", KEY], mode="min", patience=2, combine="all")
     model = Logging({"val_loss": [0.5] * 6 + [0.9] * 20})
     run = fit(tmp_path, monitor(Quality(FALL)), stopper, model=model)
@@ -1031,7 +1031,7 @@ def test_mode_is_the_direction_of_keys_without_a_metric_only(tmp_path: Path) -> 
 def test_a_tolerance_that_no_fall_exceeds_is_refused(tmp_path: Path) -> None:
     with pytest.raises(MisconfigurationException, match=r"`tolerance` to be a share of the best value.* but got 5,"):
         fit(tmp_path, monitor(Quality(FALL)), RobustnessDriftStopping(KEY, tolerance=5))
-    rising = RobustnessDriftStopping(KEY, tolerance=5, patience=2)  # a rise has no such bound
+    rising = RobustnessDriftStopping(KEY, tolerance=5, patience=2)  # a rise can exceed any tolerance
     fit(tmp_path, monitor(Harm([0.1] * 3 + [0.9] * 20)), rising)
     assert rising.stopped_epoch == 4
 
@@ -1107,7 +1107,7 @@ def test_weights_are_put_back_in_a_module_with_incomplete_checkpoints(tmp_path: 
 
 def test_weights_are_not_put_back_beside_weight_averaging(tmp_path: Path) -> None:
     stopper = RobustnessDriftStopping(KEY, restore_best_weights=True)
-    with pytest.raises(MisconfigurationException, match="`restore_best_weights` to be False beside weight averaging"):
+    with pytest.raises(MisconfigurationException, match="`restore_best_weights` to be False with weight averaging"):
         fit(tmp_path, monitor(Quality(FALL)), WeightAveraging(), stopper)
 
 

@@ -1,4 +1,4 @@
-"""How batches are read, and which of them are measured together."""
+"""Reading batches, and which of them are measured together."""
 
 import dataclasses
 from collections.abc import Callable
@@ -22,7 +22,7 @@ def pieces(sizes: list[int], model: Callable[[Tensor], Tensor], **options: Any) 
 
 
 def groups(batches: list[Probe], *, largest: int) -> list[Probe]:
-    """As a collector that takes everything joins them, after an empty batch whose size it has seen."""
+    """Groups of a collector that selects every sample, with a given size of the largest batch."""
     collector = SampleCollector(LoaderShare(sum(map(len, batches))), max_samples=10**6, seed=0)
     for batch in batches:
         collector.add(batch)
@@ -121,7 +121,7 @@ def test_a_stream_keeps_no_more_samples_than_it_measures() -> None:
 
 
 class Module(nn.Module):
-    """As far as a LightningModule is needed here."""
+    """The parts of a LightningModule that reading a batch needs."""
 
     def __init__(self) -> None:
         super().__init__()

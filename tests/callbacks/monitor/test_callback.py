@@ -53,7 +53,7 @@ DOCUMENTED = {
 
 
 class Recording(ProbeMetric):
-    """Keeps what it was shown, over all measurements."""
+    """Keeps the samples of all measurements."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -279,7 +279,7 @@ def test_dictionaries_probe_fn_and_robustness_probe_give_the_same(tmp_path: Path
 
     class Dictionaries(type(classifier())):
         def validation_step(self, batch: Any, batch_idx: int) -> None:
-            batch.pop("image", None)  # a module may change its batch; the monitor has taken its share by then
+            batch.pop("image", None)  # a module may change its batch, after the monitor has copied its samples
 
     class Triples(type(classifier())):
         def validation_step(self, batch: Any, batch_idx: int) -> None:
@@ -348,7 +348,7 @@ def test_a_sound_run_does_not_warn(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("first", [True, False])
 def test_averaged_weights_are_measured_when_they_are_validated(tmp_path: Path, first: bool) -> None:
-    """Lightning's weight averaging puts them in for the validation alone, whatever the order of the callbacks."""
+    """Lightning puts averaged weights in only for the validation, whatever the order of the callbacks."""
     averaging = EMAWeightAveraging(decay=0.5)
     monitor = RobustnessMonitor(["linearized_accuracy"], max_samples=500)
     callbacks = (averaging, monitor) if first else (monitor, averaging)
@@ -390,7 +390,7 @@ def test_values_recorded_in_a_forward_pass_are_not_disturbed(tmp_path: Path) -> 
     assert values[0] == values[1]
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the method's name, which the oldest version has
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the oldest version warns about the name of the method
 def test_a_loss_of_torch_can_be_named_in_a_configuration() -> None:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(RobustnessMonitor, "monitor")
@@ -433,5 +433,5 @@ def test_fisher_rao_margins_have_a_monitor_of_their_own_at_a_slower_cadence(tmp_
         "paths/num_samples",
         *(f"paths/{key}/{label}" for key in ("fisher_rao_margin", "shielded") for label in range(NUM_CLASSES)),
     }
-    values = [row["paths/fisher_rao_margin"] for row in history.rows]  # Lightning goes on showing the last one
+    values = [row["paths/fisher_rao_margin"] for row in history.rows]  # Lightning keeps showing the last one
     assert values[0] == values[1] != values[2] == values[3]

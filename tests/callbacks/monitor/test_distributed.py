@@ -1,4 +1,4 @@
-"""The monitor in several processes: the numbers of one, little traffic, and the same end for all when one fails."""
+"""The monitor in several processes: the same numbers as in one, little traffic, and no deadlock when one fails."""
 
 import warnings
 from collections import Counter
@@ -33,7 +33,7 @@ MAX_SAMPLES = 17
 
 
 class Stream(IterableDataset):
-    """The same samples in every process, of a length that nobody knows."""
+    """The same samples in every process, without a length."""
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         return iter(samples(23))
@@ -93,7 +93,7 @@ def test_processes_log_the_values_of_one(values: dict[int, list[dict[str, Any]]]
 
 
 class EveryOther(Sampler):
-    """Shares the samples out by itself."""
+    """Distributes the samples by itself."""
 
     def __init__(self, rank: int) -> None:
         self.rank = rank
@@ -106,7 +106,7 @@ class EveryOther(Sampler):
 
 
 class LargestFirst(BatchSampler):
-    """Batches in another order than their sampler's, as of samples sorted by length."""
+    """Batches in another order than the sampler's, for example sorted by length."""
 
     def __iter__(self) -> Iterator[list[int]]:
         indices = sorted(self.sampler, reverse=True)
@@ -146,7 +146,7 @@ def network(width: int, depth: int) -> nn.Module:
 
 
 def bytes_sent(root: Path, metrics: list[str], *, width: int, depth: int) -> Counter[str]:
-    """What a validation run sends more with a monitor than without, by collectives other than barriers."""
+    """Bytes that a monitor adds to a validation run, by collective, barriers excluded."""
     sent = []
     for measured in (metrics, []):
         with Traffic() as traffic:
@@ -172,8 +172,8 @@ def test_only_metric_states_are_exchanged_whatever_the_number_of_parameters(tmp_
         assert input_side[0] < 5_000
         narrow, wide, deep, deeper = curvature
         assert narrow == wide
-        assert 0 < deeper - deep < 1.1 * (deep - wide)  # as many layers more
-        assert (deep - wide) / 3 < 3_000  # a layer, the parameters of which take 16,384 bytes
+        assert 0 < deeper - deep < 1.1 * (deep - wide)  # the same number of extra layers
+        assert (deep - wide) / 3 < 3_000  # per layer, whose parameters take 16,384 bytes
 
 
 class FailsOnRankOne(Classifier):

@@ -1,4 +1,4 @@
-"""When memory runs out, half as many samples are measured at once, with the same values, from then on."""
+"""When memory runs out, the monitor halves the samples that it measures at once; the values stay the same."""
 
 import json
 import math
@@ -129,7 +129,7 @@ def test_if_not_even_one_sample_fits_the_cause_is_reported(tmp_path: Path) -> No
 
 
 def validate_wide(root: Path, *, limit_mb: int | None = None) -> tuple[list[str], float]:
-    """Measure a network that needs 30 MB for each of 17 layers, kept for a backward pass only."""
+    """Measure a network that keeps 30 MB for each of 17 layers, but only for a backward pass."""
     import resource
 
     torch.manual_seed(0)
@@ -156,8 +156,8 @@ print(json.dumps(validate_wide(Path(sys.argv[1]), limit_mb=320)))
 def test_a_real_shortage_of_memory_is_survived(tmp_path: Path) -> None:
     said, expected = validate_wide(tmp_path)
     assert not any("out of memory" in message for message in said)
-    # Threads reserve address space that they do not use, and a heap keeps what was freed within it, so that no room
-    # may be left for code that oneDNN compiles: large blocks are mapped one by one, and given back when freed.
+    # Threads reserve address space that they do not use, and the heap keeps freed memory, so that code which oneDNN
+    # compiles may not fit. With these settings, large blocks are mapped one by one and returned when freed.
     frugal = {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": str(2**20)}
     command = [sys.executable, "-W", "ignore", "-c", LIMITED, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | frugal)

@@ -1,4 +1,4 @@
-"""Training beside the monitor, with every metric on, is bit by bit the training without it."""
+"""Training with the monitor and every metric is bit-identical to training without it."""
 
 import collections
 import hashlib
@@ -109,7 +109,7 @@ class Witness(Callback):
 
 
 def digest(value: object) -> str:
-    """A short text that differs where a bit differs."""
+    """A short text that changes with every bit."""
     return hashlib.sha256(_spelled(value).encode()).hexdigest()[:16]
 
 
@@ -125,7 +125,7 @@ def _spelled(value: object) -> str:
 
 
 def differences(without: list[dict[str, str]], beside: list[dict[str, str]]) -> list[str]:
-    """In words, where two runs part."""
+    """Describe where two runs differ."""
     assert len(without) == len(beside)
     return [
         f"{name} at the end of {a['end of']}, step {a['step']}"
@@ -139,7 +139,7 @@ def differences(without: list[dict[str, str]], beside: list[dict[str, str]]) -> 
 
 
 class FrozenNorm(Classifier):
-    """Two BatchNorms, of which one is put into eval mode at the start of every epoch."""
+    """Two BatchNorms; one is put into eval mode at the start of every epoch."""
 
     def __init__(self) -> None:
         super().__init__(
@@ -167,7 +167,7 @@ class OneCycle(Classifier):
 
 
 class Thawing(Classifier):
-    """Trains its backbone from the second epoch on, which `BackboneFinetuning` sees to."""
+    """`BackboneFinetuning` trains its backbone from the second epoch on."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -185,7 +185,7 @@ class Plateau(Classifier):
 
 
 class Manual(Classifier):
-    """Two optimisers, one of which steps at every second batch; gradients are left lying in between."""
+    """Two optimisers; one steps at every second batch, and gradients remain in between."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -231,7 +231,7 @@ class WithMetrics(Classifier):
 
 
 class StochasticDepth(nn.Module):
-    """Leaves out its branch at random, in eval mode too, and draws from all three global generators for it."""
+    """Skips its branch at random, even in eval mode, and draws from all three global generators for it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -314,7 +314,7 @@ class Setting:
     warns: str = "(?!)"  # Lightning or torch say about it
 
     def run(self, root: Path, *, monitored: bool) -> list[dict[str, str]]:
-        """Train with everything seeded; what the witness saw."""
+        """Train with everything seeded, and return what the witness saw."""
         torch.manual_seed(7)
         random.seed(7)
         np.random.seed(7)  # noqa: NPY002
@@ -445,7 +445,7 @@ def test_a_compiled_network_is_compiled_as_often_as_without_the_monitor(tmp_path
 
 
 class Remembering(nn.Module):
-    """A network whose outputs depend on what its earlier passes left behind, in eval mode too."""
+    """A network whose outputs depend on its earlier passes, even in eval mode."""
 
     def __init__(self, kept: Any, remember: Callable[[Any], Any]) -> None:
         super().__init__()
@@ -545,7 +545,7 @@ class Interrupting(nn.Module):
 
 
 def every_kind_of_layer() -> nn.Module:
-    """Layers of which each is measured in a way of its own."""
+    """Layers that are each measured in a different way."""
     network = nn.Sequential(
         nn.Conv2d(1, 4, 3, padding=1),
         nn.BatchNorm2d(4),
@@ -564,7 +564,7 @@ def every_kind_of_layer() -> nn.Module:
 
 
 class Before(Callback):
-    """Notes how things stand before each measurement, for which its place is before the monitor."""
+    """Records the state before each measurement; it must come before the monitor."""
 
     def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         self.things, self.surroundings = things(pl_module), surroundings()
@@ -634,4 +634,4 @@ def test_training_in_two_processes_is_bit_identical_on_each(tmp_path: Path) -> N
     runs = processes.run(train_in_processes, 2, tmp_path)
     for without, beside in runs:
         assert differences(without, beside) == []
-    assert runs[0][0] != runs[1][0]  # each has batches of its own
+    assert runs[0][0] != runs[1][0]  # each has its own batches

@@ -257,7 +257,7 @@ def test_nothing_is_left_out_without_a_bound(tmp_path: Path, clock: Clock, optio
 
 def test_a_measurement_that_was_left_out_is_made_as_soon_as_there_is_time(tmp_path: Path, clock: Clock) -> None:
     measured = fit(tmp_path, clock, costs=[0.65], overhead_budget=BUDGET, every_n_epochs=3)
-    # of epochs 0, 3, 6, …, and the one after where that was too early; 13 seconds of run for each measurement
+    # epochs 0, 3, 6, … are due; one that is too early moves to the next. A measurement is affordable every 13 seconds.
     assert measured.epochs[:4] == [0, 6, 9, 12]
     gaps = [later - earlier for earlier, later in zip(measured.epochs, measured.epochs[1:], strict=False)]
     assert min(gaps) >= 3
@@ -418,7 +418,7 @@ def test_a_resumed_run_continues_counting(tmp_path: Path, clock: Clock) -> None:
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory")
 def test_measurements_before_a_run_was_resumed_are_points_of_its_curve(tmp_path: Path, clock: Clock) -> None:
-    """Five measurements are a curve, also if more of them were made before the run was resumed than after."""
+    """Five measurements make a curve, even if most of them were made before the run was resumed."""
     with robustness_warnings() as messages:
         first, second = (ModelCheckpoint(tmp_path, save_last=True, enable_version_counter=False) for _ in range(2))
         before = fit(tmp_path, clock, first, epochs=13, overhead_budget=BUDGET)

@@ -128,7 +128,7 @@ def test_a_sorted_loader_gives_every_class_in_proportion() -> None:
 
 @pytest.mark.parametrize("known", [True, False])
 def test_processes_that_see_the_same_loader_share_the_samples_out(known: bool) -> None:
-    """As happens without a distributed sampler."""
+    """Without a distributed sampler, every process sees all samples."""
     alone = SampleCollector(LoaderShare(120 if known else None), max_samples=30, seed=0)
     ranks = [
         SampleCollector(LoaderShare(120 if known else None), max_samples=30, rank=rank, num_processes=4, seed=0)

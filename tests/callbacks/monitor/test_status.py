@@ -1,4 +1,4 @@
-"""What is known of a failure, and of a measurement in several processes."""
+"""Descriptions of failures, and the joint status of several processes."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ IMAGES, CLASSES = torch.ones(3, 2, 4, 4), torch.tensor([0, 1, 2])
 
 
 class Checks(nn.Module):
-    """A network of somebody's own, whose errors begin as this package's do."""
+    """A user's network whose errors read like those of this package."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         raise ValueError("Expected argument `mask` to be a tensor, but got None.")

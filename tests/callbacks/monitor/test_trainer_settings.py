@@ -84,7 +84,7 @@ class Setting:
 
 
 class Stream(IterableDataset):
-    """Samples without a length, shared out among workers."""
+    """Samples without a length, distributed among workers."""
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         worker = get_worker_info()
@@ -109,7 +109,7 @@ class Buckets(Sampler):
 
 
 class Advertised(Buckets):
-    """The same, with a batch size that the first batch keeps to and no other does."""
+    """Batches of various sizes with a batch size that only the first batch has."""
 
     batch_size = 5
 
@@ -130,7 +130,7 @@ def lists() -> list[DataLoader]:
 
 
 class ListOfBatches:
-    """An iterable that is no DataLoader."""
+    """An iterable that is not a DataLoader."""
 
     def __iter__(self) -> Iterator[Any]:
         return iter(loader())
@@ -239,7 +239,9 @@ def test_every_validation_is_measured_on_the_right_number_of_samples(tmp_path: P
     assert run.state.finished
     rows = [row for row in history.rows if row]
     assert [row["robust/num_samples"] for row in rows] == setting.num_samples
-    assert len({row["robust/seconds"] for row in rows}) == len(rows)  # none is left over from the one before
+    assert len({row["robust/seconds"] for row in rows}) == len(
+        rows
+    )  # no value is left over from an earlier measurement
     assert all(row.keys() >= HEADLINES for row in rows)
     assert all(math.isfinite(value) for row in rows for value in row.values())
     if setting.says == "(?!)":
