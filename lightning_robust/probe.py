@@ -90,7 +90,7 @@ class Probe:
         check_kind("module", self.module, nn.Module)
         if self.chunk_size is not None:
             check_positive_integer("chunk_size", self.chunk_size)
-        _check_samples(self.inputs, self.targets, loss_fn=self.loss_fn)
+        check_samples(self.inputs, self.targets, loss_fn=self.loss_fn)
         check_units(input_std=self.input_std, input_mean=self.input_mean, valid_range=self.valid_range)
 
     def __len__(self) -> int:
@@ -200,7 +200,7 @@ class Probe:
         return replace(self, inputs=self.inputs[rows], targets=self.targets[rows])
 
 
-def _check_samples(inputs: Tensor, targets: Tensor, *, loss_fn: LossFn | None) -> None:
+def check_samples(inputs: Tensor, targets: Tensor, *, loss_fn: LossFn | None) -> None:
     """Raise unless there is one class index (with a ``loss_fn``, one target) per floating-point input ``(N, ...)``."""
     check_input_type(inputs)
     if inputs.ndim == 0:

@@ -1,9 +1,9 @@
-"""Reads batches of ordinary LightningModules as probes, and copies, compares and joins these."""
+"""Reads batches of ordinary LightningModules: inputs, targets, and the options of a probe of them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -14,10 +14,63 @@ from torch import Tensor
 from lightning_robust.callbacks.monitor.muted_logging import muted_logging
 from lightning_robust.functional._isolation.context import owner_of
 from lightning_robust.functional._validation.arguments import as_number, as_numbers
-from lightning_robust.probe import Probe
+from lightning_robust.probe import Probe, check_samples
 
 _INPUT_KEYS = ("x", "input", "inputs", "image", "images", "img", "pixel_values", "data", "features")
 _TARGET_KEYS = ("y", "target", "targets", "label", "labels")
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Samples, and the other arguments of a probe of them.
+
+    Attributes:
+        inputs: ``(N, ...)``.
+        targets: ``(N, ...)``.
+        options: The other arguments of :class:`~lightning_robust.Probe`, ``model`` among them.
+    """
+
+    inputs: Tensor
+    targets: Tensor
+    options: Mapping[str, Any]
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def __getitem__(self, rows: slice) -> Batch:
+        """Some of the samples, without a copy."""
+        return Batch(self.inputs[rows], self.targets[rows], self.options)
+
+    def copied(self, rows: Sequence[int]) -> Batch:
+        """Copy some samples, so that later changes of the batch do not reach them."""
+
+        def copy(tensor: Tensor) -> Tensor:
+            return tensor.detach()[torch.tensor(rows, dtype=torch.long, device=tensor.device)]
+
+        return Batch(copy(self.inputs), copy(self.targets), self.options)
+
+    def matches(self, other: Batch) -> bool:
+        """Whether the samples of both can pass through the network together."""
+        return (
+            self.options.keys() == other.options.keys()
+            and all(_same(key, value, other.options[key]) for key, value in self.options.items())
+            and all(
+                a.shape[1:] == b.shape[1:] and a.dtype == b.dtype
+                for a, b in ((self.inputs, other.inputs), (self.targets, other.targets))
+            )
+        )
+
+    def probe(self) -> Probe:
+        """A probe of all samples."""
+        return Probe(inputs=self.inputs, targets=self.targets, **self.options)
+
+    @staticmethod
+    def joined(parts: Sequence[Batch]) -> Batch:
+        """The samples of batches that match, in order."""
+        if len(parts) == 1:
+            return parts[0]
+        inputs, targets = (torch.cat([getattr(part, name) for part in parts]) for name in ("inputs", "targets"))
+        return Batch(inputs, targets, parts[0].options)
 
 
 def read_batch(
@@ -26,7 +79,7 @@ def read_batch(
     *,
     probe_fn: Callable[[LightningModule, Any], Probe] | None,
     defaults: Mapping[str, Any],
-) -> Probe:
+) -> Batch:
     """Read a batch by ``probe_fn``, else by the module's ``robustness_probe``, else by customary keys.
 
     Args:
@@ -40,42 +93,21 @@ def read_batch(
     """
     method = getattr(pl_module, "robustness_probe", None)
     if probe_fn is None and not callable(method):
-        return Probe(pl_module, *_inputs_and_targets(batch), **defaults)
+        inputs, targets = _inputs_and_targets(batch)
+        check_samples(inputs, targets, loss_fn=defaults.get("loss_fn"))
+        return Batch(inputs, targets, {"model": pl_module, **defaults})
     with muted_logging(pl_module):
         probe: object = probe_fn(pl_module, batch) if probe_fn is not None else method(batch)  # type: ignore[misc]
     if not isinstance(probe, Probe):
         raise MisconfigurationException(
             f"Expected `probe_fn` to return a Probe(model, inputs, targets), but got {type(probe).__name__}."
         )
-    options = {name: value for name, value in defaults.items() if getattr(probe, name) is None}
+    options = {field.name: getattr(probe, field.name) for field in fields(probe) if field.init}
+    inputs, targets = options.pop("inputs"), options.pop("targets")
     if probe.module is None and owner_of(probe.model) is None:
         options["module"] = pl_module
-    return replace(probe, **options)
-
-
-def copied(probe: Probe, rows: Sequence[int]) -> Probe:
-    """Copy some samples, so that later changes of the batch do not reach them."""
-
-    def copy(tensor: Tensor) -> Tensor:
-        return tensor.detach()[torch.tensor(rows, dtype=torch.long, device=tensor.device)]
-
-    return replace(probe, inputs=copy(probe.inputs), targets=copy(probe.targets))
-
-
-def match(a: Probe, b: Probe) -> bool:
-    """Whether the samples of both can pass through the network together."""
-    names = [field.name for field in fields(a) if field.init and field.name not in ("inputs", "targets")]
-    return all(_same(name, getattr(a, name), getattr(b, name)) for name in names) and all(
-        x.shape[1:] == y.shape[1:] and x.dtype == y.dtype for x, y in ((a.inputs, b.inputs), (a.targets, b.targets))
-    )
-
-
-def joined(parts: Sequence[Probe]) -> Probe:
-    """The samples of probes that match, in order."""
-    if len(parts) == 1:
-        return parts[0]
-    inputs, targets = (torch.cat([getattr(part, name) for part in parts]) for name in ("inputs", "targets"))
-    return replace(parts[0], inputs=inputs, targets=targets)
+    options |= {name: value for name, value in defaults.items() if options[name] is None}
+    return Batch(inputs, targets, options)
 
 
 def _same(name: str, a: object, b: object) -> bool:

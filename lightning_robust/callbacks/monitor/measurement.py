@@ -122,16 +122,19 @@ class Measurement:
         viewers = {WHOLE: self._examine} | {number: metric.update for number, metric in enumerate(self._metrics)}
         with muted_logging(pl_module), differentiable(pl_module, *self.collector.callables()):
             for group in self.collector.groups():
-                self._show(group, viewers)
+                self._show(group.probe(), viewers)
             if not len(self.collector):  # torchmetrics complains about a metric that is computed without an update
                 for metric in self._metrics:
                     metric.update(Probe(pl_module, torch.empty(0), torch.empty(0, dtype=torch.long)))
 
     def _show(self, probe: Probe, viewers: Mapping[int, Callable[[Probe], object]]) -> None:
         """Show a probe, in parts small enough for the memory, to those viewers that have not failed."""
+        if self.samples_at_once is None or len(probe) <= self.samples_at_once:
+            self._show_at_once(probe, viewers)
+            return
         start = 0
         while start < len(probe):
-            stop = start + (self.samples_at_once or len(probe))  # memory may run out again on the way
+            stop = start + self.samples_at_once  # memory may run out again on the way
             self._show_at_once(probe.rows(slice(start, stop)), viewers)
             start = stop
 

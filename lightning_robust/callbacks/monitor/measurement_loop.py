@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor
 
 from lightning_robust.callbacks.monitor import diagnostics
+from lightning_robust.callbacks.monitor.batches import Batch
 from lightning_robust.callbacks.monitor.measurement import Measurement, Values
 from lightning_robust.callbacks.monitor.overhead import Times
 from lightning_robust.callbacks.monitor.reporting import Reporter
@@ -30,7 +31,7 @@ class MeasurementLoop:
     Args:
         metrics: What to measure.
         reporter: Logs the values.
-        read: Makes a probe of the module and a batch.
+        read: Reads a batch of the module.
 
     Attributes:
         schedule: When to measure; a run begins with a new one.
@@ -43,7 +44,7 @@ class MeasurementLoop:
         self,
         metrics: Sequence[ProbeMetric],
         reporter: Reporter,
-        read: Callable[[LightningModule, Any], Probe],
+        read: Callable[[LightningModule, Any], Batch],
         *,
         max_samples: int,
         dataloader_idx: int,

@@ -7,11 +7,10 @@ from itertools import chain
 
 import torch
 
-from lightning_robust.callbacks.monitor.batches import copied, joined, match
+from lightning_robust.callbacks.monitor.batches import Batch
 from lightning_robust.callbacks.monitor.sample_selection import LoaderShare, ReservoirSelection, StratifiedSelection
 from lightning_robust.functional._isolation.stand_ins import full_precision
 from lightning_robust.functional.curvature.signs import keys_of
-from lightning_robust.probe import Probe
 
 
 class SampleCollector:
@@ -44,13 +43,13 @@ class SampleCollector:
         self.irregular = False
         self._seen = 0
         self._largest_batch = 1
-        self._kept: list[tuple[list[int], Probe]] = []  # positions of samples, ascending, and copies of them
+        self._kept: list[tuple[list[int], Batch]] = []  # positions of samples, ascending, and copies of them
 
     def __len__(self) -> int:
         total = sum(len(positions) for positions, _ in self._kept)
         return len(range(self._rank, total, self._num_processes)) if self.presumes else total
 
-    def add(self, batch: Probe) -> None:
+    def add(self, batch: Batch) -> None:
         """Copy the selected samples of the next batch."""
         if self._seen == 0 and len(batch) != self._expected(len(batch)):
             self.irregular = True
@@ -69,7 +68,7 @@ class SampleCollector:
         if revoked:
             self._kept = [kept for kept in (_without(*kept, revoked) for kept in self._kept) if kept[0]]
         if wanted:
-            self._kept.append((list(wanted), copied(batch, list(wanted.values()))))
+            self._kept.append((list(wanted), batch.copied(list(wanted.values()))))
 
     def _expected(self, otherwise: int) -> int:
         """Number of samples in the first batch, if the loader tells."""
@@ -77,7 +76,7 @@ class SampleCollector:
             return otherwise
         return min(self._share.batch_size, -(-self._share.size // self._share.stride))
 
-    def _chosen(self) -> Iterator[Probe]:
+    def _chosen(self) -> Iterator[Batch]:
         """The samples that this process measures, in order."""
         if not self.presumes:
             yield from (batch for _, batch in self._kept)
@@ -103,29 +102,30 @@ class SampleCollector:
 
     def callables(self) -> list[object]:
         """Every model, module and loss that takes part, once each."""
-        found = [part for _, batch in self._kept for part in (batch.model, batch.module, batch.loss_fn)]
+        names = ("model", "module", "loss_fn")
+        found = [batch.options.get(name) for _, batch in self._kept for name in names]
         return list({id(part): part for part in found if part is not None}.values())
 
-    def groups(self) -> Iterator[Probe]:
+    def groups(self) -> Iterator[Batch]:
         """The samples in order. Those of a group match, and are no more than the largest batch held."""
-        group: list[Probe] = []
+        group: list[Batch] = []
         for batch in self._chosen():
             start = 0
             while start < len(batch):
                 room = self._largest_batch - sum(map(len, group))
-                if group and (not room or not match(batch, group[0])):
-                    yield joined(group)
+                if group and (not room or not batch.matches(group[0])):
+                    yield Batch.joined(group)
                     group = []
                 else:
-                    group.append(batch.rows(slice(start, start + room)))
+                    group.append(batch[start : start + room])
                     start += room
         if group:
-            yield joined(group)
+            yield Batch.joined(group)
 
 
-def _without(positions: list[int], batch: Probe, others: set[int]) -> tuple[list[int], Probe]:
+def _without(positions: list[int], batch: Batch, others: set[int]) -> tuple[list[int], Batch]:
     """Keep the samples whose positions are not among ``others``."""
     rows = [row for row, position in enumerate(positions) if position not in others]
     if len(rows) == len(positions):
         return positions, batch
-    return [positions[row] for row in rows], copied(batch, rows)
+    return [positions[row] for row in rows], batch.copied(rows)

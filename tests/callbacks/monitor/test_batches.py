@@ -1,6 +1,5 @@
 """Reading batches, and which of them are measured together."""
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -9,19 +8,19 @@ import torch
 from torch import Tensor, nn
 
 from lightning_robust import Probe
-from lightning_robust.callbacks.monitor.batches import read_batch
+from lightning_robust.callbacks.monitor.batches import Batch, read_batch
 from lightning_robust.callbacks.monitor.sample_collection import SampleCollector
 from lightning_robust.callbacks.monitor.sample_selection import LoaderShare
 from tests.helpers.networks import build, random
 
 
-def pieces(sizes: list[int], model: Callable[[Tensor], Tensor], **options: Any) -> list[Probe]:
+def pieces(sizes: list[int], model: Callable[[Tensor], Tensor], **options: Any) -> list[Batch]:
     inputs, targets = random(0, sum(sizes), 12, dtype=torch.float32), torch.arange(sum(sizes)) % 6
     parts = zip(inputs.split(sizes), targets.split(sizes), strict=True)
-    return [Probe(model, x, y, **options) for x, y in parts]
+    return [Batch(x, y, {"model": model, **options}) for x, y in parts]
 
 
-def groups(batches: list[Probe], *, largest: int) -> list[Probe]:
+def groups(batches: list[Batch], *, largest: int) -> list[Batch]:
     """Groups of a collector that selects every sample, with a given size of the largest batch."""
     collector = SampleCollector(LoaderShare(sum(map(len, batches))), max_samples=10**6, seed=0)
     for batch in batches:
@@ -47,7 +46,7 @@ def test_samples_are_joined_in_order_as_far_as_there_is_room(
     parts = pieces(sizes, nn.Linear(12, 6), input_std=2.0, chunk_size=9) if sizes else []
     joined = groups(parts, largest=largest)
     assert [len(group) for group in joined] == expected
-    assert all((group.input_std, group.chunk_size) == (2.0, 9) for group in joined)
+    assert all((group.probe().input_std, group.probe().chunk_size) == (2.0, 9) for group in joined)
     for field in ("inputs", "targets"):
         before, after = (
             torch.cat([torch.empty(0), *(getattr(p, field).flatten() for p in ps)]) for ps in (parts, joined)
@@ -58,8 +57,8 @@ def test_samples_are_joined_in_order_as_far_as_there_is_room(
 def test_joined_samples_have_the_values_of_their_parts() -> None:
     parts = pieces([2, 3], build("mlp")[0])
     (joined,) = groups(parts, largest=5)
-    expected = torch.cat([part.linearization.gram for part in parts])
-    torch.testing.assert_close(joined.linearization.gram, expected)
+    expected = torch.cat([part.probe().linearization.gram for part in parts])
+    torch.testing.assert_close(joined.probe().linearization.gram, expected)
 
 
 def test_bound_methods_of_one_network_are_one_network() -> None:
@@ -84,8 +83,10 @@ def test_bound_methods_of_one_network_are_one_network() -> None:
     ids=lambda other: next(iter(other)),
 )
 def test_samples_that_differ_are_not_joined(other: dict[str, Any]) -> None:
-    def batch(**changes: Any) -> Probe:
-        return dataclasses.replace(Probe(model, torch.ones(2, 12), torch.tensor([0, 1]), input_std=2.0), **changes)
+    def batch(**changes: Any) -> Batch:
+        options = {"model": model, "input_std": 2.0, "input_mean": None, "chunk_size": None} | changes
+        inputs, targets = options.pop("inputs", torch.ones(2, 12)), options.pop("targets", torch.tensor([0, 1]))
+        return Batch(inputs, targets, options)
 
     model = nn.Linear(12, 6)
     assert [len(group) for group in groups([batch(), batch(**other), batch()], largest=9)] == [2, 2, 2]
@@ -95,7 +96,7 @@ def test_samples_that_differ_are_not_joined(other: dict[str, Any]) -> None:
 @pytest.mark.parametrize("twins", [(2, 2.0), ([2.0], torch.tensor([2.0])), ((1.0, 2.0), [1.0, 2.0])], ids=str)
 def test_constants_are_compared_by_value(twins: tuple[Any, Any]) -> None:
     model, (inputs, targets) = nn.Linear(12, 6), (torch.ones(2, 12), torch.tensor([0, 1]))
-    parts = [Probe(model, inputs, targets, input_std=std) for std in twins]
+    parts = [Batch(inputs, targets, {"model": model, "input_std": std}) for std in twins]
     assert [len(group) for group in groups(parts, largest=9)] == [4]
 
 
@@ -138,7 +139,7 @@ def test_a_probe_function_is_called_with_whole_batches_and_its_open_options_are_
 
     given = {"ids": ids, "label": ids % 6}
     defaults = {"input_std": 2.0, "input_mean": 1.0, "valid_range": None, "chunk_size": 4, "loss_fn": None}
-    probe = read_batch(module, given, probe_fn=probe_fn, defaults=defaults)  # type: ignore[arg-type]
+    probe = read_batch(module, given, probe_fn=probe_fn, defaults=defaults).probe()  # type: ignore[arg-type]
     assert seen == [given]
     assert (probe.model, probe.input_std, probe.input_mean, probe.chunk_size) == (module.head, 3.0, 1.0, 4)
     assert torch.equal(probe.inputs, module.embedding(ids))
@@ -146,13 +147,13 @@ def test_a_probe_function_is_called_with_whole_batches_and_its_open_options_are_
 
 def test_a_plain_function_is_assumed_to_call_the_module() -> None:
     module = Module()
-    probe = read_batch(
+    batch = read_batch(
         module,  # type: ignore[arg-type]
         (torch.ones(2, 12), torch.tensor([0, 1])),
         probe_fn=lambda pl_module, batch: Probe(lambda x: pl_module.head(x), *batch),  # noqa: PLW0108
         defaults={},
     )
-    assert probe.module is module
+    assert batch.options["module"] is module
 
 
 def test_a_batch_without_one_target_per_input_is_refused_before_it_is_cut() -> None:
