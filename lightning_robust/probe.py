@@ -15,6 +15,7 @@ from lightning_robust.functional._validation.arguments import (
     check_function,
     check_kind,
     check_positive_integer,
+    optional,
 )
 from lightning_robust.functional._validation.tensors import (
     check_input_type,
@@ -96,7 +97,7 @@ class Probe:
     def __post_init__(self) -> None:
         check_function("model", self.model)
         check_loss_fn(self.loss_fn)
-        check_kind("module", self.module, nn.Module)
+        optional(check_kind, "module", self.module, nn.Module)
         if self.chunk_size is not None:
             check_positive_integer("chunk_size", self.chunk_size)
         check_samples(self.inputs, self.targets, loss_fn=self.loss_fn)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lightning_robust.functional._validation.arguments import class_of
+from lightning_robust.functional._validation.arguments import check_kind
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -46,8 +46,7 @@ def gathered_weights(module: nn.Module) -> Iterator[None]:
 
     Source: ours.
     """
-    if not isinstance(module, nn.Module):
-        raise TypeError(f"Expected argument `module` to be a Module, but got {class_of(module)}.")
+    check_kind("module", module, nn.Module)
     modules = list(module.modules())
     sharded = [owner for owner in modules if _hooks_of(owner, _FULLY_SHARD)]
     _refuse_others(modules)

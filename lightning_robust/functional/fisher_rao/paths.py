@@ -33,7 +33,12 @@ from torch import Tensor
 
 from lightning_robust.functional._isolation.context import differentiable
 from lightning_robust.functional._isolation.stand_ins import full_precision
-from lightning_robust.functional._validation.arguments import check_function, check_positive_integer, class_of
+from lightning_robust.functional._validation.arguments import (
+    check_function,
+    check_kind,
+    check_positive_integer,
+    optional,
+)
 from lightning_robust.functional._validation.tensors import check_inputs, check_logits, check_targets, outputs_of
 from lightning_robust.functional.fisher_rao._state import Paths, flat, other_classes
 from lightning_robust.functional.fisher_rao._tracing import Tracer
@@ -179,8 +184,7 @@ def trace_fisher_rao_paths(
         solver=solver,
         mode=mode,
     )
-    if chunk_size is not None:
-        check_positive_integer("chunk_size", chunk_size)
+    optional(check_positive_integer, "chunk_size", chunk_size)
     check_function("model", model)
     check_inputs(inputs)
     units = Units.of(inputs, std=input_std, mean=input_mean, valid_range=valid_range)
@@ -252,8 +256,7 @@ def _aims(targets: Tensor | None, source: Tensor, num_classes: int) -> Tensor:
     """Classes (N, K) to aim at."""
     if targets is None:
         return other_classes(source, num_classes)
-    if not isinstance(targets, Tensor):
-        raise TypeError(f"Expected argument `targets` to be a tensor (N, K) or (K,), but got {class_of(targets)}.")
+    check_kind("targets", targets, Tensor, "a tensor (N, K) or (K,)")
     if targets.ndim not in (1, 2) or not targets.numel() or (targets.ndim == 2 and len(targets) != len(source)):
         raise ValueError(
             f"Expected argument `targets` to hold K ≥ 1 classes, of shape ({len(source)}, K) or (K,), but got shape"

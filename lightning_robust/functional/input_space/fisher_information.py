@@ -144,9 +144,8 @@ def fit_temperature(logits: Tensor, targets: Tensor) -> Tensor:
     Source: Guo et al. 2017, arXiv 1706.04599; the treatment of separable samples is ours.
     """
     check_given_logits(logits)
-    y = check_targets(targets, num_samples=len(logits), num_classes=logits.shape[1])
     z = to_float64(logits)
-    y = y.to(z.device)
+    y = check_targets(targets, num_samples=len(logits), num_classes=logits.shape[1]).to(z.device)
     return _fit_temperature(z, _favoured(z, y)).to(logits)
 
 

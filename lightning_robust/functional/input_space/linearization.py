@@ -27,11 +27,11 @@ from torch import Tensor
 from lightning_robust.functional._isolation.context import differentiable
 from lightning_robust.functional._isolation.stand_ins import full_precision
 from lightning_robust.functional._validation.arguments import (
-    as_number,
     check_function,
+    check_kind,
+    check_number,
     check_positive_integer,
-    class_of,
-    expected_but_got,
+    optional,
 )
 from lightning_robust.functional._validation.tensors import check_finite, check_inputs, check_logits
 from lightning_robust.functional.input_space.attacks import Norm, check_norm
@@ -102,8 +102,7 @@ def linearize(
 
     Source: ours; see the module's docstring.
     """
-    if chunk_size is not None:
-        check_positive_integer("chunk_size", chunk_size)
+    optional(check_positive_integer, "chunk_size", chunk_size)
     check_function("model", model)
     check_inputs(inputs)
     units = Units.of(inputs, std=input_std, mean=input_mean, valid_range=valid_range)
@@ -167,19 +166,17 @@ def relinearize(
     Cost: one forward and one backward pass more than :func:`linearize`; another forward pass for a chunk with an input
     that stays in place for want of finite logits.
     """
-    if chunk_size is not None:
-        check_positive_integer("chunk_size", chunk_size)
+    optional(check_positive_integer, "chunk_size", chunk_size)
     check_function("model", model)
     check_inputs(inputs)
     check_norm(norm)
-    if not 0 <= as_number(fraction) <= 1:
-        raise ValueError(expected_but_got("fraction", "a number between 0 and 1", fraction))
-    given: object = linearization
-    if not isinstance(given, Linearization):
-        raise TypeError(f"Expected argument `linearization` to be a Linearization, but got {class_of(given)}.")
+    fraction = check_number("fraction", fraction, "a number between 0 and 1", at_least=0, at_most=1)
+    check_kind("linearization", linearization, Linearization)
     if len(linearization.logits) != len(inputs):
-        came = f"{len(linearization.logits)} samples"
-        raise ValueError(f"Expected argument `linearization` to be one of the {len(inputs)} inputs, but it has {came}.")
+        raise ValueError(
+            f"Expected argument `linearization` to be one of the {len(inputs)} inputs, but it has"
+            f" {len(linearization.logits)} samples."
+        )
     if norm == "linf" and linearization.gap_l1 is None:
         raise ValueError("Expected a linearisation with `gap_l1` for norm 'linf', but it has none.")
     units = Units.of(inputs, std=input_std, mean=input_mean, valid_range=valid_range)
@@ -191,7 +188,7 @@ def relinearize(
             rows = slice(start, start + size)
             gap_l1 = None if linearization.gap_l1 is None else linearization.gap_l1[rows]
             here = Linearization(linearization.logits[rows], linearization.gram[rows], gap_l1)
-            chunks.append(_relinearized(model, x[rows], here, units, norm, as_number(fraction)))
+            chunks.append(_relinearized(model, x[rows], here, units, norm, fraction))
     return _joined(chunks)
 
 

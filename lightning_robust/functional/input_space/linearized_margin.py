@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from lightning_robust.functional._validation.arguments import as_numbers, check_floating, expected_but_got
-from lightning_robust.functional._validation.tensors import check_finite, check_given_logits, check_gram, check_targets
+from lightning_robust.functional._validation.tensors import check_gap_l1, check_gram, check_targets
 from lightning_robust.functional.input_space.float64 import to_float64
 
 
@@ -40,9 +40,8 @@ def linearized_margin(logits: Tensor, gram: Tensor, targets: Tensor) -> Tensor:
 
     Source: arXiv 1511.04599.
     """
-    y = _check(logits, targets)
     check_gram(logits, gram)
-    y = y.to(logits.device)
+    y = check_targets(targets, num_samples=len(logits), num_classes=logits.shape[1]).to(logits.device)
     return _smallest_ratio(logits, gap_l2(gram, y).to(logits), y)
 
 
@@ -63,14 +62,8 @@ def linearized_margin_linf(logits: Tensor, gap_l1: Tensor, targets: Tensor) -> T
 
     Source: arXiv 1511.04599, arXiv 1705.08475.
     """
-    y = _check(logits, targets)
-    check_floating("gap_l1", gap_l1, "(N, C)")
-    if gap_l1.shape != logits.shape:
-        raise ValueError(
-            f"Expected argument `gap_l1` of shape {tuple(logits.shape)}, like the logits, but got"
-            f" {tuple(gap_l1.shape)}."
-        )
-    check_finite(gap_l1, "entries of `gap_l1`")
+    check_gap_l1(logits, gap_l1)
+    y = check_targets(targets, num_samples=len(logits), num_classes=logits.shape[1]).to(logits.device)
     return _smallest_ratio(logits, gap_l1, y)
 
 
@@ -116,11 +109,6 @@ def linearized_accuracy(margins: Tensor, epsilons: Sequence[float] | Tensor) -> 
         raise ValueError(expected_but_got("epsilons", "a vector of numbers ≥ 0", epsilons))
     eps = torch.tensor(numbers, dtype=margins.dtype, device=margins.device)
     return (margins[None, :] > eps[:, None]).to(margins.dtype).mean(dim=1)
-
-
-def _check(logits: Tensor, targets: Tensor) -> Tensor:
-    check_given_logits(logits)
-    return check_targets(targets, num_samples=len(logits), num_classes=logits.shape[1])
 
 
 def _smallest_ratio(logits: Tensor, distances: Tensor, targets: Tensor) -> Tensor:
