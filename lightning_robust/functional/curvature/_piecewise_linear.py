@@ -86,8 +86,7 @@ class CurvedLayers:
     def read(self, outputs: Tensor) -> None:
         """Classify the operations between weights and outputs ``(N, ...)`` of a forward pass.
 
-        Raises:
-            ValueError: If the network uses the original of a trained parameter, past the module that owns it.
+        Raises a ``ValueError`` if the network uses the original of a trained parameter, past the module that owns it.
         """
         start = outputs.grad_fn
         if self._up_to_a_constant and kind_of(start) == "LogSoftmax" and outputs.ndim == 2:

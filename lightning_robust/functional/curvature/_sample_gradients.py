@@ -52,15 +52,7 @@ class SampleGradients:
         return max(1, min(samples, _DEFAULT_ELEMENTS // size))
 
     def squared_norms(self, inputs: Tensor, cotangents: Tensor) -> Tensor:
-        """Compute ``‖∂(wᵀz)/∂W_k‖²`` of each sample.
-
-        Args:
-            inputs: ``(N, ...)``.
-            cotangents: ``w``, ``(M, N, K)`` for outputs of K elements each.
-
-        Returns:
-            ``(M, N, L)``, float64.
-        """
+        """Compute ``‖∂(wᵀz)/∂W_k‖²`` of each sample, ``(M, N, L)``, float64, for cotangents ``w``, ``(M, N, K)``."""
         if self._vectorised:
             try:
                 norms = self._all_at_once(inputs, cotangents)

@@ -183,14 +183,11 @@ def _more_probes(sums: CurvatureSums, *, rtol: float, max_probes: int) -> tuple[
 
 
 def _estimate(sums: CurvatureSums, plan: Plan) -> TraceEstimate:
-    def by_name(values: Tensor) -> dict[str, Tensor]:
-        return dict(zip(sums.names, values, strict=True))
-
     total = sums.total()
     return TraceEstimate(
-        layers=by_name(sums.means()),
-        stderr=by_name(sums.probe_stderr()),
-        sample_stderr=by_name(sums.sample_stderr()),
+        layers=dict(zip(sums.names, sums.means(), strict=True)),
+        stderr=dict(zip(sums.names, sums.probe_stderr(), strict=True)),
+        sample_stderr=dict(zip(sums.names, sums.sample_stderr(), strict=True)),
         total=total.means()[0],
         total_stderr=total.probe_stderr()[0],
         total_sample_stderr=total.sample_stderr()[0],

@@ -142,12 +142,7 @@ class SampleLoss:
         return losses
 
     def examine(self, outputs: Tensor, targets: Tensor) -> None:
-        """Raise unless a custom loss is a mean over samples and has the second derivative that autograd computes.
-
-        Args:
-            outputs: ``(N, ...)``, outputs of all samples to be measured.
-            targets: Targets as the loss takes them.
-        """
+        """Raise unless a custom loss is a mean over samples and has the second derivative that autograd computes."""
         leaf = outputs.detach().clone().requires_grad_()
         of_batch = self._called(leaf, targets)
         if of_batch.ndim == 0 and of_batch.isfinite():

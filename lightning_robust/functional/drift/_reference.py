@@ -8,17 +8,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Stretch:
-    """Consecutive measurements whose mean is the reference.
-
-    Attributes:
-        mean: Their mean, or a fixed reference.
-        rows: Their indices; empty for a fixed reference.
-        best: Index of the best of them; None for a fixed reference.
-    """
+    """Consecutive measurements whose mean is the reference, or a fixed reference without measurements."""
 
     mean: float
-    rows: range
-    best: int | None
+    rows: range  # indices
+    best: int | None  # index of the best of them
 
 
 class BestStretch:

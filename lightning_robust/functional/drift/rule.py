@@ -225,16 +225,13 @@ def _checked_errors(
         raise ValueError(expected_but_got("stderrs", f"a list of {count} finite numbers ≥ 0", stderrs))
     if per_sample is None:
         return errors, [None] * count
-    if (
-        not isinstance(per_sample, list | tuple)
-        or len(per_sample) != count
-        or not all(values is None or _is_flat_and_finite(values) for values in per_sample)
-    ):
-        raise ValueError(
-            expected_but_got("per_sample", f"a list of {count} tensors (N,) of finite numbers, or None", per_sample)
-        )
+    expected = f"a list of {count} tensors (N,) of finite numbers, or None"
+    if not isinstance(per_sample, list | tuple) or len(per_sample) != count or not all(map(_is_vector, per_sample)):
+        raise ValueError(expected_but_got("per_sample", expected, per_sample))
     return errors, list(per_sample)
 
 
-def _is_flat_and_finite(values: object) -> bool:
-    return isinstance(values, Tensor) and values.ndim == 1 and len(values) > 0 and bool(values.isfinite().all())
+def _is_vector(values: object) -> bool:
+    """None counts, too: values that are not known."""
+    is_flat = isinstance(values, Tensor) and values.ndim == 1 and len(values) > 0
+    return values is None or (is_flat and bool(values.isfinite().all()))

@@ -31,13 +31,7 @@ class Ended(NamedTuple):
 
 
 class Tracer:
-    """Follows the natural gradient of the gap to a target through a network, downwards.
-
-    Args:
-        model: Maps inputs (n, ...) to logits (n, C).
-        units: Normalisation of the inputs.
-        options: Damping, step lengths, solver and mode.
-    """
+    """Follows the natural gradient of the gap to a target through a network, downwards."""
 
     def __init__(self, model: Callable[[Tensor], Tensor], units: Units, options: PathOptions) -> None:
         self._model = model
@@ -46,12 +40,9 @@ class Tracer:
         self._unit_steps = options.mode == "unit_steps"
 
     def trace(self, begin: Callable[[Tensor], Paths], num_paths: int, *, at_once: int) -> Iterator[Ended]:
-        """Trace paths to their ends, and yield them in the order in which they end.
+        """Trace paths to their ends, at most ``at_once`` together, and yield them in the order in which they end.
 
-        Args:
-            begin: Maps indices of paths (m,) to these paths at their starts.
-            num_paths: Number of paths.
-            at_once: Largest number of paths that advance together.
+        ``begin`` maps indices of paths (m,) to these paths at their starts.
         """
         if not num_paths:
             return
@@ -84,11 +75,7 @@ class Tracer:
         return paths if self._unit_steps else paths._replace(move=-self._step(paths, paths.x, *paths.samples))
 
     def _advance(self, paths: Paths) -> tuple[Paths, Ended, Ended]:
-        """Take one step of each path.
-
-        Returns:
-            Paths that go on, paths that left their class, and paths that end without leaving it.
-        """
+        """Step once; return paths that go on, paths that left their class, and paths that end without leaving it."""
         # the midpoint rule stays of second order with a midpoint extrapolated from the previous step
         middle = paths.x if self._unit_steps else paths.within_bounds(paths.x + paths.move / 2)
         ahead = paths.within_bounds(paths.x - self._step_at(paths, middle))

@@ -156,12 +156,9 @@ def trace_fisher_rao_paths(
             millionth of the Fisher information or less.
         mode: ``"path"``, or ``"unit_steps"`` for the poster's steps ``v / √(gᵀv)``, of length 1 in the damped metric,
             unbounded unless ``max_euclidean_step`` is given; margins are then numbers of steps.
-        input_std: Standard deviation by which the inputs were divided, one number or one per channel (dimension 1).
-            If given, all results are in units of the un-normalised input.
-        input_mean: Mean that was subtracted before the division, one number or one per channel; 0 by default. Only
-            ``valid_range`` needs it.
-        valid_range: Smallest and largest value of an un-normalised input, e.g. ``(0, 1)``, to which each step is
-            clamped; unbounded by default.
+        input_std: As in :func:`~lightning_robust.functional.linearize`.
+        input_mean: As in :func:`~lightning_robust.functional.linearize`.
+        valid_range: As in :func:`~lightning_robust.functional.linearize`; each step is clamped to it.
         chunk_size: Largest number of paths that advance through the network together. Each holds its Jacobian, C
             gradients of the size of an input, or 8 such vectors with ``"cg"``. By default as in
             :func:`~lightning_robust.functional.linearize`.

@@ -80,25 +80,16 @@ def fim_spectral_norm(logits: Tensor, gram: Tensor, *, temperature: float | Tens
 def fim_trace(logits: Tensor, gram: Tensor, *, temperature: float | Tensor = 1.0) -> Tensor:
     """Trace of each sample's input Fisher information matrix: the expected squared norm of the score.
 
-    It lies between λ and ``(C − 1) λ``.
-
-    Args:
-        logits: ``(N, C)``.
-        gram: ``(N, C, C)``, ``J Jᵀ``, as given by :func:`~lightning_robust.functional.linearize`.
-        temperature: Divides the logits, and thus the Jacobian.
+    It lies between λ and ``(C − 1) λ``. Arguments and errors are those of :func:`fim_spectral_norm`.
 
     Returns:
         ``(N,)``, in squared nats per squared input unit; never negative.
 
-    Raises:
-        ValueError: If shapes do not match or ``temperature`` is not positive.
-
     Source: arXiv 2606.04767, which estimates it; here it is exact.
     """
     check_gram(logits, gram)
-    traces = [
-        _class_information(*part, temperature).diagonal(dim1=1, dim2=2).sum(dim=1) for part in _chunks(logits, gram)
-    ]
+    matrices = (_class_information(*part, temperature) for part in _chunks(logits, gram))
+    traces = [matrix.diagonal(dim1=1, dim2=2).sum(dim=1) for matrix in matrices]
     return torch.cat(traces).clamp_min(0).to(logits)
 
 

@@ -188,7 +188,18 @@ def relinearize(
             rows = slice(start, start + size)
             gap_l1 = None if linearization.gap_l1 is None else linearization.gap_l1[rows]
             here = Linearization(linearization.logits[rows], linearization.gram[rows], gap_l1)
-            chunks.append(_relinearized(model, x[rows], here, units, norm, fraction))
+            box = BoxConstraint.of(x[rows], units)
+            moved = x[rows] + units.change(fraction * _way_to_boundary(model, x[rows], here, units, norm, box))
+            leaf, logits = leaf_and_logits(model, moved, check=None)
+            # the boundary of a sample with almost no gradient may lie beyond what the network can compute
+            computable = logits.isfinite().all(dim=1)
+            if not computable.all():
+                moved = torch.where(computable.view(-1, *(1,) * (x.ndim - 1)), moved, x[rows])
+                del leaf, logits
+                leaf, logits = leaf_and_logits(model, moved, check=None)
+            check_logits(logits, num_samples=len(moved))
+            chunks.append(gram_and_gaps(logits, leaf, units.std, box, logits_before=here.logits))
+            del leaf, logits  # free the graph before the next pass builds another
     return _joined(chunks)
 
 
@@ -198,38 +209,15 @@ def _joined(chunks: list[tuple[Tensor, Tensor, Tensor]]) -> Linearization:
     return Linearization(logits=logits, gram=gram, gap_l1=gap_l1)
 
 
-def _relinearized(
+def _way_to_boundary(
     model: Callable[[Tensor], Tensor],
     x: Tensor,
     linearization: Linearization,
     units: Units,
     norm: Norm,
-    fraction: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Linearise a chunk near its boundary; the result is that of :func:`gram_and_gaps`."""
-    box = BoxConstraint.of(x, units)
-    moved = _towards_boundary(model, x, linearization, units, norm, fraction, box)
-    leaf, logits = leaf_and_logits(model, moved, check=None)
-    # the boundary of a sample with almost no gradient may lie beyond what the network can compute
-    computable = logits.isfinite().all(dim=1)
-    if not computable.all():
-        moved = torch.where(computable.view(-1, *(1,) * (x.ndim - 1)), moved, x)
-        del leaf, logits
-        leaf, logits = leaf_and_logits(model, moved, check=None)
-    check_logits(logits, num_samples=len(x))
-    return gram_and_gaps(logits, leaf, units.std, box, logits_before=linearization.logits)
-
-
-def _towards_boundary(
-    model: Callable[[Tensor], Tensor],
-    x: Tensor,
-    linearization: Linearization,
-    units: Units,
-    norm: Norm,
-    fraction: float,
     box: BoxConstraint | None,
 ) -> Tensor:
-    """Points at ``fraction`` of the way from ``x`` to the nearest linearised boundary."""
+    """Changes of the un-normalised inputs that lead straight to the nearest linearised boundary; 0 if there is none."""
     logits = linearization.logits
     predicted = logits.argmax(dim=1, keepdim=True)
     gaps = logits.gather(1, predicted) - logits
@@ -247,6 +235,4 @@ def _towards_boundary(
     step = step * torch.where(margin.isfinite(), margin, 0.0)[:, None]
     if norm == "linf" and box is not None:
         step = box.within(step)
-    step = fraction * step.nan_to_num(nan=0.0).reshape(x.shape)
-    moved: Tensor = (x + units.change(step)).detach()
-    return moved
+    return step.nan_to_num(nan=0.0).reshape(x.shape).detach()

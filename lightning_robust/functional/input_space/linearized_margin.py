@@ -46,19 +46,13 @@ def linearized_margin(logits: Tensor, gram: Tensor, targets: Tensor) -> Tensor:
 
 
 def linearized_margin_linf(logits: Tensor, gap_l1: Tensor, targets: Tensor) -> Tensor:
-    """Linearised L∞ margin of each sample.
+    """Linearised L∞ margin of each sample; result and errors are as in :func:`linearized_margin`.
 
     Args:
         logits: ``(N, C)``.
         gap_l1: ``(N, C)``, L1 norms of the gradient gaps to the predicted class. (If the predicted class is not the
             target, the margin is 0, so no other reference is needed.)
         targets: ``(N,)``, class indices.
-
-    Returns:
-        ``(N,)``, in input units; 0 if misclassified or tied, infinity if no gradient leads to another class.
-
-    Raises:
-        ValueError: If shapes do not match or a target is not a class.
 
     Source: arXiv 1511.04599, arXiv 1705.08475.
     """
@@ -68,15 +62,7 @@ def linearized_margin_linf(logits: Tensor, gap_l1: Tensor, targets: Tensor) -> T
 
 
 def gap_l2(gram: Tensor, classes: Tensor) -> Tensor:
-    """L2 norms ``‖∇(z_y − z_k)‖₂`` of the gradient gaps, from inner products: ``K_yy − 2 K_yk + K_kk``.
-
-    Args:
-        gram: ``(N, C, C)``, ``K = J Jᵀ``.
-        classes: ``(N,)``, the class ``y`` of each sample.
-
-    Returns:
-        ``(N, C)``, in float64, as :func:`to_float64`.
-    """
+    """L2 norms ``‖∇(z_y − z_k)‖₂ = √(K_yy − 2 K_yk + K_kk)`` of the gradient gaps, ``(N, C)``, float64."""
     wide = to_float64(gram)
     y = classes.to(wide.device)
     squared = wide.diagonal(dim1=1, dim2=2)
