@@ -41,11 +41,7 @@ _UNDECLARED_WRITES = frozenset({"running_mean", "running_var"})  # of batch norm
 
 
 class SideEffects:
-    """A record of how modules were, to which they can be set back.
-
-    Args:
-        modules: Whose attributes, and what is kept in them, are looked after.
-    """
+    """A record of modules' attributes, and of what is kept in them, to which they can be set back."""
 
     def __init__(self, modules: list[nn.Module]) -> None:
         self.modules = {id(module) for module in modules}

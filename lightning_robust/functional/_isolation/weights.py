@@ -68,9 +68,7 @@ class Weights:
 
 @contextmanager
 def differentiable_weights(
-    model: Callable[..., object],
-    *others: object,
-    module: nn.Module | None = None,
+    model: Callable[..., object], *others: object, module: nn.Module | None = None
 ) -> Iterator[Weights]:
     """Make the outputs of ``model`` twice differentiable with respect to its weights, and shield them all the same.
 

@@ -10,7 +10,13 @@ from torch import Tensor
 
 from lightning_robust.functional._isolation.side_effects import call
 from lightning_robust.functional._isolation.stand_ins import full_precision
-from lightning_robust.functional._validation.arguments import check_floating, check_kind
+from lightning_robust.functional._validation.arguments import (
+    check_floating,
+    check_function,
+    check_kind,
+    check_positive_integer,
+    optional,
+)
 
 _WRAP = "Wrap the model so that it does (in a callback, through `probe_fn`)."
 
@@ -44,6 +50,13 @@ def _check_beside_logits(name: str, value: Tensor, letters: str, shape: tuple[in
     if value.shape != shape:
         raise ValueError(f"Expected argument `{name}` of shape {shape}{relation}, but got {tuple(value.shape)}.")
     check_finite(value, f"entries of `{name}`")
+
+
+def check_pass(model: object, inputs: Tensor, *, chunk_size: int | None = None) -> None:
+    """Raise unless ``model`` can be called on finite samples, at most ``chunk_size`` together."""
+    optional(check_positive_integer, "chunk_size", chunk_size)
+    check_function("model", model)
+    check_inputs(inputs)
 
 
 def check_inputs(inputs: Tensor) -> None:

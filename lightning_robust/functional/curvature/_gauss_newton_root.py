@@ -28,9 +28,8 @@ from torch.nn import functional as F
 class GaussNewtonRoot(ABC):
     """``F`` with ``F Fᵀ = A``, the Hessian of each sample's loss with respect to its outputs.
 
-    Args:
-        loss: The loss module, of the class under which ``ROOTS`` lists the root.
-        sample_losses: Maps outputs ``(N, ...)`` and targets to the loss of each sample, ``(N,)``.
+    ``loss`` is of the class under which ``ROOTS`` lists the root; ``sample_losses`` maps outputs ``(N, ...)`` and
+    targets to the loss of each sample, ``(N,)``.
     """
 
     def __init__(self, loss: nn.Module, sample_losses: Callable[[Tensor, Tensor], Tensor]) -> None:

@@ -27,13 +27,7 @@ _DEFAULT_CPU_SAMPLES = 32
 
 
 class SampleGradients:
-    """Gradients of a network's outputs with respect to its weights, sample by sample.
-
-    Args:
-        model: Maps inputs ``(N, ...)`` to outputs ``(N, ...)``.
-        weights: Parameters of the network inside :func:`differentiable_weights`.
-        names: Names of the L parameter tensors that are wanted.
-    """
+    """Gradients of a network's outputs with respect to the L weight tensors of given names, sample by sample."""
 
     def __init__(self, model: Callable[[Tensor], Tensor], weights: Weights, names: tuple[str, ...]) -> None:
         self._model = model

@@ -57,6 +57,7 @@ def weight_norms(model: Callable[[Tensor], Tensor], *, module: nn.Module | None 
 
 
 def _of_layers(name: str, values: Tensor | Sequence[float], expected: str, *, at_least: float) -> Tensor:
+    """Return a vector in the values' own dtype, or raise unless they are finite numbers of at least ``at_least``."""
     numbers = as_numbers(values)
     if numbers is None or not all(at_least <= number and math.isfinite(number) for number in numbers):
         raise ValueError(expected_but_got(name, expected, values))

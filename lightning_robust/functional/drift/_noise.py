@@ -16,11 +16,7 @@ _MEDIAN_STEP = 0.9539  # median |step| between independent normal values, in sta
 class Noise:
     """Standard deviation of the difference between a measurement and the mean of earlier ones.
 
-    Args:
-        series: T measurements.
-        stderrs: Their standard errors.
-        per_sample: Their values per sample, (N,), or None where these are not known.
-        first: Index of the first measurement after warm-up; fluctuations are estimated from there on.
+    Fluctuations are estimated from measurement ``first`` on, the first one after warm-up.
     """
 
     def __init__(

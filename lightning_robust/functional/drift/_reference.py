@@ -18,11 +18,8 @@ class Stretch:
 class BestStretch:
     """Finds the best stretch among the measurements so far; looks at each stretch once.
 
-    Args:
-        series: The measurements.
-        sign: 1 where higher is better, −1 where lower is better.
-        size: Measurements in a stretch; fewer until there are that many.
-        first: Index of the first measurement after warm-up.
+    Stretches have ``size`` measurements, or fewer until there are that many from ``first`` on, the end of warm-up.
+    ``sign`` is 1 where higher is better, −1 where lower is better.
     """
 
     def __init__(self, series: list[float], *, sign: float, size: int, first: int) -> None:

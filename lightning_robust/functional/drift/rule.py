@@ -232,6 +232,6 @@ def _checked_errors(
 
 
 def _is_vector(values: object) -> bool:
-    """None counts, too: values that are not known."""
-    is_flat = isinstance(values, Tensor) and values.ndim == 1 and len(values) > 0
-    return values is None or (is_flat and bool(values.isfinite().all()))
+    if not isinstance(values, Tensor):
+        return values is None  # not known
+    return values.ndim == 1 and len(values) > 0 and bool(values.isfinite().all())

@@ -39,17 +39,11 @@ _STEPS_PER_CLASS = 4
 
 
 class NaturalGradient(NamedTuple):
-    """Solutions of ``n`` systems.
+    """Solutions of ``n`` systems."""
 
-    Attributes:
-        direction: ``v``, (n, D).
-        change: ``J v``, (n, C): change of the logits along ``v``.
-        squared_norm: ``gᵀ v = vᵀ (G + λI) v``, (n,).
-    """
-
-    direction: Tensor
-    change: Tensor
-    squared_norm: Tensor
+    direction: Tensor  # ``v``, (n, D)
+    change: Tensor  # ``J v``, (n, C): change of the logits along ``v``
+    squared_norm: Tensor  # ``gᵀ v = vᵀ (G + λI) v``, (n,)
 
 
 def natural_gradient_by_gram(
@@ -111,11 +105,7 @@ def solve_by_gram(probs: Tensor, rows: Tensor, contrast: Tensor, damping: Tensor
 
 
 def solve_by_conjugate_gradients(
-    probs: Tensor,
-    push: Callable[[Tensor], Tensor],
-    pull: Callable[[Tensor], Tensor],
-    contrast: Tensor,
-    damping: Tensor,
+    probs: Tensor, push: Callable[[Tensor], Tensor], pull: Callable[[Tensor], Tensor], contrast: Tensor, damping: Tensor
 ) -> NaturalGradient:
     """Solve iteratively, as :func:`solve_by_gram` but with ``push``, ``p ↦ J p``, and ``pull``, ``u ↦ Jᵀ u``, alone.
 

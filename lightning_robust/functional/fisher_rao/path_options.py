@@ -36,7 +36,6 @@ class PathOptions(NamedTuple):
 
 
 def check_path_options(
-    *,
     damping: float | None,
     step_length: float | None,
     max_euclidean_step: float | None,

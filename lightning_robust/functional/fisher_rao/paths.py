@@ -33,13 +33,8 @@ from torch import Tensor
 
 from lightning_robust.functional._isolation.context import differentiable
 from lightning_robust.functional._isolation.stand_ins import full_precision
-from lightning_robust.functional._validation.arguments import (
-    check_function,
-    check_kind,
-    check_positive_integer,
-    optional,
-)
-from lightning_robust.functional._validation.tensors import check_inputs, check_logits, check_targets, outputs_of
+from lightning_robust.functional._validation.arguments import check_kind
+from lightning_robust.functional._validation.tensors import check_logits, check_pass, check_targets, outputs_of
 from lightning_robust.functional.fisher_rao._state import Paths, flat, other_classes
 from lightning_robust.functional.fisher_rao._tracing import Tracer
 from lightning_robust.functional.fisher_rao.geometry import class_indices, margin_bound
@@ -173,17 +168,8 @@ def trace_fisher_rao_paths(
 
     Source: De & Säfken, "The Myth of Robust Classes"; see the module's docstring for the differences.
     """
-    options = check_path_options(
-        damping=damping,
-        step_length=step_length,
-        max_euclidean_step=max_euclidean_step,
-        max_steps=max_steps,
-        solver=solver,
-        mode=mode,
-    )
-    optional(check_positive_integer, "chunk_size", chunk_size)
-    check_function("model", model)
-    check_inputs(inputs)
+    options = check_path_options(damping, step_length, max_euclidean_step, max_steps, solver, mode)
+    check_pass(model, inputs, chunk_size=chunk_size)
     units = Units.of(inputs, std=input_std, mean=input_mean, valid_range=valid_range)
     with differentiable(model, twice=solver == "cg"):
         x = full_precision(inputs)

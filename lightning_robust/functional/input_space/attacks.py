@@ -18,13 +18,12 @@ from lightning_robust.functional._isolation.context import differentiable
 from lightning_robust.functional._isolation.stand_ins import full_precision
 from lightning_robust.functional._validation.arguments import (
     check_choice,
-    check_function,
     check_kind,
     check_number,
     check_positive_integer,
     optional,
 )
-from lightning_robust.functional._validation.tensors import check_inputs, check_logits, check_targets, outputs_of
+from lightning_robust.functional._validation.tensors import check_logits, check_pass, check_targets, outputs_of
 from lightning_robust.functional.input_space.units import Units, changes_within
 
 Norm = Literal["linf", "l2"]
@@ -87,9 +86,8 @@ def pgd(
     size = optional(check_number, "step_size", step_size, "a positive number or None", above=0)
     check_choice("loss", loss, get_args(Loss))
     check_choice("schedule", schedule, get_args(Schedule))
-    check_function("model", model)
     optional(check_kind, "generator", generator, torch.Generator)
-    check_inputs(inputs)
+    check_pass(model, inputs)
     labels = check_targets(targets, num_samples=len(inputs))
     units = Units.of(inputs, std=input_std, mean=input_mean, valid_range=valid_range)
     if size is None:

@@ -55,12 +55,7 @@ def leaf_and_logits(
 
 
 def gram_and_gaps(
-    logits: Tensor,
-    leaf: Tensor,
-    std: Tensor | None,
-    box: BoxConstraint | None,
-    *,
-    logits_before: Tensor | None = None,
+    logits: Tensor, leaf: Tensor, std: Tensor | None, box: BoxConstraint | None, *, logits_before: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Logits, Gram matrices and L1 gaps of a chunk (see :class:`Linearization`).
 

@@ -26,14 +26,8 @@ from torch import Tensor
 
 from lightning_robust.functional._isolation.context import differentiable
 from lightning_robust.functional._isolation.stand_ins import full_precision
-from lightning_robust.functional._validation.arguments import (
-    check_function,
-    check_kind,
-    check_number,
-    check_positive_integer,
-    optional,
-)
-from lightning_robust.functional._validation.tensors import check_finite, check_inputs, check_logits
+from lightning_robust.functional._validation.arguments import check_kind, check_number
+from lightning_robust.functional._validation.tensors import check_finite, check_logits, check_pass
 from lightning_robust.functional.input_space.attacks import Norm, check_norm
 from lightning_robust.functional.input_space.jacobian import (
     BoxConstraint,
@@ -102,9 +96,7 @@ def linearize(
 
     Source: ours; see the module's docstring.
     """
-    optional(check_positive_integer, "chunk_size", chunk_size)
-    check_function("model", model)
-    check_inputs(inputs)
+    check_pass(model, inputs, chunk_size=chunk_size)
     units = Units.of(inputs, std=input_std, mean=input_mean, valid_range=valid_range)
     with differentiable(model):
         x = full_precision(inputs)
@@ -166,9 +158,7 @@ def relinearize(
     Cost: one forward and one backward pass more than :func:`linearize`; another forward pass for a chunk with an input
     that stays in place for want of finite logits.
     """
-    optional(check_positive_integer, "chunk_size", chunk_size)
-    check_function("model", model)
-    check_inputs(inputs)
+    check_pass(model, inputs, chunk_size=chunk_size)
     check_norm(norm)
     fraction = check_number("fraction", fraction, "a number between 0 and 1", at_least=0, at_most=1)
     check_kind("linearization", linearization, Linearization)

@@ -16,17 +16,11 @@ Constant = float | Sequence[float] | Tensor  # one number, or one per channel
 
 
 class Units(NamedTuple):
-    """Normalisation of inputs ``(N, channels, ...)``: ``(raw − mean) / std``, with ``raw`` in the valid range.
+    """Normalisation of inputs ``(N, channels, ...)``: ``(raw − mean) / std``, with ``raw`` in the valid range."""
 
-    Attributes:
-        std: Divisor, of a shape that broadcasts against the inputs; None for 1.
-        mean: Mean subtracted before the division, of such a shape, too; None for 0.
-        valid_range: Smallest and largest un-normalised value; None if unbounded.
-    """
-
-    std: Tensor | None
-    mean: Tensor | None
-    valid_range: tuple[float, float] | None
+    std: Tensor | None  # of a shape that broadcasts against the inputs; None for 1
+    mean: Tensor | None  # of such a shape; None for 0
+    valid_range: tuple[float, float] | None  # smallest and largest un-normalised value; None if unbounded
 
     @classmethod
     def of(
