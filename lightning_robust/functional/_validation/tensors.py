@@ -107,7 +107,7 @@ check_logits = partial(check_outputs, are_logits=True)
 def outputs_of(
     model: Callable[[Tensor], Tensor], x: Tensor, *, check: Callable[..., None] | None = check_outputs
 ) -> Tensor:
-    """Call a network on a copy of samples ``(N, ...)``, and check its outputs unless that would wait for the device."""
+    """Call a network on a copy of samples ``(N, ...)``. ``check=None`` skips the check, which waits for the device."""
     outputs = call(model, x.clone())
     if isinstance(outputs, Tensor) and len(x) == 1 and outputs.ndim > 0 and len(outputs) != 1:
         outputs = outputs[None]  # a network that squeezes its outputs loses the dimension of a single sample
