@@ -11,8 +11,18 @@ from torch import Tensor, nn
 
 from lightning_robust.functional._isolation.context import differentiable
 from lightning_robust.functional._isolation.stand_ins import full_precision
-from lightning_robust.functional._validation.arguments import check_function, check_kind, check_positive_integer
-from lightning_robust.functional._validation.tensors import check_input_type, check_logits, check_targets, outputs_of
+from lightning_robust.functional._validation.arguments import (
+    check_function,
+    check_kind,
+    check_positive_integer,
+    optional,
+)
+from lightning_robust.functional._validation.tensors import (
+    check_input_type,
+    check_logits,
+    check_targets,
+    outputs_of,
+)
 from lightning_robust.functional.curvature.losses import LossFn, check_loss_fn
 from lightning_robust.functional.curvature.plan import Estimator
 from lightning_robust.functional.curvature.problem import CurvatureProblem
@@ -87,7 +97,7 @@ class Probe:
     def __post_init__(self) -> None:
         check_function("model", self.model)
         check_loss_fn(self.loss_fn)
-        check_kind("module", self.module, nn.Module)
+        optional(check_kind, "module", self.module, nn.Module)
         if self.chunk_size is not None:
             check_positive_integer("chunk_size", self.chunk_size)
         check_samples(self.inputs, self.targets, loss_fn=self.loss_fn)

@@ -1,666 +1,241 @@
-"""Whatever is passed as an argument is either taken, and can be measured with, or refused by name.
+"""Every argument of every public function and constructor refuses bad values by name and takes unusual good ones.
 
-A refusal is a ``ValueError`` or ``TypeError``, of the callback a ``MisconfigurationException``. It names the argument
-in backticks, and after "but got" shows what came: its ``repr``; of a ``repr`` beyond 200 characters the type; of
-tensors, and of lists of a wrong length, the shape; of what is no tensor, function or module where one is needed, the
-type; of a list of metrics the entry that is none.
+A refusal is a ``ValueError`` or ``TypeError``, in callbacks a ``MisconfigurationException``. It names the argument in
+backticks, says what was expected and, after "but got", what was given: its ``repr``, or the type if that is too long;
+the type where a tensor, function or object is needed; of tensors, and of lists of a wrong length, the shape.
 """
 
-import functools
+import inspect
 import math
-import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
+import lightning_robust
 from lightning_robust import (
     AdversarialAccuracy,
-    FisherRaoMargin,
     FisherSpectralNorm,
-    HessianTrace,
     LinearizedAccuracy,
     Probe,
     RobustnessDriftStopping,
     RobustnessMonitor,
-    WeightCurvatureIndex,
     functional,
 )
-from lightning_robust.metrics import METRICS, ProbeMetric
+from lightning_robust.metrics import METRICS
 from tests.helpers.networks import random, random_linear
 from tests.helpers.training import classifier, loader, trainer
 
-CHANNELS = 3
-MODEL = random_linear(0, num_classes=CHANNELS, num_features=CHANNELS)
-INPUTS = random(1, 4, CHANNELS)
+MODEL = random_linear(0, num_classes=3, num_features=3)
+INPUTS, LOGITS = random(1, 4, 3), random(2, 4, 3)
 TARGETS = torch.tensor([0, 1, 2, 0])
-LOGITS = random(2, 4, CHANNELS)
+OWN = MODEL(INPUTS).argmax(dim=1)
+GRAM = torch.eye(3, dtype=torch.float64).expand(4, 3, 3)
+SINGLE = torch.ones(())
 PROBS = LOGITS.softmax(dim=1)
-TRACED = functional.trace_fisher_rao_paths(MODEL, INPUTS)
-GRAM = torch.eye(CHANNELS, dtype=torch.float64).expand(4, CHANNELS, CHANNELS)
-PROBE = Probe(MODEL, INPUTS, TARGETS)
-FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
-# --- what may come --------------------------------------------------------------------------------------------------
-
-
-def function(*values: Any) -> Any:
-    """Something that can be called."""
-    return values[0]
-
-
-class Sized:
-    def __len__(self) -> int:
-        return 2
-
-    def __repr__(self) -> str:
-        return "Sized()"
-
-
-NUMBERS: list[Any] = [
-    *(True, False, -1, 0, 1, 2, 3, 2**31, 2**63 - 1, 2**63, -(2**70), 10**400, -(10**400), Fraction(1, 3)),
-    *(-0.0, 0.0, 0.5, 1.0, 2.5, -0.1, math.nan, math.inf, -math.inf, 1j, 0.5 + 0j),
+NAN, INF = math.nan, math.inf
+CALLBACKS = [RobustnessMonitor, RobustnessDriftStopping]
+FUNCTIONS = [getattr(functional, name) for name in functional.__all__ if inspect.isfunction(getattr(functional, name))]
+CALLEES: dict[str, Callable[..., Any]] = {
+    callee.__name__: callee for callee in [*CALLBACKS, *METRICS.values(), Probe, *FUNCTIONS]
+}
+GOOD: list[tuple[str, Any]] = [  # for arguments without a default
+    ("model", MODEL),
+    ("inputs", INPUTS),
+    ("targets source target", TARGETS),
+    ("logits gap_l1", LOGITS),
+    ("gram", GRAM),
+    ("p q probs", PROBS),
+    ("linearization", functional.linearize(MODEL, INPUTS)),
+    ("paths", functional.trace_fisher_rao_paths(MODEL, INPUTS)),
+    ("num_classes", 3),
+    ("epsilon", 0.1),
+    ("steps", 1),
+    ("margins", torch.ones(2)),
+    ("epsilons values weight_norms traces", [1.0, 2.0]),
+    ("higher_is_better", True),
+    ("drifts names", ()),
 ]
-TENSORS: list[Tensor] = [
-    make(shape, dtype=dtype)
-    for make in (torch.ones, torch.zeros)
-    for shape in ((), (0,), (1,), (3,), (4,), (1, 3), (4, 3), (4, 3, 3), (2, 0, 3))
-    for dtype in (*FLOATING, torch.float8_e5m2, torch.int64, torch.uint64, torch.uint8, torch.bool, torch.complex64)
+UNCHECKED = {("drifted_together", "drifts"), ("drifted_together", "names")}
+ARGUMENTS = [
+    (name, argument)
+    for name, callee in CALLEES.items()
+    for argument in inspect.signature(callee).parameters
+    if (name, argument) not in UNCHECKED
 ]
-OTHERS: list[Any] = [
-    *(None, "", "0.5", "1", "auto", "linf", "l2", "LINF", "warn", "fisher_spectral_norm", "nan", b"", b"pgd", b"l2"),
-    *([], (), {}, set(), [[]], [None], [[0.1], [0.2]], [[0.0, 1.0]], {"0": 1}, {0.1, 0.2}, frozenset({1}), range(2)),
-    *([0, 1], (0, 1), [1, 0], [0.1, 0.2, 0.3], (0.5,), [0.5, 0.5], [0.0, -0.0], [True, 2], [math.nan, 1.0], ["0", "1"]),
-    *(
-        [0.1] * 100,
-        [0, 1, 2],
-        ["hessian_trace"],
-        ("hessian_trace", []),
-        ["hessian_trace", {}],
-        [HessianTrace],
-        [1, None],
+
+LARGEST = 2**63 - 1
+COUNTS = "chunk_size max_probes max_steps num_probes num_targets patience steps"
+NO_NUMBER = (True, "0.5", b"1", NAN, 1j, 10**400, {}, float, torch.tensor(True))
+NO_SINGLE = (*NO_NUMBER, [], (0.5,), torch.ones(2), INPUTS)
+NO_INTEGER = (True, 1.0, "1", NAN, [1], Fraction(1), int, torch.tensor(1), INPUTS)
+NO_NUMBERS = (1.0, "1", {}, [NAN], [True], ["1"], [[1.0]], INPUTS)
+NO_CONSTANT = (*NO_NUMBER, INF, [NAN], [INF], ["1"], [True])
+NO_TENSOR = (1.0, "1", [[0.5, 0.5]], {}, Tensor, INPUTS.numpy())
+NO_FLOATS = tuple(torch.ones(4, 3, dtype=dtype) for dtype in (torch.int64, torch.uint8, torch.bool, torch.complex64))
+NO_INDICES = (TARGETS.double(), TARGETS > 0, TARGETS * 1j, TARGETS[:3], TARGETS[:, None], torch.eye(4).long())
+NO_BOOLEAN = (0, 1, 1.0, "", "True", [], bool, torch.tensor(True))
+NO_CHOICE = ("", "LINF", "Auto", b"l2", ["any"], 0, True, str)
+NO_KEYS = ("", b"k", 1, [], {}, [""], [1], ["k", "k"], {"k": 0}, {"k": -1}, {"k": NAN}, {"k": "1"}, {"k"})
+NO_RANGE = (*NO_NUMBER, [], [0], [0, 1, 2], (1, 0), (0, 0), (NAN, 1), (0, "1"), (False, 1), {0, 1}, torch.ones(2))
+NO_VALUES = (1.0, "12", [None], [None, 1.0], [torch.ones(0)] * 2, [torch.ones(1, 1)] * 2, [torch.tensor([NAN])] * 2)
+
+# Arguments, what is expected of them, and bad values. None is bad, too, unless it is the default. Rows for one callee
+# (with a dot) replace those for the argument in general.
+BAD: list[tuple[str, str, tuple[Any, ...]]] = [
+    ("model loss_fn probe_fn", "a function or a module", (1, "f", [], {}, nn.Linear, object(), torch.ones(2))),
+    ("generator", "a Generator", (0, "0", torch.Generator, object())),
+    ("linearization", "a Linearization", (1, LOGITS, functional.Linearization)),
+    ("module", "a Module", (1, "m", nn.Linear, object(), torch.ones(2), len)),
+    ("paths", "FisherRaoPaths", (1, LOGITS, functional.FisherRaoPaths)),
+    ("higher_is_better per_class per_layer prog_bar", "True or False", NO_BOOLEAN),
+    ("restore_best_weights strict", "True or False", NO_BOOLEAN),
+    (COUNTS, "a positive integer", (*NO_INTEGER, 0, -1)),
+    (COUNTS, f"a positive integer and at most {LARGEST}", (2**63,)),
+    ("every_n_epochs max_samples RobustnessMonitor.chunk_size", "an integer of at least 1", (*NO_INTEGER, 0, -(2**70))),
+    ("dataloader_idx seed warmup", "an integer of at least 0", (*NO_INTEGER, -1)),
+    ("every_n_epochs max_samples", f"an integer of at least 1 and at most {LARGEST}", (2**63,)),
+    ("dataloader_idx seed warmup", f"an integer of at least 0 and at most {LARGEST}", (2**63,)),
+    ("num_classes", "an integer of at least 2", (*NO_INTEGER, 1, -1)),
+    ("num_classes", "3, like the paths", (2, 4, 2**62)),
+    ("damping max_euclidean_step rtol step_length step_size", "a positive number or None", (*NO_SINGLE, 0, -1, INF)),
+    ("epsilon tolerance z", "a finite number ≥ 0", (*NO_SINGLE, -0.1, INF)),
+    ("fraction", "a number between 0 and 1", (*NO_SINGLE, -0.1, 1.1, INF)),
+    ("order", "1 or 2", (*NO_SINGLE, 0, 3, 1.5)),
+    ("overhead_budget", "a share of the wall time above 0 and at most 1, or None", (*NO_SINGLE, 0, -1, 1.1)),
+    ("reference", "a finite number or None", (*NO_SINGLE, INF, -INF)),
+    ("temperature", "positive and finite, as its square must be", (*NO_SINGLE, 0, -1, INF, 1e-200, 1e200)),
+    ("action", "one of ('stop', 'warn')", NO_CHOICE),
+    ("attack", "'pgd', 'fgsm' or None", NO_CHOICE),
+    ("combine RobustnessDriftStopping.combine", "one of ('any', 'all')", NO_CHOICE),
+    ("RobustnessDriftStopping.combine", "'any', since `monitor` is one key", ("all",)),
+    ("estimator", "one of ('auto', 'hutchinson', 'gauss_newton')", NO_CHOICE),
+    ("loss", "one of ('cross_entropy', 'dlr')", NO_CHOICE),
+    ("mode", "one of ('path', 'unit_steps')", NO_CHOICE),
+    ("RobustnessDriftStopping.mode", "one of ('min', 'max')", NO_CHOICE),
+    ("norm", "one of ('linf', 'l2')", NO_CHOICE),
+    ("on_error", "one of ('warn', 'raise')", NO_CHOICE),
+    ("schedule", "one of ('constant', 'cosine')", NO_CHOICE),
+    ("solver", "one of ('gram', 'cg')", NO_CHOICE),
+    ("log_key_prefix", "a non-empty string", ("", b"r/", 1, ["r/"], str)),
+    ("metrics", "a non-empty list of metrics or their names", (1, "hessian_trace", b"h", [], {}, {"hessian_trace"})),
+    ("metrics", "names among ['adversarial_accuracy'", (["nan"], [None], [FisherSpectralNorm], [["hessian_trace"]])),
+    ("monitor", "a key, a list of different keys, or a mapping of keys to positive numbers", NO_KEYS),
+    ("valid_range", "(low, high) with low < high", NO_RANGE),
+    ("epsilons", "a list of at least one finite number ≥ 0", (*NO_NUMBERS, [], (), [-0.1], [INF])),
+    ("epsilons", "differ in their first four digits", ([0.1, 0.1], [0.0, -0.0], [1.00001, 1])),
+    ("linearized_accuracy.epsilons", "a vector of numbers ≥ 0", (*NO_NUMBERS, [-0.1])),
+    ("values", "a list of finite numbers", (*NO_NUMBERS, [INF])),
+    ("stderrs", "a list of 2 finite numbers ≥ 0", (*NO_NUMBERS, [], [1.0], [1.0, -1.0], [1.0, NAN], [1.0, INF])),
+    ("per_sample", "a list of 2 tensors (N,) of finite numbers, or None", NO_VALUES),
+    ("traces", "one finite number per layer", (*NO_NUMBERS, [INF, 1.0])),
+    ("weight_norms", "one finite number ≥ 0 per layer", (*NO_NUMBERS, [INF, 1.0], [-0.1, 1.0])),
+    ("input_mean RobustnessMonitor.input_mean Probe.input_mean", "a finite number, or a list of one per", NO_CONSTANT),
+    ("input_std RobustnessMonitor.input_std Probe.input_std", "a finite number, or a list of one per", NO_CONSTANT),
+    ("input_std RobustnessMonitor.input_std Probe.input_std", "a positive number, or a list", (0, -1, [0.0], [-1.0])),
+    ("input_mean input_std", "one per channel, 3 for inputs of shape (4, 3)", ([], [1.0, 1.0], torch.ones(1, 3))),
+    ("inputs Probe.inputs", "a tensor (N, ...)", NO_TENSOR),
+    ("inputs Probe.inputs", "floating point", NO_FLOATS),
+    ("inputs", "at least one sample", (SINGLE, torch.ones(0, 3), torch.ones(2, 0, 3))),
+    ("Probe.inputs", "a tensor (N, ...)", (SINGLE,)),
+    ("logits gap_l1", "a tensor (N, C)", NO_TENSOR),
+    ("gram", "a tensor (N, C, C)", NO_TENSOR),
+    ("margins", "a tensor (N,)", NO_TENSOR),
+    ("p q probs", "a tensor (..., C)", NO_TENSOR),
+    ("logits gap_l1 gram margins p q probs", "floating point", NO_FLOATS),
+    ("logits", "(N, C) with at least one sample and C ≥ 2 classes", (LOGITS[0], LOGITS[:0], LOGITS[:, :1], GRAM)),
+    ("gram", "of shape (4, 3, 3) beside logits (4, 3)", (GRAM[0], GRAM[:3], GRAM[:, :2])),
+    ("gap_l1", "of shape (4, 3), like the logits", (LOGITS[:3], LOGITS[:, :2], GRAM)),
+    ("margins", "a non-empty vector without NaN", (SINGLE, LOGITS[0, :0], torch.tensor([NAN]))),
+    ("p q probs", "of shape (..., C) with C ≥ 2 classes", (SINGLE, torch.ones(3, 1), torch.ones(0, 3))),
+    ("p q probs", "probabilities, not negative and with sum 1", (LOGITS, PROBS * 1.01, torch.tensor([1.5, -0.5]))),
+    ("probs", "of shape (N, C)", (PROBS[0], PROBS[None])),
+    ("labels source target targets Probe.targets", "a tensor (N,)", NO_TENSOR),
+    ("labels source target targets Probe.targets", "one class index per sample, an integer tensor", NO_INDICES),
+    ("labels source target targets", "lie between 0 and 2", (TARGETS + 1, TARGETS - 1)),
+    ("trace_fisher_rao_paths.targets", "a tensor (N, K) or (K,)", NO_TENSOR),
+    (
+        "trace_fisher_rao_paths.targets",
+        "K ≥ 1 classes, of shape (4, K)",
+        (SINGLE, TARGETS[:0], TARGETS[:3, None], GRAM),
     ),
-    *(
-        object(),
-        object,
-        int,
-        nn.Linear,
-        torch.Tensor,
-        Sized(),
-        function,
-        len,
-        nn.Identity(),
-        torch.float32,
-        slice(2),
-        ...,
-    ),
-    *(functools.partial(function, 1), torch.Generator(), torch.device("cpu"), INPUTS.numpy(), INPUTS.numpy()[0, 0]),
+    ("trace_fisher_rao_paths.targets", "class index per sample, an integer tensor", (torch.ones(4), torch.ones(2) > 0)),
+    ("trace_fisher_rao_paths.targets", "other classes than the one to leave", (OWN[:, None], OWN[:1])),
+    ("hessian_trace.targets", "a Tensor", NO_TENSOR),
+    ("hessian_trace.targets", "one target per sample", (SINGLE, TARGETS[:3])),
 ]
-scalars = (
-    st.sampled_from(NUMBERS)
-    | st.integers(-5, 5)
-    | st.floats(1e-3, 1e3)  # what overflows within the network is no question of arguments
-    | st.floats(-1e3, -1e-3)
-    | st.text(max_size=4)
-    | st.binary(max_size=4)
-)
-arbitrary = st.recursive(
-    scalars | st.sampled_from(TENSORS) | st.sampled_from(OTHERS),
-    lambda inner: (
-        st.lists(inner, max_size=3)
-        | st.lists(inner, max_size=3).map(tuple)
-        | st.dictionaries(st.text(max_size=2), inner, max_size=2)
-    ),
-    max_leaves=4,
-)
 
 
-# --- what should be taken -------------------------------------------------------------------------------------------
+def find(rows: Sequence[tuple[Any, ...]], name: str) -> list[tuple[Any, ...]]:
+    """What rows say about one of the names in their first column."""
+    return [rest for names, *rest in rows if name in names.split()]
 
-Rule = Callable[[Any], bool]
 
-
-def is_real(value: Any) -> bool:
-    """A real number or infinity; NumPy's numbers are real numbers, too, and tensors of a single real number."""
-    value = plain(value)
-    known = isinstance(value, float | Fraction) or (isinstance(value, int) and not isinstance(value, bool))
-    return known and (value in (math.inf, -math.inf) or abs(value) <= sys.float_info.max)
-
-
-def is_number(value: Any) -> bool:
-    return is_real(value) and abs(plain(value)) < math.inf
-
-
-def plain(value: Any) -> Any:
-    return value.item() if isinstance(value, Tensor) and value.ndim == 0 else value
-
-
-def entries(value: Any) -> Sequence[Any] | None:
-    """Of a list, tuple, or vector of numbers."""
-    if isinstance(value, Tensor):
-        real = not value.is_complex() and value.dtype != torch.bool
-        return value.tolist() if real and value.ndim == 1 else None
-    return value if isinstance(value, list | tuple) else None
-
-
-def integer(at_least: int) -> Rule:
-    return lambda value: type(value) is int and at_least <= value < 2**63
-
-
-def number(accepts: Rule) -> Rule:
-    return lambda value: is_number(value) and accepts(plain(value))
-
-
-def optional(rule: Rule) -> Rule:
-    return lambda value: value is None or rule(value)
-
-
-def one_of(*choices: str) -> Rule:
-    return lambda value: isinstance(value, str) and value in choices
-
-
-def constant(accepts: Rule, *, count: tuple[int, ...] | None = None) -> Rule:
-    def rule(value: Any) -> bool:
-        given = entries(value)
-        given = [value] if given is None else given
-        fits = len(given) > 0 if count is None else len(given) in count
-        return fits and all(is_number(entry) and accepts(plain(entry)) for entry in given)
-
-    return rule
-
-
-def valid_range(value: Any) -> bool:
-    return (
-        isinstance(value, list | tuple)
-        and len(value) == 2
-        and all(map(is_real, value))
-        and plain(value[0]) < plain(value[1])
-    )
-
-
-def epsilons(value: Any) -> bool:
-    given = entries(value)
-    if not given or not all(is_number(entry) and plain(entry) >= 0 for entry in given):
-        return False
-    return len({f"{abs(float(entry)):.4g}" for entry in given}) == len(given)
-
-
-def non_negative_vector(value: Any) -> bool:
-    given = entries(value)
-    return given is not None and all(is_real(entry) and plain(entry) >= 0 for entry in given)
-
-
-def vector(accepts: Rule, *, count: int | None = None) -> Rule:
-    def rule(value: Any) -> bool:
-        given = entries(value)
-        if given is None or count not in (None, len(given)):
-            return False
-        return all(is_number(entry) and accepts(plain(entry)) for entry in given)
-
-    return rule
-
-
-def is_function(value: Any) -> bool:
-    return callable(value) and not isinstance(value, type)
-
-
-def metrics(value: Any) -> bool:
-    known = isinstance(value, list | tuple) and len(value) > 0
-    return known and all(isinstance(m, ProbeMetric) or (isinstance(m, str) and m in METRICS) for m in value)
-
-
-def tensor(*shape: int | None, dtypes: Sequence[torch.dtype] = FLOATING) -> Rule:
-    """A tensor of that shape, None for any size."""
-
-    def rule(value: Any) -> bool:
-        if not isinstance(value, Tensor) or value.dtype not in dtypes or value.ndim != len(shape):
-            return False
-        return all(wanted in (None, size) for wanted, size in zip(shape, value.shape, strict=True))
-
-    return rule
-
-
-def instance(kind: type) -> Rule:
-    return lambda value: isinstance(value, kind)
-
-
-def positive(value: Any) -> bool:
-    return value > 0
-
-
-def not_negative(value: Any) -> bool:
-    return value >= 0
-
-
-def anything(_: Any) -> bool:
-    return True
-
-
-def sums(x: Tensor) -> Tensor:
-    """A network that takes samples of any shape and type."""
-    total = x.reshape(len(x), x[0].numel()).sum(dim=1)
-    return torch.stack([total, -total], dim=1)
-
-
-def is_prediction(value: Any) -> bool:
-    """A tensor of which each row of three is made of probabilities."""
-    if not samples(value) or value.shape[-1] != CHANNELS:
-        return False
-    return bool((value >= 0).all()) and bool((value.sum(dim=-1) == 1).all())
-
-
-def aims(value: Any) -> bool:
-    """Classes (4, K) or (K,), none of them the one that a sample is to leave."""
-    given = isinstance(value, Tensor) and value.dtype in integers and value.ndim in (1, 2) and value.numel() > 0
-    if not given or (value.ndim == 2 and len(value) != len(INPUTS)):
-        return False
-    rows = value.long().expand(len(INPUTS), -1)
-    in_range = bool((rows >= 0).all()) and bool((rows < CHANNELS).all())
-    return in_range and not bool((rows == MODEL(INPUTS).argmax(dim=1, keepdim=True)).any())
-
-
-def samples(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.dtype in FLOATING and value.ndim > 0 and value.numel() > 0
-
-
-def keys(value: Any) -> bool:
-    """A key, several, or several with weights."""
-    given = [value] if isinstance(value, str) else value
-    if (
-        not isinstance(given, list | tuple | dict)
-        or len(given) == 0
-        or not all(isinstance(k, str) and k for k in given)
-    ):
-        return False
-    weights = given.values() if isinstance(given, dict) else []
-    return len(set(given)) == len(given) and all(is_number(weight) and plain(weight) > 0 for weight in weights)
-
-
-is_boolean = instance(bool)
-integers = (torch.int64, torch.uint64, torch.uint8)
-labels = tensor(4, dtypes=integers)
-of_some_channels, of_each_channel = constant(anything), constant(anything, count=(1, CHANNELS))
-some_std, each_std = constant(positive), constant(positive, count=(1, CHANNELS))
-
-
-@dataclass(frozen=True)
-class Callee:
-    """A public function or constructor, and what is valid for each of its arguments.
-
-    Attributes:
-        call: Takes any argument by keyword, and has good values for the others.
-        rules: By argument.
-        use: What is done with the result of a constructor.
-        errors: How it refuses.
-    """
-
-    call: Callable[..., Any]
-    rules: dict[str, Rule]
-    use: Callable[[Any], object] = function
-    errors: tuple[type[Exception], ...] = (ValueError, TypeError)
-
-
-def measure(metric: Any) -> None:
-    metric.update(PROBE)
-    assert metric.compute()
-
-
-def use_probe(probe: Any) -> None:
-    for constant in (probe.input_std, probe.input_mean):
-        if not optional(constant_of_three)(constant):
-            return
-    for metric in (FisherSpectralNorm(), LinearizedAccuracy(), AdversarialAccuracy(steps=1), HessianTrace()):
-        metric.update(probe)
-        assert metric.compute()
-
-
-constant_of_three = constant(anything, count=(1, CHANNELS))
-CURVATURE: dict[str, Rule] = {
-    "estimator": one_of("auto", "gauss_newton", "hutchinson"),
-    "num_probes": integer(1),
-    "per_layer": is_boolean,
-}
-PATHS: dict[str, Rule] = {
-    "damping": optional(number(positive)),
-    "step_length": optional(number(positive)),
-    "max_euclidean_step": optional(number(positive)),
-    "max_steps": integer(1),
-    "solver": one_of("gram", "cg"),
-}
-UNITS: dict[str, Rule] = {
-    "input_std": optional(each_std),
-    "input_mean": optional(of_each_channel),
-    "valid_range": optional(valid_range),
-}
-CALLEES: dict[str, Callee] = {
-    "RobustnessMonitor": Callee(
-        lambda **given: RobustnessMonitor(**({"metrics": ["fisher_spectral_norm"]} | given)),
-        {
-            "metrics": optional(metrics),
-            "every_n_epochs": integer(1),
-            "max_samples": integer(1),
-            "overhead_budget": optional(number(lambda value: 0 < value <= 1)),
-            "log_key_prefix": lambda value: isinstance(value, str) and value != "",
-            "input_std": optional(some_std),
-            "input_mean": optional(of_some_channels),
-            "valid_range": optional(valid_range),
-            "probe_fn": optional(is_function),
-            "loss_fn": optional(is_function),
-            "chunk_size": optional(integer(1)),
-            "dataloader_idx": integer(0),
-            "prog_bar": is_boolean,
-            "on_error": one_of("warn", "raise"),
-            "seed": integer(0),
-        },
-        errors=(MisconfigurationException,),
-    ),
-    "RobustnessDriftStopping": Callee(
-        RobustnessDriftStopping,
-        {
-            "monitor": keys,
-            "mode": optional(one_of("min", "max")),
-            "tolerance": number(not_negative),
-            "z": number(not_negative),
-            "patience": integer(1),
-            "warmup": integer(0),
-            "reference": optional(number(anything)),
-            "combine": one_of("any"),  # with one key
-            "action": one_of("stop", "warn"),
-            "restore_best_weights": is_boolean,
-            "strict": is_boolean,
-        },
-        errors=(MisconfigurationException,),
-    ),
-    "LinearizedAccuracy": Callee(
-        LinearizedAccuracy,
-        {"epsilons": epsilons, "norm": one_of("linf", "l2"), "order": number(lambda value: value in (1, 2))},
-        measure,
-    ),
-    "AdversarialAccuracy": Callee(
-        AdversarialAccuracy,
-        {"epsilons": epsilons, "norm": one_of("linf", "l2"), "steps": integer(1)},
-        measure,
-    ),
-    "FisherRaoMargin": Callee(
-        lambda **given: FisherRaoMargin(**({"max_steps": 2} | given)),
-        {"num_targets": optional(integer(1)), **PATHS, "per_class": is_boolean},
-        measure,
-    ),
-    "HessianTrace": Callee(HessianTrace, CURVATURE, measure),
-    "WeightCurvatureIndex": Callee(
-        WeightCurvatureIndex,
-        {
-            **CURVATURE,
-            "attack": optional(one_of("pgd", "fgsm")),
-            "epsilon": number(not_negative),
-            "norm": one_of("linf", "l2"),
-            "steps": integer(1),
-        },
-        measure,
-    ),
-    "WeightCurvatureIndex under attack": Callee(
-        functools.partial(WeightCurvatureIndex, attack="pgd"),
-        {"epsilon": number(not_negative), "norm": one_of("linf", "l2"), "steps": integer(1)},
-        measure,
-    ),
-    "Probe": Callee(
-        lambda **given: Probe(**({"model": MODEL, "inputs": INPUTS, "targets": TARGETS} | given)),
-        {
-            "model": is_function,
-            "targets": labels,
-            "input_std": optional(some_std),
-            "input_mean": optional(of_some_channels),
-            "valid_range": optional(valid_range),
-            "chunk_size": optional(integer(1)),
-            "loss_fn": optional(is_function),
-            "module": optional(instance(nn.Module)),
-        },
-        use_probe,
-    ),
-    "linearize": Callee(
-        lambda **given: functional.linearize(**({"model": sums, "inputs": INPUTS} | given)),
-        {"model": is_function, "inputs": samples, **UNITS, "chunk_size": optional(integer(1))},
-    ),
-    "relinearize": Callee(
-        lambda **given: functional.relinearize(
-            **({"model": sums, "inputs": INPUTS, "linearization": functional.linearize(sums, INPUTS)} | given)
-        ),
-        {
-            "model": is_function,
-            "linearization": instance(functional.Linearization),
-            "norm": one_of("linf", "l2"),
-            "fraction": number(lambda value: 0 <= value <= 1),
-            **UNITS,
-            "chunk_size": optional(integer(1)),
-        },
-    ),
-    "drift": Callee(
-        lambda **given: functional.drift(**({"values": [1.0, 2.0], "higher_is_better": True} | given)),
-        {
-            "values": vector(anything),
-            "stderrs": optional(vector(not_negative, count=2)),
-            "higher_is_better": is_boolean,
-            "patience": integer(1),
-            "warmup": integer(0),
-            "reference": optional(number(anything)),
-            "tolerance": number(not_negative),
-            "z": number(not_negative),
-        },
-    ),
-    "pgd": Callee(
-        lambda **given: functional.pgd(
-            **({"model": MODEL, "inputs": INPUTS, "targets": TARGETS, "epsilon": 0.1, "steps": 2} | given)
-        ),
-        {
-            "model": is_function,
-            "targets": labels,
-            "epsilon": number(not_negative),
-            "steps": integer(1),
-            "norm": one_of("linf", "l2"),
-            "loss": one_of("cross_entropy", "dlr"),
-            "step_size": optional(number(positive)),
-            "schedule": one_of("constant", "cosine"),
-            **UNITS,
-            "generator": optional(instance(torch.Generator)),
-        },
-    ),
-    "trace_fisher_rao_paths": Callee(
-        lambda **given: functional.trace_fisher_rao_paths(
-            **({"model": MODEL, "inputs": INPUTS, "max_steps": 2} | given)
-        ),
-        {
-            "model": is_function,
-            "targets": optional(aims),
-            "labels": optional(labels),
-            **PATHS,
-            "mode": one_of("path", "unit_steps"),
-            **UNITS,
-            "chunk_size": optional(integer(1)),
-        },
-    ),
-    "fisher_rao_distance": Callee(
-        lambda **given: functional.fisher_rao_distance(**({"p": PROBS, "q": PROBS} | given)),
-        {name: lambda value: is_prediction(value) and value.ndim < 3 for name in ("p", "q")},
-    ),
-    "fisher_rao_margin_bound": Callee(
-        lambda **given: functional.fisher_rao_margin_bound(
-            **({"probs": PROBS, "source": TARGETS, "target": TARGETS} | given)
-        ),
-        {
-            "probs": lambda value: is_prediction(value) and value.shape == PROBS.shape,
-            "source": labels,
-            "target": labels,
-        },
-    ),
-    "class_shielding": Callee(
-        lambda **given: functional.class_shielding(**({"paths": TRACED, "num_classes": CHANNELS} | given)),
-        {"paths": instance(functional.FisherRaoPaths), "num_classes": lambda value: type(value) is int and value == 3},
-    ),
-    "hessian_trace": Callee(
-        lambda **given: functional.hessian_trace(
-            **({"model": MODEL, "inputs": INPUTS, "targets": TARGETS, "max_probes": 2} | given)
-        ),
-        {
-            "model": is_function,
-            "estimator": CURVATURE["estimator"],
-            "num_probes": optional(integer(1)),
-            "rtol": optional(number(positive)),
-            "max_probes": integer(1),
-            "loss_fn": optional(is_function),
-            "module": optional(instance(nn.Module)),
-            "chunk_size": optional(integer(1)),
-            "generator": optional(instance(torch.Generator)),
-        },
-    ),
-    **{
-        name: Callee(
-            lambda quantity=quantity, **given: quantity(**({"logits": LOGITS, "gram": GRAM} | given)),
-            {
-                "logits": tensor(4, 3),
-                "gram": tensor(4, 3, 3),
-                "temperature": lambda value: (
-                    constant(positive, count=(1,))(value) and not isinstance(value, list | tuple)
-                ),
-            },
-        )
-        for name, quantity in {
-            "fim_spectral_norm": functional.fim_spectral_norm,
-            "fim_trace": functional.fim_trace,
-        }.items()
-    },
-    **{
-        name: Callee(
-            lambda quantity=quantity, **given: quantity(
-                **({"logits": LOGITS, "gram": GRAM, "targets": TARGETS} | given)
-            ),
-            {"logits": tensor(4, 3), "gram": tensor(4, 3, 3), "targets": labels},
-        )
-        for name, quantity in {
-            "calibrated_fim_spectral_norm": functional.calibrated_fim_spectral_norm,
-            "linearized_margin": functional.linearized_margin,
-        }.items()
-    },
-    "linearized_margin_linf": Callee(
-        lambda **given: functional.linearized_margin_linf(
-            **({"logits": LOGITS, "gap_l1": LOGITS.abs(), "targets": TARGETS} | given)
-        ),
-        {"logits": tensor(4, 3), "gap_l1": tensor(4, 3), "targets": labels},
-    ),
-    "fit_temperature": Callee(
-        lambda **given: functional.fit_temperature(**({"logits": LOGITS, "targets": TARGETS} | given)),
-        {"logits": tensor(4, 3), "targets": labels},
-    ),
-    "saturated": Callee(functional.saturated, {"logits": lambda value: any(tensor(n, 3)(value) for n in (1, 4))}),
-    "linearized_accuracy": Callee(
-        lambda **given: functional.linearized_accuracy(**({"margins": torch.ones(2), "epsilons": [0.5]} | given)),
-        {
-            "margins": lambda value: tensor(None)(value) and len(value) > 0,
-            "epsilons": non_negative_vector,
-        },
-    ),
-    "weight_curvature_index": Callee(
-        lambda **given: functional.weight_curvature_index(
-            **({"weight_norms": [1.0, 2.0, 3.0], "traces": [0.5, -0.5, 1.0]} | given)
-        ),
-        {"weight_norms": vector(not_negative, count=3), "traces": vector(anything, count=3)},
-    ),
-}
-# Counts of passes: whether there is time for so many is no question of arguments.
-COUNTS = ("steps", "max_steps", "num_probes", "max_probes")
-# Where a tensor, function or module is needed, the type of what came says enough.
-OBJECTS = (
-    "model",
-    "module",
-    "generator",
-    "loss_fn",
-    "probe_fn",
-    "inputs",
-    "targets",
-    "logits",
-    "gram",
-    "gap_l1",
-    "margins",
-    "linearization",
-    "labels",
-    "paths",
-    "p",
-    "q",
-    "probs",
-    "source",
-    "target",
-)
-
-every_argument = pytest.mark.parametrize(
-    ("name", "argument"), [(name, argument) for name, callee in CALLEES.items() for argument in callee.rules]
-)
-
-
-def check(name: str, argument: str, value: Any) -> None:
-    callee = CALLEES[name]
-    try:
-        valid = callee.rules[argument](value)
-    except TypeError:
-        valid = False
-    constructor = callee.use is not function or name == "RobustnessMonitor"
-    if argument == "logits" and tensor(None, None)(value) and value.numel() and value.shape != LOGITS.shape:
-        return  # the other arguments do not fit them
-    affordable = argument not in COUNTS or value is None or not valid or value < 10
-    if valid and not constructor and (callable(value) or not affordable):
-        return  # what a function returns is checked where it is called
-    if valid:
-        result = callee.call(**{argument: value})
-        if affordable and not (callable(value) or isinstance(value, nn.Module)):
-            callee.use(result)
-        return
-    with pytest.raises(callee.errors) as raised:
-        callee.call(**{argument: value})
-    message = str(raised.value)
-    assert type(raised.value) in callee.errors
-    assert f"`{argument}`" in message
-    came = message.rpartition("but got")[2]
-    assert any(text in came for text in descriptions(argument, value)), message
-
-
-def descriptions(argument: str, value: Any) -> list[str]:
-    """How a value may be shown: one of these stands in the message."""
-    text = repr(value)
-    ways = [text] if len(text) <= 200 else [f" {type(value).__name__} too long to show", text]
-    if argument in OBJECTS:
-        ways.append(f" the class {value.__name__}." if isinstance(value, type) else f" {type(value).__name__}.")
-    if isinstance(value, Tensor):
-        ways += [str(tuple(value.shape)), str(value.dtype)]
+def shown(value: Any, *, by_type: bool) -> list[str]:
+    """How an error may show what was given."""
+    if by_type and isinstance(value, type):
+        return [f"the class {value.__name__}."]
+    if by_type:
+        return [f"{type(value).__name__}.", *([str(value.dtype)] if isinstance(value, Tensor) else [])]
+    text = f"{value!r}."
+    ways = [text if len(text) <= 201 else f"{type(value).__name__} too long to show."]
     if isinstance(value, list | tuple):
-        ways += [str((len(value),))]
-    if hasattr(value, "__array__") and not isinstance(value, type):
-        ways += [str(tuple(value.shape))]
-    if isinstance(value, list | tuple | range) and argument == "metrics":
-        ways += [way for entry in value if not metrics([entry]) for way in descriptions(argument, entry)]
+        ways += [f"shape ({len(value)},)."]
+    if isinstance(value, Tensor):
+        ways += [f"{tuple(value.shape)}", *(["a single number."] if value.ndim == 0 else [])]
+        ways += [f"values from {value.min()} to {value.max()}."] if value.numel() and not value.is_complex() else []
     return ways
 
 
-# --- properties -----------------------------------------------------------------------------------------------------
+def call(callee: Callable[..., Any], arguments: dict[str, Any]) -> None:
+    result = callee(**arguments)
+    if isinstance(result, AbstractContextManager):
+        result.__enter__()
 
 
-@every_argument
-def test_odd_values_are_taken_and_measured_with_or_refused_by_name(name: str, argument: str) -> None:
-    for value in (*NUMBERS, *TENSORS, *OTHERS):
-        check(name, argument, value)
+@pytest.mark.parametrize(("name", "argument"), ARGUMENTS)
+def test_bad_values_are_refused_by_name(name: str, argument: str) -> None:
+    callee = CALLEES[name]
+    parameters = inspect.signature(callee).parameters
+    required = [key for key, parameter in parameters.items() if parameter.default is parameter.empty]
+    good = {key: find(GOOD, key)[0][0] for key in required if key != argument}
+    errors = (MisconfigurationException,) if callee in CALLBACKS else (ValueError, TypeError)
+    rows = find(BAD, f"{name}.{argument}") or find(BAD, argument)
+    none_is_bad = parameters[argument].default is not None and (name, argument) != ("hessian_trace", "rtol")
+    assert rows
+    for k, (expected, values) in enumerate(rows):
+        for value in (*values, None) if none_is_bad and k == 0 else values:
+            with pytest.raises(errors) as raised:
+                call(callee, good | {argument: value})
+            assert type(raised.value) in errors
+            before, _, given = str(raised.value).rpartition("but got ")
+            assert f"`{argument}`" in before
+            assert expected in before
+            by_type = isinstance(raised.value.__cause__ or raised.value, TypeError)
+            wrong = value[0] if "names among" in expected else value  # an entry of a list of metrics
+            assert any(way in given for way in shown(wrong, by_type=by_type)), str(raised.value)
 
 
-@every_argument
-@settings(max_examples=25, deadline=None, derandomize=True, database=None)
-@given(value=arbitrary)
-def test_arbitrary_values_are_taken_and_measured_with_or_refused_by_name(name: str, argument: str, value: Any) -> None:
-    check(name, argument, value)
+def test_everything_public_is_called_and_every_row_is_used() -> None:
+    classes = {name for name in lightning_robust.__all__ if inspect.isclass(getattr(lightning_robust, name))}
+    assert classes - {"ProbeMetric", "RobustnessWarning"} <= CALLEES.keys()
+    known = {argument for _, argument in ARGUMENTS} | {f"{name}.{argument}" for name, argument in ARGUMENTS}
+    assert {name for names, *_ in BAD for name in names.split()} <= known
+
+
+def test_a_metric_cannot_be_measured_twice_at_once() -> None:
+    metric = FisherSpectralNorm()
+    with pytest.raises(MisconfigurationException, match="`metrics` to be a list that holds each metric once"):
+        RobustnessMonitor([metric, metric])
+
+
+# --- unusual values that are taken ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -690,26 +265,31 @@ def test_the_monitor_measures_with_unusual_values_that_it_takes(options: dict[st
 
 def test_zero_has_one_name() -> None:
     metric = LinearizedAccuracy([-0.0])
-    measure(metric)
+    metric.update(Probe(MODEL, INPUTS, TARGETS))
     assert "linearized_accuracy_linf_0" in metric.compute()
     assert not any("-" in key for key in metric.compute())
 
 
-def test_a_metric_cannot_be_measured_twice_at_once() -> None:
-    metric = FisherSpectralNorm()
-    with pytest.raises(MisconfigurationException, match="`metrics` to be a list that holds each metric once"):
-        RobustnessMonitor([metric, metric])
+@pytest.mark.parametrize("half", [Fraction(1, 2), torch.tensor(0.5), torch.tensor([0.5]).numpy()[0]])
+def test_a_number_may_be_of_any_real_type(half: Any) -> None:
+    def results(x: Any) -> list[Any]:
+        paths = functional.trace_fisher_rao_paths(MODEL, INPUTS, step_length=x, damping=x, max_euclidean_step=x)
+        return [
+            functional.drift([2.0, 1.0], higher_is_better=True, reference=x, tolerance=x, z=x).limit,
+            functional.fim_trace(LOGITS, GRAM, temperature=x).tolist(),
+            functional.hessian_trace(MODEL, INPUTS, TARGETS, rtol=x).total.item(),
+            functional.linearize(MODEL, INPUTS, input_std=x, input_mean=x, valid_range=(-5, 5 + x)).gap_l1.tolist(),
+            functional.pgd(MODEL, INPUTS, TARGETS, epsilon=x, step_size=x, steps=2).tolist(),
+            functional.relinearize(MODEL, INPUTS, functional.linearize(MODEL, INPUTS), fraction=x).gap_l1.tolist(),
+            paths.margins.tolist(),
+        ]
+
+    assert results(half) == results(0.5)
 
 
-@pytest.mark.parametrize("quantity", [functional.fim_spectral_norm, functional.fim_trace])
-@pytest.mark.parametrize("temperature", [1e-200, 1e200])
-def test_temperatures_whose_squares_are_no_numbers_are_refused(quantity: Any, temperature: float) -> None:
-    with pytest.raises(ValueError, match="`temperature`"):
-        quantity(LOGITS, GRAM, temperature=temperature)
-
-
-@pytest.mark.parametrize("dtype", [torch.int64, torch.complex64, torch.bool])
-@pytest.mark.parametrize("quantity", [functional.fim_spectral_norm, functional.fim_trace])
-def test_what_has_no_place_for_fractions_is_refused_instead_of_rounded(quantity: Any, dtype: torch.dtype) -> None:
-    with pytest.raises(TypeError, match="`logits` to be floating point"):
-        quantity(torch.ones(4, 3, dtype=dtype), GRAM)
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.uint64])
+def test_class_indices_may_be_integers_of_any_type(dtype: torch.dtype) -> None:
+    targets = TARGETS.to(dtype)
+    for function in (functional.fit_temperature, lambda z, y: functional.linearized_margin(z, GRAM, y)):
+        assert function(LOGITS, targets).equal(function(LOGITS, TARGETS))
+    assert functional.trace_fisher_rao_paths(MODEL, INPUTS, labels=targets).source.equal(TARGETS)

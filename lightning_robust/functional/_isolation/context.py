@@ -1,4 +1,4 @@
-"""The one place that makes derivatives possible, and harmless, inside somebody else's training loop.
+"""The one place that makes derivatives possible, and harmless, inside a user's training loop.
 
 A callback runs under ``no_grad`` in ``fit`` and under ``inference_mode`` in ``validate`` and ``test``. The network it
 is handed may be compiled, in half precision or in train mode, or hold tensors created under inference mode.
@@ -9,14 +9,14 @@ Inside :func:`differentiable` all of that is neutralised, and afterwards everyth
 - every module is in eval mode, each by its own flag (``.eval()`` would call user overrides of ``train``, and would
   un-freeze a frozen BatchNorm on the way back);
 - stand-ins take the places of parameters and buffers (:mod:`~lightning_robust.functional._isolation.stand_ins`);
-- side effects of forward passes are taken back (:mod:`~lightning_robust.functional._isolation.side_effects`): they
-  would keep a graph alive, and hand the training one that leads to the stand-ins;
+- side effects of forward passes are reverted (:mod:`~lightning_robust.functional._isolation.side_effects`): they would
+  keep a graph alive, and lead the training to the stand-ins;
 - compiled networks run eagerly: a second grad mode and batch size would trigger recompilation, and AOT autograd has no
   double backward (pytorch#91469);
 - networks with recurrent layers run without cuDNN, whose RNNs refuse a backward pass in eval mode (pytorch#5878).
 
-A measurement enters the context once. Measurement functions enter it again, which then only switches grad mode on, and
-takes their side effects back when they end.
+A measurement enters the context once. Measurement functions enter it again, which only switches grad mode on and
+reverts their side effects when they end.
 """
 
 from __future__ import annotations

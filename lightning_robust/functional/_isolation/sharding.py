@@ -1,8 +1,8 @@
 """Networks whose weights are spread over processes.
 
 ``torch.distributed.fsdp.fully_shard`` gathers the weights of a layer for each pass through it: every process must make
-the same passes, or all wait for ever. A measurement cannot promise that, because processes hold different numbers of
-samples, and one of them may fail. So the weights are gathered once, by all processes, and each then measures its own
+the same passes, or all of them hang. A measurement cannot promise that, because processes hold different numbers of
+samples, and one of them may fail. All processes therefore gather the weights once, and each then measures its own
 samples on an ordinary network.
 """
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lightning_robust.functional._validation.arguments import class_of
+from lightning_robust.functional._validation.arguments import check_kind
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -33,21 +33,20 @@ def gathered_weights(module: nn.Module) -> Iterator[None]:
     function and metric of this package takes it. Nothing happens to a network that is not sharded. Weights are gathered
     as they are stored, not in the lower precision of a mixed-precision policy.
 
-    Every process must enter, at the same time. Memory: that of all weights, on each process. Weights that an earlier
-    pass has left gathered are sharded afterwards, as saving them would do, too.
+    Every process must enter at the same time, and needs memory for all weights. Weights that an earlier pass has left
+    gathered are sharded afterwards, as they are after saving.
 
     Args:
         module: The network, sharded over data-parallel processes.
 
     Raises:
-        TypeError: If ``module`` is none.
+        TypeError: If ``module`` is not a module.
         ValueError: If the weights are spread in another way: tensor parallelism, FullyShardedDataParallel, ZeRO-3.
         torch.OutOfMemoryError: On all processes, if one of them has no room for all weights.
 
     Source: ours.
     """
-    if not isinstance(module, nn.Module):
-        raise TypeError(f"Expected argument `module` to be a Module, but got {class_of(module)}.")
+    check_kind("module", module, nn.Module)
     modules = list(module.modules())
     sharded = [owner for owner in modules if _hooks_of(owner, _FULLY_SHARD)]
     _refuse_others(modules)
@@ -89,7 +88,7 @@ def gathered_weights(module: nn.Module) -> Iterator[None]:
 
 
 def _agree_on_room(parameters: list[Tensor]) -> None:
-    """Raise, on all processes, if any has no room for all weights: the others would wait for it amid the gathering."""
+    """Raise on all processes if one of them has no room for all weights: the others would hang while gathering."""
     failure: Exception | None = None
     try:
         room = [
@@ -107,7 +106,7 @@ def _agree_on_room(parameters: list[Tensor]) -> None:
 
 
 def refuse_distributed(modules: list[nn.Module]) -> None:
-    """Raise if a pass through one of these modules is a matter of all processes."""
+    """Raise if a pass through one of these modules involves all processes."""
     for module in modules:
         if isinstance(module, DistributedDataParallel):
             raise ValueError(
@@ -155,5 +154,5 @@ def _is_of(hook: Callable[..., object], package: str) -> bool:
 
 
 def _is_piece(parameter: Tensor) -> bool:
-    tensors = sys.modules.get("torch.distributed.tensor")  # without the import there are none
+    tensors = sys.modules.get("torch.distributed.tensor")  # without that import, no such tensor exists
     return tensors is not None and isinstance(parameter, tensors.DTensor)

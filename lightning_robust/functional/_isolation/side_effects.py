@@ -1,7 +1,7 @@
-"""What forward passes do to somebody else's network besides returning outputs, and how to take it back.
+"""Reverts what forward passes do to a user's network besides returning outputs.
 
-Passes cache features, count, fill tables on demand, append to lists and draw random numbers. All of it is taken back
-after each measurement function, so that the numbers do not depend on what was measured before, and nothing else is:
+Passes cache features, count, fill tables on demand, append to lists and draw random numbers. All of it is reverted
+after each measurement function, so that numbers do not depend on what was measured before, and nothing else is:
 
 - **Attributes, buffers, submodules and containers** are compared by identity, and put back where they differ.
 - **Tensors**, wherever they are kept, are guarded by copies that are made the moment a pass is about to write to them.
@@ -41,11 +41,7 @@ _UNDECLARED_WRITES = frozenset({"running_mean", "running_var"})  # of batch norm
 
 
 class SideEffects:
-    """A record of how modules were, to which they can be set back.
-
-    Args:
-        modules: Whose attributes, and what is kept in them, are looked after.
-    """
+    """A record of modules' attributes, and of what is kept in them, to which they can be set back."""
 
     def __init__(self, modules: list[nn.Module]) -> None:
         self.modules = {id(module) for module in modules}
@@ -54,7 +50,7 @@ class SideEffects:
         self._arrays = _ArrayCopies(modules)
         for module in modules:
             for attributes in (vars(module), module._buffers, module._modules):
-                # those of a scripted module are no dictionaries
+                # those of a scripted module are not dictionaries
                 self._steps.append(partial(_assign, attributes, dict(attributes.items())))
             own = [value for key, value in vars(module).items() if key not in _INTERNALS]
             self._steps += [
@@ -63,7 +59,7 @@ class SideEffects:
             self._steps += _steps_within(own)
 
     def revert(self) -> None:
-        """Take back what passes have done so far."""
+        """Undo what passes have done so far."""
         for step in reversed(self._steps):
             step()
         for storage, contents in self.written.values():
@@ -71,7 +67,7 @@ class SideEffects:
         self._arrays.refresh()
 
     def close(self) -> None:
-        """Take it back for good."""
+        """Revert, and put the user's own arrays back."""
         self.revert()
         self._arrays.put_back()
 
@@ -82,7 +78,7 @@ _watch_next_pass = False
 
 @contextmanager
 def side_effects_reverted(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Take back what forward passes inside have done, also to modules that an outer context looks after."""
+    """Undo what forward passes inside have done, also to modules that an outer context looks after."""
     global _watch_next_pass  # noqa: PLW0603
     known = {module for record in _records for module in record.modules}
     new = [module for module in modules if id(module) not in known]
@@ -181,7 +177,7 @@ class _ArrayCopies:
 
 
 def _set_item(container: Any, key: Any, value: Any) -> None:
-    """Bypass what the container's own class makes of it."""
+    """Set an item by the method of the built-in class, past any override."""
     (dict if isinstance(container, dict) else list).__setitem__(container, key, value)
 
 
@@ -231,7 +227,7 @@ def _contents(container: Any) -> list[Any]:
 
 
 def _refill(container: Any, contents: list[Any]) -> None:
-    """Put the contents back if others are there, by methods of the built-in class: those of a subclass may refuse."""
+    """Put the contents back where they differ, by methods of the built-in class: those of a subclass may refuse."""
     now = _contents(container)
     if isinstance(container, dict):
         if len(now) != len(contents) or not all(

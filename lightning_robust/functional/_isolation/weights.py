@@ -68,19 +68,17 @@ class Weights:
 
 @contextmanager
 def differentiable_weights(
-    model: Callable[..., object],
-    *others: object,
-    module: nn.Module | None = None,
+    model: Callable[..., object], *others: object, module: nn.Module | None = None
 ) -> Iterator[Weights]:
-    """Make the outputs of ``model`` twice differentiable with respect to its weights, and shield them all the same.
+    """Make the outputs of ``model`` twice differentiable with respect to its weights, which stay shielded.
 
     Args:
         model: Module, bound method of a module, partial application of either, or a plain function.
-        others: What else takes part, such as a loss with class weights.
+        others: Further callables that take part, such as a loss with class weights.
         module: The module whose weights are meant, by default the one that ``model`` is or belongs to.
 
     Raises:
-        ValueError: If no module is known, or it has no parameter that is trained.
+        ValueError: If no module is known, or it has no trained parameter.
     """
     module = owner_of(model) if module is None else module
     if module is None:

@@ -1,15 +1,22 @@
-"""Checks of tensors that several estimators share. Each says what was expected and what came."""
+"""Checks of tensors that several estimators share. Each error says what was expected and what was given."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from lightning_robust.functional._isolation.side_effects import call
 from lightning_robust.functional._isolation.stand_ins import full_precision
-from lightning_robust.functional._validation.arguments import check_floating, class_of
+from lightning_robust.functional._validation.arguments import (
+    check_floating,
+    check_function,
+    check_kind,
+    check_positive_integer,
+    optional,
+)
 
 _WRAP = "Wrap the model so that it does (in a callback, through `probe_fn`)."
 
@@ -26,16 +33,30 @@ def check_given_logits(logits: Tensor) -> None:
 
 
 def check_gram(logits: Tensor, gram: Tensor) -> None:
-    """Raise unless ``gram`` is finite and of shape (N, C, C) beside logits (N, C)."""
+    """Raise unless logits are as in :func:`check_given_logits`, and ``gram`` is finite and (N, C, C)."""
     check_given_logits(logits)
-    check_floating("gram", gram, "(N, C, C)")
-    expected = (*logits.shape, logits.shape[1])
-    if gram.shape != expected:
-        raise ValueError(
-            f"Expected argument `gram` of shape {expected} beside logits {tuple(logits.shape)}, but got"
-            f" {tuple(gram.shape)}."
-        )
-    check_finite(gram, "entries of `gram`")
+    shape = (*logits.shape, logits.shape[1])
+    _check_beside_logits("gram", gram, "(N, C, C)", shape, f" beside logits {tuple(logits.shape)}")
+
+
+def check_gap_l1(logits: Tensor, gap_l1: Tensor) -> None:
+    """Raise unless logits are as in :func:`check_given_logits`, and ``gap_l1`` is finite and of their shape."""
+    check_given_logits(logits)
+    _check_beside_logits("gap_l1", gap_l1, "(N, C)", tuple(logits.shape), ", like the logits")
+
+
+def _check_beside_logits(name: str, value: Tensor, letters: str, shape: tuple[int, ...], relation: str) -> None:
+    check_floating(name, value, letters)
+    if value.shape != shape:
+        raise ValueError(f"Expected argument `{name}` of shape {shape}{relation}, but got {tuple(value.shape)}.")
+    check_finite(value, f"entries of `{name}`")
+
+
+def check_pass(model: object, inputs: Tensor, *, chunk_size: int | None = None) -> None:
+    """Raise unless ``model`` can be called on finite samples, at most ``chunk_size`` together."""
+    optional(check_positive_integer, "chunk_size", chunk_size)
+    check_function("model", model)
+    check_inputs(inputs)
 
 
 def check_inputs(inputs: Tensor) -> None:
@@ -60,45 +81,33 @@ def check_input_type(inputs: Tensor) -> None:
     check_floating("inputs", inputs, "(N, ...)")
 
 
-def check_logits(logits: object, *, num_samples: int) -> None:
-    """Raise unless ``logits`` is a finite tensor ``(num_samples, C)`` with C ≥ 2."""
-    expected = "Expected the model to return logits of shape (N, C) with C ≥ 2 classes"
-    came = f"but for {num_samples} inputs it returned"
-    if num_samples == 0:
+def check_outputs(outputs: object, *, num_samples: int, are_logits: bool = False) -> None:
+    """Raise unless ``outputs`` is a finite tensor ``(num_samples, ...)``; for logits ``(num_samples, C)`` and C ≥ 2."""
+    if are_logits and num_samples == 0:
         raise ValueError("Expected at least one sample, but got none.")
-    if not isinstance(logits, Tensor):
-        raise TypeError(f"{expected}, {came} {type(logits).__name__}. {_WRAP}")
-    if logits.ndim != 2 or len(logits) != num_samples:
-        raise ValueError(f"{expected}, {came} shape {tuple(logits.shape)}. {_WRAP}")
-    if logits.shape[1] < 2:
-        raise ValueError(
-            f"{expected}, {came} shape {tuple(logits.shape)}. A single output z of a binary classifier stands for the"
-            " logits (0, z): wrap the model so that it returns both (in a callback, through `probe_fn`). Of a"
-            " regression only curvature can be measured, with its `loss_fn`."
-        )
-    check_finite(logits, "logits")
-
-
-def check_outputs(outputs: object, *, num_samples: int) -> None:
-    """Raise unless ``outputs`` is a finite tensor ``(num_samples, ...)``."""
-    expected = f"Expected the model to return outputs of shape (N, ...), but for {num_samples} inputs it returned"
+    expected = "logits of shape (N, C) with C ≥ 2 classes" if are_logits else "outputs of shape (N, ...)"
+    error = f"Expected the model to return {expected}, but for {num_samples} inputs it returned"
     if not isinstance(outputs, Tensor):
-        raise TypeError(f"{expected} {type(outputs).__name__}. {_WRAP}")
-    if outputs.ndim == 0 or len(outputs) != num_samples:
-        raise ValueError(f"{expected} shape {tuple(outputs.shape)}. {_WRAP}")
-    check_finite(outputs, "outputs")
+        raise TypeError(f"{error} {type(outputs).__name__}. {_WRAP}")
+    error += f" shape {tuple(outputs.shape)}."
+    if outputs.ndim == 0 or len(outputs) != num_samples or (are_logits and outputs.ndim != 2):
+        raise ValueError(f"{error} {_WRAP}")
+    if are_logits and outputs.shape[1] < 2:
+        raise ValueError(
+            f"{error} A single output z of a binary classifier stands for the logits (0, z): wrap the model so that it"
+            " returns both (in a callback, through `probe_fn`). For a regression, only curvature can be measured, with"
+            " its `loss_fn`."
+        )
+    check_finite(outputs, "logits" if are_logits else "outputs")
+
+
+check_logits = partial(check_outputs, are_logits=True)
 
 
 def outputs_of(
     model: Callable[[Tensor], Tensor], x: Tensor, *, check: Callable[..., None] | None = check_outputs
 ) -> Tensor:
-    """Call a network on samples ``(N, ...)``, on a copy that it may change, and check what it returns.
-
-    Args:
-        model: Maps inputs to outputs.
-        x: ``(N, ...)``.
-        check: :func:`check_outputs` or :func:`check_logits`; None skips the check, which waits for the device.
-    """
+    """Call a network on a copy of samples ``(N, ...)``. ``check=None`` skips the check, which waits for the device."""
     outputs = call(model, x.clone())
     if isinstance(outputs, Tensor) and len(x) == 1 and outputs.ndim > 0 and len(outputs) != 1:
         outputs = outputs[None]  # a network that squeezes its outputs loses the dimension of a single sample
@@ -110,12 +119,8 @@ def outputs_of(
 def check_targets(
     targets: Tensor, *, num_samples: int, num_classes: int | None = None, name: str = "targets"
 ) -> Tensor:
-    """Return ``targets`` in int64; raise unless they are ``num_samples`` classes, below ``num_classes`` if given.
-
-    ``name`` is that of the argument.
-    """
-    if not isinstance(targets, Tensor):
-        raise TypeError(f"Expected argument `{name}` to be a tensor (N,), but got {class_of(targets)}.")
+    """Return ``targets`` in int64; raise unless they are ``num_samples`` classes, below ``num_classes`` if given."""
+    check_kind(name, targets, Tensor, "a tensor (N,)")
     integer = not (targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool)
     if not integer or targets.shape != (num_samples,):
         raise ValueError(

@@ -28,9 +28,8 @@ from torch.nn import functional as F
 class GaussNewtonRoot(ABC):
     """``F`` with ``F Fᵀ = A``, the Hessian of each sample's loss with respect to its outputs.
 
-    Args:
-        loss: The loss module, of the class under which ``ROOTS`` lists the root.
-        sample_losses: Maps outputs ``(N, ...)`` and targets to the loss of each sample, ``(N,)``.
+    ``loss`` is of the class under which ``ROOTS`` lists the root; ``sample_losses`` maps outputs ``(N, ...)`` and
+    targets to the loss of each sample, ``(N,)``.
     """
 
     def __init__(self, loss: nn.Module, sample_losses: Callable[[Tensor, Tensor], Tensor]) -> None:
@@ -48,15 +47,10 @@ class GaussNewtonRoot(ABC):
 
     @abstractmethod
     def times(self, signs: Tensor, outputs: Tensor, targets: Tensor | None) -> Tensor:
-        """Compute ``F u`` of each sample for signs ``u``.
+        """Compute ``F u`` of each sample, ``(M, N, K)``, in the dtype of the outputs.
 
-        Args:
-            signs: ``(M, N, K)``, of M probes for outputs of K elements each.
-            outputs: ``(N, ...)``.
-            targets: Targets as the loss takes them; may be None unless :attr:`needs_targets`.
-
-        Returns:
-            ``(M, N, K)``, in the dtype of the outputs.
+        ``signs`` are the ``u`` of M probes, ``(M, N, K)`` for outputs of K elements each; ``targets`` may be None
+        unless :attr:`needs_targets`.
         """
 
 
@@ -119,14 +113,8 @@ def softmax_root(logits: Tensor, signs: Tensor) -> Tensor:
     """``F u`` with ``F Fᵀ = diag(p) − p pᵀ`` and ``p = softmax(logits)``, taking classes apart most probable first.
 
     With probabilities sorted in descending order and ``t_j = Σ_{i ≥ j} p_i``, column ``j`` has ``√(p_j t_{j+1} / t_j)``
-    at ``j``, ``−p_i √(p_j / (t_j t_{j+1}))`` at ``i > j`` and zeros before.
-
-    Args:
-        logits: ``(N, C)``.
-        signs: ``(M, N, C)``; those of the last column have no effect.
-
-    Returns:
-        ``(M, N, C)``, float64.
+    at ``j``, ``−p_i √(p_j / (t_j t_{j+1}))`` at ``i > j`` and zeros before. Signs and the result, float64, are
+    ``(M, N, C)``; signs of the last column have no effect.
     """
     p, order = logits.detach().double().softmax(dim=1).sort(dim=1, descending=True)
     tails = _cumulated(p.flip(1)).flip(1)

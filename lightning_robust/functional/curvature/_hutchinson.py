@@ -17,18 +17,9 @@ from lightning_robust.functional.curvature.signs import weight_signs
 
 
 def quadratic_forms(objective: Tensor, tensors: dict[str, Tensor], keys: Sequence[tuple[int, ...]]) -> Tensor:
-    """Multiply the Hessian of a scalar with random signs from both sides, for each key and parameter tensor.
+    """Multiply the Hessian of a scalar with random signs from both sides, for each of M keys and L parameter tensors.
 
-    Args:
-        objective: 0-d.
-        tensors: The L parameter tensors, by name.
-        keys: What the signs of each of M probes are functions of.
-
-    Returns:
-        ``(M, L)``, float64.
-
-    Raises:
-        ValueError: If a second derivative is not implemented.
+    Returns ``(M, L)``, float64; raises a ``ValueError`` if a second derivative is not implemented.
     """
     wanted = list(tensors.values())
     forms = torch.zeros(len(keys), len(wanted), dtype=torch.float64)
@@ -53,13 +44,10 @@ def quadratic_forms(objective: Tensor, tensors: dict[str, Tensor], keys: Sequenc
 
 
 def refuse_missing_derivatives(outputs: Tensor, weights: Weights) -> None:
-    """Raise if a function that can be differentiated only once stands between weights and outputs.
+    """Raise a ``ValueError`` if a function that can be differentiated only once stands between weights and outputs.
 
     torch promises an error when a ``@once_differentiable`` function is differentiated twice. It raises only if the
     function's incoming gradient requires a derivative itself; otherwise the second derivative is silently zero.
-
-    Raises:
-        ValueError: If there is such a function.
     """
     names = {id(tensor): name for name, tensor in weights.tensors.items()}
     for node in in_order_of_computation(outputs.grad_fn):

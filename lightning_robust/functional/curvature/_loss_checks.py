@@ -28,13 +28,9 @@ _TWICE = "Expected argument `loss_fn` to be a loss that can be differentiated tw
 
 
 def check_mean(of_batch: Tensor, of_samples: Tensor) -> None:
-    """Raise unless the loss of a batch is the mean of the losses of its samples.
+    """Raise unless the loss of a batch, 0-d, is the mean of the losses of its samples, ``(N,)``.
 
     A counterexample is a weighted mean: class weights cancel on a single sample.
-
-    Args:
-        of_batch: 0-d, loss of N samples together.
-        of_samples: ``(N,)``, loss of each sample alone.
     """
     slack = max(3e-3, 4 * torch.finfo(of_batch.dtype).eps) * float(of_samples.abs().mean())
     if not abs(float(of_samples.mean() - of_batch)) <= slack:
@@ -45,13 +41,9 @@ def check_mean(of_batch: Tensor, of_samples: Tensor) -> None:
 
 
 def check_weights(of_batch: Tensor, of_samples: Tensor) -> None:
-    """Raise unless all samples have the same weight in a loss.
+    """Raise unless all samples have the same weight in a loss, by its gradients with respect to outputs ``(N, ...)``.
 
     :func:`check_mean` cannot tell for an untrained network, which has about the same loss on every sample.
-
-    Args:
-        of_batch: ``(N, ...)``, gradient of the loss of N samples together with respect to the outputs.
-        of_samples: ``(N, ...)``, gradient of each sample's own loss with respect to its outputs.
     """
     size, apart = float(of_samples.norm()), float((of_batch * len(of_samples) - of_samples).norm())
     if apart > _SLOPE_SLACK * size:
@@ -67,12 +59,7 @@ def check_second_derivative(loss: Callable[[Tensor, Tensor], Tensor], outputs: T
     Many fused losses compute the gradient in the forward pass and return it as a constant. This check compares the
     second derivative with finite differences of the first, at a point near the outputs, which may themselves lie at a
     kink. It asks for agreement in most elements only, as a difference may cross a kink. If the loss fails near the
-    outputs, its derivatives are trusted.
-
-    Args:
-        loss: Maps outputs and targets to the loss of each sample, ``(N,)``.
-        outputs: ``(N, ...)``.
-        targets: Targets as the loss takes them.
+    outputs, its derivatives are trusted. ``loss`` maps outputs and targets to the loss of each sample, ``(N,)``.
     """
     z, y = outputs[:_NUM_SAMPLES].detach(), targets[:_NUM_SAMPLES]
 

@@ -66,10 +66,8 @@ _CURVED_IN = {"Div": 1, "NativeLayerNorm": 0, "NativeGroupNorm": 0}  # except in
 class CurvedLayers:
     """The parameter tensors in which outputs are not known to be piecewise linear, found chunk by chunk of samples.
 
-    Args:
-        weights: Parameters of the network inside :func:`differentiable_weights`.
-        up_to_a_constant: Whether adding a number to all outputs of a sample makes no difference to the loss, as for
-            cross-entropy. Log-probabilities then count as logits.
+    With ``up_to_a_constant``, adding a number to all outputs of a sample makes no difference to the loss, as for
+    cross-entropy. Log-probabilities then count as logits.
     """
 
     def __init__(self, weights: Weights, *, up_to_a_constant: bool) -> None:
@@ -86,8 +84,7 @@ class CurvedLayers:
     def read(self, outputs: Tensor) -> None:
         """Classify the operations between weights and outputs ``(N, ...)`` of a forward pass.
 
-        Raises:
-            ValueError: If the network uses the original of a trained parameter, past the module that owns it.
+        Raises a ``ValueError`` if the network uses the original of a trained parameter, past the module that owns it.
         """
         start = outputs.grad_fn
         if self._up_to_a_constant and kind_of(start) == "LogSoftmax" and outputs.ndim == 2:

@@ -27,13 +27,7 @@ _DEFAULT_CPU_SAMPLES = 32
 
 
 class SampleGradients:
-    """Gradients of a network's outputs with respect to its weights, sample by sample.
-
-    Args:
-        model: Maps inputs ``(N, ...)`` to outputs ``(N, ...)``.
-        weights: Parameters of the network inside :func:`differentiable_weights`.
-        names: Names of the L parameter tensors that are wanted.
-    """
+    """Gradients of a network's outputs with respect to the L weight tensors of given names, sample by sample."""
 
     def __init__(self, model: Callable[[Tensor], Tensor], weights: Weights, names: tuple[str, ...]) -> None:
         self._model = model
@@ -52,15 +46,7 @@ class SampleGradients:
         return max(1, min(samples, _DEFAULT_ELEMENTS // size))
 
     def squared_norms(self, inputs: Tensor, cotangents: Tensor) -> Tensor:
-        """Compute ``‖∂(wᵀz)/∂W_k‖²`` of each sample.
-
-        Args:
-            inputs: ``(N, ...)``.
-            cotangents: ``w``, ``(M, N, K)`` for outputs of K elements each.
-
-        Returns:
-            ``(M, N, L)``, float64.
-        """
+        """Compute ``‖∂(wᵀz)/∂W_k‖²`` of each sample, ``(M, N, L)``, float64, for cotangents ``w``, ``(M, N, K)``."""
         if self._vectorised:
             try:
                 norms = self._all_at_once(inputs, cotangents)

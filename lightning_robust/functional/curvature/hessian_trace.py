@@ -37,11 +37,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_robust.functional._validation.arguments import (
-    as_number,
     check_function,
     check_kind,
+    check_number,
     check_positive_integer,
-    expected_but_got,
+    optional,
 )
 from lightning_robust.functional.curvature.losses import LossFn
 from lightning_robust.functional.curvature.plan import Estimator, Plan, check_estimator
@@ -137,21 +137,18 @@ def hessian_trace(
 
     Source: see the module's docstring.
     """
-    _check_options(
-        estimator,
-        num_probes=num_probes,
-        rtol=rtol,
-        max_probes=max_probes,
-        chunk_size=chunk_size,
-    )
+    check_estimator(estimator)
+    check_positive_integer("max_probes", max_probes)
+    optional(check_positive_integer, "num_probes", num_probes)
+    optional(check_positive_integer, "chunk_size", chunk_size)
+    rtol = optional(check_number, "rtol", rtol, "a positive number or None", above=0)
     check_function("model", model)
-    check_kind("targets", targets, Tensor)
-    check_kind("module", module, nn.Module)
-    check_kind("generator", generator, torch.Generator)
+    optional(check_kind, "targets", targets, Tensor)
+    optional(check_kind, "module", module, nn.Module)
+    optional(check_kind, "generator", generator, torch.Generator)
     problem = CurvatureProblem(
         model, inputs, targets, estimator=estimator, loss_fn=loss_fn, module=module, chunk_size=chunk_size
     )
-    rtol = None if rtol is None else as_number(rtol)
     seeds = ProbeSeeds.from_contents(inputs) if generator is None else ProbeSeeds.random(len(inputs), generator)
     first = min(max(2, -(-_ENOUGH // len(inputs))), max_probes) if num_probes is None else num_probes
     with problem.examined() as examined:
@@ -186,14 +183,11 @@ def _more_probes(sums: CurvatureSums, *, rtol: float, max_probes: int) -> tuple[
 
 
 def _estimate(sums: CurvatureSums, plan: Plan) -> TraceEstimate:
-    def by_name(values: Tensor) -> dict[str, Tensor]:
-        return dict(zip(sums.names, values, strict=True))
-
     total = sums.total()
     return TraceEstimate(
-        layers=by_name(sums.means()),
-        stderr=by_name(sums.probe_stderr()),
-        sample_stderr=by_name(sums.sample_stderr()),
+        layers=dict(zip(sums.names, sums.means(), strict=True)),
+        stderr=dict(zip(sums.names, sums.probe_stderr(), strict=True)),
+        sample_stderr=dict(zip(sums.names, sums.sample_stderr(), strict=True)),
         total=total.means()[0],
         total_stderr=total.probe_stderr()[0],
         total_sample_stderr=total.sample_stderr()[0],
@@ -201,15 +195,3 @@ def _estimate(sums: CurvatureSums, plan: Plan) -> TraceEstimate:
         matrix=dict.fromkeys(sums.names, "hessian" if plan.is_hessian else "gauss_newton"),
         num_probes=max(len(part) for part in sums.parts),
     )
-
-
-def _check_options(
-    estimator: Estimator, *, num_probes: int | None, rtol: float | None, max_probes: int, chunk_size: int | None
-) -> None:
-    check_estimator(estimator)
-    check_positive_integer("max_probes", max_probes)
-    for name, value in (("num_probes", num_probes), ("chunk_size", chunk_size)):
-        if value is not None:
-            check_positive_integer(name, value)
-    if rtol is not None and not 0 < as_number(rtol) < math.inf:
-        raise ValueError(expected_but_got("rtol", "a positive number or None", rtol))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_robust.functional._validation.arguments import check_function
+from lightning_robust.functional._validation.arguments import check_function, optional
 from lightning_robust.functional._validation.tensors import check_finite, check_logits, check_targets
 from lightning_robust.functional.curvature._gauss_newton_root import ROOTS, ElementwiseRoot, GaussNewtonRoot
 from lightning_robust.functional.curvature._loss_checks import check_mean, check_second_derivative, check_weights
@@ -33,8 +33,7 @@ _MODULES: list[tuple[object, type[nn.Module]]] = [
 
 def check_loss_fn(loss_fn: LossFn | None) -> None:
     """Raise a ``TypeError`` unless ``loss_fn`` is None or can be called with outputs and targets."""
-    if loss_fn is not None:
-        check_function("loss_fn", loss_fn)
+    optional(check_function, "loss_fn", loss_fn)
 
 
 class SampleLoss:
@@ -143,12 +142,7 @@ class SampleLoss:
         return losses
 
     def examine(self, outputs: Tensor, targets: Tensor) -> None:
-        """Raise unless a custom loss is a mean over samples and has the second derivative that autograd computes.
-
-        Args:
-            outputs: ``(N, ...)``, outputs of all samples to be measured.
-            targets: Targets as the loss takes them.
-        """
+        """Raise unless a custom loss is a mean over samples and has the second derivative that autograd computes."""
         leaf = outputs.detach().clone().requires_grad_()
         of_batch = self._called(leaf, targets)
         if of_batch.ndim == 0 and of_batch.isfinite():

@@ -38,5 +38,4 @@ class Plan:
 
 def check_estimator(estimator: Estimator) -> Estimator:
     """Return ``estimator``, or raise a ``ValueError`` if it is unknown."""
-    check_choice("estimator", estimator, get_args(Estimator))
-    return estimator
+    return check_choice("estimator", estimator, get_args(Estimator))

@@ -29,14 +29,7 @@ _FUSED = (nn.MultiheadAttention, nn.TransformerEncoder, nn.TransformerEncoderLay
 
 @dataclass(frozen=True, eq=False)
 class CurvatureProblem:
-    """A network, samples and a loss whose Hessian with respect to the weights is wanted.
-
-    Every argument is the one of :func:`hessian_trace`.
-
-    Raises:
-        TypeError: If ``inputs`` are not a floating-point tensor.
-        ValueError: If ``inputs`` are empty or not finite.
-    """
+    """A network, samples and a loss whose Hessian is wanted; the arguments are those of :func:`hessian_trace`."""
 
     model: Callable[[Tensor], Tensor]
     inputs: Tensor
@@ -52,12 +45,7 @@ class CurvatureProblem:
 
     @contextmanager
     def examined(self) -> Iterator[ExaminedProblem]:
-        """Examine all samples, and shield the network for as long as probes are taken.
-
-        Raises:
-            ValueError: If the loss has no known Gauss–Newton root or targets are missing where the estimator needs
-                them, the model has no trained weights, or outputs, targets and loss do not fit together.
-        """
+        """Examine all samples, and shield the network for as long as probes are taken."""
         loss = SampleLoss(self.loss_fn)
         if self.estimator == "gauss_newton" and loss.root is None:
             given = getattr(self.loss_fn, "__name__", type(self.loss_fn).__name__)
@@ -136,12 +124,7 @@ class ExaminedProblem:
     def sums(self, seeds: ProbeSeeds, probes: tuple[range, range]) -> CurvatureSums:
         """Take probes of all samples: the part of :func:`hessian_trace` that adds up over batches and processes.
 
-        Args:
-            seeds: Seeds of the random signs.
-            probes: Numbers of the Gauss–Newton and of the Hutchinson probes, see :meth:`Plan.probes`.
-
-        Raises:
-            ValueError: If a second derivative that is needed does not exist, or a number is not finite.
+        ``probes`` are numbers of Gauss–Newton and of Hutchinson probes, as from :meth:`Plan.probes`.
         """
         names, blocks = self.plan.names, torch.tensor(seeds.blocks)
         parts = tuple(torch.zeros(len(part), NUM_BLOCKS, len(names), dtype=torch.float64) for part in probes)

@@ -22,17 +22,11 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int32}
 
 @dataclass(frozen=True)
 class ProbeSeeds:
-    """Seeds of the random signs of all probes of some samples.
+    """Seeds of the random signs of all probes of some samples."""
 
-    Attributes:
-        keys: Seed of each sample, for signs of its outputs (Gauss–Newton probes).
-        blocks: Block of each sample, below ``NUM_BLOCKS``; a block shares signs of weights (Hutchinson probes).
-        seed: Seed of the signs of weights, together with the block and the number of the probe.
-    """
-
-    keys: list[int]
-    blocks: list[int]
-    seed: int = 0
+    keys: list[int]  # of each sample, for signs of its outputs (Gauss–Newton probes)
+    blocks: list[int]  # of each sample, below NUM_BLOCKS; a block shares signs of weights (Hutchinson probes)
+    seed: int = 0  # of the signs of weights, together with the block and the number of the probe
 
     @classmethod
     def from_contents(cls, inputs: Tensor) -> ProbeSeeds:
@@ -67,13 +61,9 @@ def _mixed(*numbers: int) -> int:
 
 def sample_signs(keys: Sequence[int], probes: range, size: int) -> Tensor:
     """Independent random signs for each probe and sample, ``(len(probes), N, size)``."""
-    signs = [
-        torch.randint(2, (probes.stop, size), generator=torch.Generator().manual_seed(key), dtype=torch.int8)[
-            probes.start :
-        ]
-        for key in keys
-    ]
-    return torch.stack(signs, dim=1) * 2 - 1
+    generators = (torch.Generator().manual_seed(key) for key in keys)
+    bits = [torch.randint(2, (probes.stop, size), generator=generator, dtype=torch.int8) for generator in generators]
+    return torch.stack([rows[probes.start :] for rows in bits], dim=1) * 2 - 1
 
 
 def weight_signs(tensors: Sequence[Tensor], *keys: int) -> list[Tensor]:

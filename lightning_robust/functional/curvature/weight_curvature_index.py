@@ -51,17 +51,13 @@ def weight_curvature_index(weight_norms: Tensor | Sequence[float], traces: Tenso
 
 
 def weight_norms(model: Callable[[Tensor], Tensor], *, module: nn.Module | None = None) -> dict[str, Tensor]:
-    """Frobenius norm, 0-d, of each trained parameter tensor with at least two dimensions, by name.
-
-    Args:
-        model: See :func:`~lightning_robust.functional.hessian_trace`.
-        module: See :func:`~lightning_robust.functional.hessian_trace`.
-    """
+    """Frobenius norm, 0-d, of each trained parameter tensor with at least two dimensions, by name."""
     with differentiable_weights(model, module=module) as weights, torch.no_grad():
         return {name: tensor.norm() for name, tensor in weights.tensors.items() if tensor.ndim > 1}
 
 
 def _of_layers(name: str, values: Tensor | Sequence[float], expected: str, *, at_least: float) -> Tensor:
+    """Return a vector in the values' own dtype, or raise unless they are finite numbers of at least ``at_least``."""
     numbers = as_numbers(values)
     if numbers is None or not all(at_least <= number and math.isfinite(number) for number in numbers):
         raise ValueError(expected_but_got(name, expected, values))
@@ -76,15 +72,10 @@ def curvature_terms(weight_norms: Tensor, traces: Tensor) -> Tensor:
 
 
 def curvature_slopes(weight_norms: Tensor, traces: Tensor, stderr: Tensor) -> Tensor:
-    """Derivatives of the terms with respect to the traces, for the delta method, ``(L,)``.
+    """Derivatives of the terms with respect to the traces, for the delta method; all are ``(L,)``.
 
     The square root has no derivative at 0. Its secant over one standard error approaches the derivative for small
     errors, and stays finite for large ones.
-
-    Args:
-        weight_norms: ``(L,)``.
-        traces: ``(L,)``.
-        stderr: ``(L,)``, standard errors of the traces.
     """
     there = traces.clamp_min(0)
     rise = (there + stderr).sqrt() - there.sqrt()

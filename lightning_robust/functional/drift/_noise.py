@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from bisect import insort
+from collections.abc import Sequence
 from statistics import median_low
 
+import torch
 from torch import Tensor
-
-from lightning_robust.functional.drift._pairing import covariances
 
 _MEDIAN_STEP = 0.9539  # median |step| between independent normal values, in standard deviations: √2 · 0.6745
 
@@ -16,11 +16,7 @@ _MEDIAN_STEP = 0.9539  # median |step| between independent normal values, in sta
 class Noise:
     """Standard deviation of the difference between a measurement and the mean of earlier ones.
 
-    Args:
-        series: T measurements.
-        stderrs: Their standard errors.
-        per_sample: Their values per sample, (N,), or None where these are not known.
-        first: Index of the first measurement after warm-up; fluctuations are estimated from there on.
+    Fluctuations are estimated from measurement ``first`` on, the first one after warm-up.
     """
 
     def __init__(
@@ -61,3 +57,32 @@ def _fluctuations(series: list[float], *, first: int) -> list[float]:
         if t > first:
             insort(steps, abs(series[t] - series[t - 1]))
     return deviations
+
+
+def covariances(stderrs: Sequence[float], per_sample: Sequence[Tensor | None]) -> Tensor:
+    """Covariance matrix of the errors of T measurements, (T, T), float64, estimated from their values per sample.
+
+    Measurements on the same samples share the luck of the draw, so their difference is more precise than either of
+    them. Measurements with equally many samples are assumed to use the same samples in the same order. If they do not,
+    their values per sample are uncorrelated, and so are the errors returned. Without values, or with N equal values,
+    the error of a measurement counts as independent of the others. The result is positive semi-definite. Source: ours.
+    """
+    errors = torch.tensor(stderrs, dtype=torch.float64)
+    correlations = torch.eye(len(errors), dtype=torch.float64)
+    known = {t: values.detach().to("cpu", torch.float64) for t, values in enumerate(per_sample) if values is not None}
+    for size in {len(values) for values in known.values()}:
+        paired = torch.tensor([t for t, values in known.items() if len(values) == size])
+        values = torch.stack([known[int(t)] for t in paired])
+        values = _rescaled(values)  # squares of very large or very small numbers would overflow or vanish
+        centred = _rescaled(values - values.mean(dim=1, keepdim=True))
+        norms = centred.norm(dim=1, keepdim=True)
+        units = torch.where(norms > 0, centred / norms, 0.0)
+        correlations[paired[:, None], paired] = units @ units.T
+    correlations.fill_diagonal_(1.0)
+    return errors[:, None] * correlations * errors
+
+
+def _rescaled(values: Tensor) -> Tensor:
+    """Divide each row by its largest absolute entry; rows of zeros stay."""
+    largest = values.abs().amax(dim=1, keepdim=True)
+    return torch.where(largest > 0, values / largest, 0.0)

@@ -8,27 +8,18 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Stretch:
-    """Consecutive measurements whose mean is the reference.
-
-    Attributes:
-        mean: Their mean, or a fixed reference.
-        rows: Their indices; empty for a fixed reference.
-        best: Index of the best of them; None for a fixed reference.
-    """
+    """Consecutive measurements whose mean is the reference, or a fixed reference without measurements."""
 
     mean: float
-    rows: range
-    best: int | None
+    rows: range  # indices
+    best: int | None  # index of the best of them
 
 
 class BestStretch:
     """Finds the best stretch among the measurements so far; looks at each stretch once.
 
-    Args:
-        series: The measurements.
-        sign: 1 where higher is better, −1 where lower is better.
-        size: Measurements in a stretch; fewer until there are that many.
-        first: Index of the first measurement after warm-up.
+    Stretches have ``size`` measurements, or fewer until there are that many from ``first`` on, the end of warm-up.
+    ``sign`` is 1 where higher is better, −1 where lower is better.
     """
 
     def __init__(self, series: list[float], *, sign: float, size: int, first: int) -> None:

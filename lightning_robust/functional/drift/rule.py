@@ -51,8 +51,10 @@ from lightning_robust.functional._validation.arguments import (
     check_boolean,
     check_choice,
     check_integer,
+    check_number,
     check_positive_integer,
     expected_but_got,
+    optional,
 )
 from lightning_robust.functional.drift._noise import Noise
 from lightning_robust.functional.drift._reference import BestStretch, Stretch, mean_of
@@ -203,11 +205,9 @@ def check_drift_options(*, patience: int, warmup: int, reference: float | None, 
     """Raise a ``ValueError`` if an option of :func:`drift` has a wrong value."""
     check_positive_integer("patience", patience)
     check_integer("warmup", warmup, at_least=0)
-    if reference is not None and not math.isfinite(as_number(reference)):
-        raise ValueError(expected_but_got("reference", "a finite number or None", reference))
-    for name, value in (("tolerance", tolerance), ("z", z)):
-        if not 0 <= as_number(value) < math.inf:
-            raise ValueError(expected_but_got(name, "a finite number ≥ 0", value))
+    optional(check_number, "reference", reference, "a finite number or None")
+    check_number("tolerance", tolerance, "a finite number ≥ 0", at_least=0)
+    check_number("z", z, "a finite number ≥ 0", at_least=0)
 
 
 def _checked(values: Sequence[float]) -> list[float]:
@@ -225,16 +225,13 @@ def _checked_errors(
         raise ValueError(expected_but_got("stderrs", f"a list of {count} finite numbers ≥ 0", stderrs))
     if per_sample is None:
         return errors, [None] * count
-    if (
-        not isinstance(per_sample, list | tuple)
-        or len(per_sample) != count
-        or not all(values is None or _is_flat_and_finite(values) for values in per_sample)
-    ):
-        raise ValueError(
-            expected_but_got("per_sample", f"a list of {count} tensors (N,) of finite numbers, or None", per_sample)
-        )
+    expected = f"a list of {count} tensors (N,) of finite numbers, or None"
+    if not isinstance(per_sample, list | tuple) or len(per_sample) != count or not all(map(_is_vector, per_sample)):
+        raise ValueError(expected_but_got("per_sample", expected, per_sample))
     return errors, list(per_sample)
 
 
-def _is_flat_and_finite(values: object) -> bool:
-    return isinstance(values, Tensor) and values.ndim == 1 and len(values) > 0 and bool(values.isfinite().all())
+def _is_vector(values: object) -> bool:
+    if not isinstance(values, Tensor):
+        return values is None  # not known
+    return values.ndim == 1 and len(values) > 0 and bool(values.isfinite().all())

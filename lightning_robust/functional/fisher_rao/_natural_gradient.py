@@ -39,17 +39,11 @@ _STEPS_PER_CLASS = 4
 
 
 class NaturalGradient(NamedTuple):
-    """Solutions of ``n`` systems.
+    """Solutions of ``n`` systems."""
 
-    Attributes:
-        direction: ``v``, (n, D).
-        change: ``J v``, (n, C): change of the logits along ``v``.
-        squared_norm: ``gᵀ v = vᵀ (G + λI) v``, (n,).
-    """
-
-    direction: Tensor
-    change: Tensor
-    squared_norm: Tensor
+    direction: Tensor  # ``v``, (n, D)
+    change: Tensor  # ``J v``, (n, C): change of the logits along ``v``
+    squared_norm: Tensor  # ``gᵀ v = vᵀ (G + λI) v``, (n,)
 
 
 def natural_gradient_by_gram(
@@ -97,14 +91,10 @@ def natural_gradient_by_cg(
 
 
 def solve_by_gram(probs: Tensor, rows: Tensor, contrast: Tensor, damping: Tensor, *, which: Tensor) -> NaturalGradient:
-    """Solve exactly, from whole Jacobians.
+    """Solve exactly: ``probs`` and ``contrast`` (n, C), damping (n,), all float64, and whole Jacobians ``rows``.
 
-    Args:
-        probs: (n, C), float64; all classes, or all but one if ``rows`` and ``contrast`` are relative to that one.
-        rows: ``J``, (m, C, D), which systems may share.
-        contrast: ``a``, (n, C), float64.
-        damping: ``λ``, (n,), float64, positive.
-        which: (n,), index of each system's Jacobian.
+    The Jacobian of system i is ``rows[which[i]]`` of (m, C, D). One class may be left out everywhere if ``rows`` and
+    ``contrast`` are relative to it.
     """
     gram = gram_matrix(rows).to(probs)[which]
     information = probs[:, :, None] * (gram - (probs[:, None] @ gram))  # S K
@@ -115,20 +105,11 @@ def solve_by_gram(probs: Tensor, rows: Tensor, contrast: Tensor, damping: Tensor
 
 
 def solve_by_conjugate_gradients(
-    probs: Tensor,
-    push: Callable[[Tensor], Tensor],
-    pull: Callable[[Tensor], Tensor],
-    contrast: Tensor,
-    damping: Tensor,
+    probs: Tensor, push: Callable[[Tensor], Tensor], pull: Callable[[Tensor], Tensor], contrast: Tensor, damping: Tensor
 ) -> NaturalGradient:
-    """Solve iteratively. All systems advance together, and those that have converged stay as they are.
+    """Solve iteratively, as :func:`solve_by_gram` but with ``push``, ``p ↦ J p``, and ``pull``, ``u ↦ Jᵀ u``, alone.
 
-    Args:
-        probs: (n, C), float64.
-        push: ``p ↦ J p``, (n, D) → (n, C).
-        pull: ``u ↦ Jᵀ u``, (n, C) → (n, D).
-        contrast: ``a``, (n, C), float64.
-        damping: ``λ``, (n,), float64, positive.
+    All systems advance together, and those that have converged stay as they are.
     """
     gradient = widened(pull(contrast))
     direction, change = torch.zeros_like(gradient), torch.zeros_like(contrast)

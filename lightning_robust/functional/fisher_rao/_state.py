@@ -13,39 +13,22 @@ from lightning_robust.functional.input_space.float64 import float64_dtype
 
 
 class Paths(NamedTuple):
-    """Paths, one per row; points and steps are normalised like the inputs.
+    """Paths, one per row; points and steps are normalised like the inputs."""
 
-    Attributes:
-        number: (m,), index of the path.
-        sample: (m,), index of its sample.
-        source: (m,), class to leave.
-        target: (m,), class to aim at.
-        start: (m, ...), starting point.
-        x: (m, ...), current point.
-        move: (m, ...), last step, or at the start the expected next one.
-        lower: (m, ...), lower bound of ``x``, of a shape that broadcasts.
-        upper: (m, ...), upper bound of ``x``, of a shape that broadcasts.
-        logits: (m, C), at ``x``.
-        length: (m,), float64, length on the simplex so far.
-        steps: (m,), number of steps so far.
-        damping: (m,), float64, λ.
-        longest: (m,), float64, Euclidean bound of a step, un-normalised.
-    """
-
-    number: Tensor
-    sample: Tensor
-    source: Tensor
-    target: Tensor
-    start: Tensor
-    x: Tensor
-    move: Tensor
-    lower: Tensor
-    upper: Tensor
-    logits: Tensor
-    length: Tensor
-    steps: Tensor
-    damping: Tensor
-    longest: Tensor
+    number: Tensor  # (m,), index of the path
+    sample: Tensor  # (m,), index of its sample
+    source: Tensor  # (m,), class to leave
+    target: Tensor  # (m,), class to aim at
+    start: Tensor  # (m, ...), starting point
+    x: Tensor  # (m, ...), current point
+    move: Tensor  # (m, ...), last step, or at the start the expected next one
+    lower: Tensor  # (m, ...), lower bound of ``x``, of a shape that broadcasts
+    upper: Tensor  # (m, ...), upper bound of ``x``, of a shape that broadcasts
+    logits: Tensor  # (m, C), at ``x``
+    length: Tensor  # (m,), float64, length on the simplex so far
+    steps: Tensor  # (m,), number of steps so far
+    damping: Tensor  # (m,), float64, λ
+    longest: Tensor  # (m,), float64, Euclidean bound of a step, un-normalised
 
     def rows(self, chosen: Tensor) -> Paths:
         """Select some of the paths."""

@@ -35,17 +35,8 @@ def approach_target(
     """Replace steps after which the gap to the target has not shrunk by shorter ones.
 
     The middle of a step may lie where no gradient is left, and a step may overshoot, so that a path goes round in
-    circles. The step at ``paths.x`` itself closes the gap if it is short enough.
-
-    Args:
-        paths: Paths before the step.
-        ahead: (m, ...), points after it; changed in place.
-        logits: (m, C), at ``ahead``; changed in place.
-        step_at: Maps paths and their points to steps.
-        logits_at: Maps points to logits.
-
-    Returns:
-        ``ahead`` and ``logits``.
+    circles. The step at ``paths.x`` itself closes the gap if it is short enough. Returns the points ``ahead`` (m, ...)
+    and their logits (m, C), both changed in place.
     """
     gap = paths.gap(paths.logits)
     rows = (~(paths.gap(logits) < gap)).nonzero()[:, 0]  # includes NaN
@@ -67,16 +58,9 @@ def approach_target(
 def locate_crossing(
     paths: Paths, ahead: Tensor, logits: Tensor, *, logits_at: Callable[[Tensor], Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Find where the segment from ``paths.x`` to a point outside the class crosses the boundary.
+    """Find where segments from ``paths.x``, inside a class, to points ``ahead`` (m, ...), outside, cross the boundary.
 
-    Args:
-        paths: Paths before the step, inside their class.
-        ahead: (m, ...), points after it, outside.
-        logits: (m, C), at ``ahead``.
-        logits_at: Maps points to logits.
-
-    Returns:
-        Points just beyond the boundary (m, ...), and their logits (m, C).
+    Returns points just beyond the boundary, and their logits (m, C).
     """
     shape = (-1, *(1,) * (ahead.ndim - 1))
     before, beyond = paths.x, ahead

@@ -7,7 +7,6 @@ checked and cut at the class boundary (:mod:`_step_control`).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,21 +22,8 @@ from lightning_robust.functional.input_space.jacobian import input_gradient, lea
 from lightning_robust.functional.input_space.units import Units
 
 
-class Ended(NamedTuple):
-    """Paths that have ended, and whether they left their class."""
-
-    paths: Paths
-    success: bool
-
-
 class Tracer:
-    """Follows the natural gradient of the gap to a target through a network, downwards.
-
-    Args:
-        model: Maps inputs (n, ...) to logits (n, C).
-        units: Normalisation of the inputs.
-        options: Damping, step lengths, solver and mode.
-    """
+    """Follows the natural gradient of the gap to a target through a network, downwards."""
 
     def __init__(self, model: Callable[[Tensor], Tensor], units: Units, options: PathOptions) -> None:
         self._model = model
@@ -45,13 +31,11 @@ class Tracer:
         self._options = options
         self._unit_steps = options.mode == "unit_steps"
 
-    def trace(self, begin: Callable[[Tensor], Paths], num_paths: int, *, at_once: int) -> Iterator[Ended]:
-        """Trace paths to their ends, and yield them in the order in which they end.
+    def trace(self, begin: Callable[[Tensor], Paths], num_paths: int, *, at_once: int) -> Iterator[tuple[Paths, bool]]:
+        """Trace paths to their ends, at most ``at_once`` together, and yield them in the order in which they end.
 
-        Args:
-            begin: Maps indices of paths (m,) to these paths at their starts.
-            num_paths: Number of paths.
-            at_once: Largest number of paths that advance together.
+        ``begin`` maps indices of paths (m,) to these paths at their starts. With them comes whether they left their
+        class.
         """
         if not num_paths:
             return
@@ -59,7 +43,7 @@ class Tracer:
         begun = len(going.x)
         while len(going.x):
             going, *ended = self._advance(going)
-            yield from (group for group in ended if len(group.paths.x))
+            yield from ((paths, has_left) for paths, has_left in zip(ended, (True, False), strict=True) if len(paths.x))
             numbers = torch.arange(begun, min(begun + at_once - len(going.x), num_paths))
             if len(numbers):
                 begun += len(numbers)
@@ -83,12 +67,8 @@ class Tracer:
         # paths of the same sample start at the same point, which is linearised once
         return paths if self._unit_steps else paths._replace(move=-self._step(paths, paths.x, *paths.samples))
 
-    def _advance(self, paths: Paths) -> tuple[Paths, Ended, Ended]:
-        """Take one step of each path.
-
-        Returns:
-            Paths that go on, paths that left their class, and paths that end without leaving it.
-        """
+    def _advance(self, paths: Paths) -> tuple[Paths, Paths, Paths]:
+        """Step once; return paths that go on, paths that left their class, and paths that end without leaving it."""
         # the midpoint rule stays of second order with a midpoint extrapolated from the previous step
         middle = paths.x if self._unit_steps else paths.within_bounds(paths.x + paths.move / 2)
         ahead = paths.within_bounds(paths.x - self._step_at(paths, middle))
@@ -109,7 +89,7 @@ class Tracer:
         )
         on = moved & ~crossed & (there.steps < self._options.max_steps)
         stuck = joined(paths.rows(~moved), there.rows(moved & ~crossed & ~on))
-        return there.rows(on), Ended(there.rows(crossed), success=True), Ended(stuck, success=False)
+        return there.rows(on), there.rows(crossed), stuck
 
     def _logits_at(self, x: Tensor) -> Tensor:
         """Logits at points (m, ...), without a graph. They need not be finite: a path ends there."""

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_robust.functional._validation.arguments import check_integer, class_of, expected_but_got
+from lightning_robust.functional._validation.arguments import check_integer, check_kind, expected_but_got
 from lightning_robust.functional.fisher_rao.paths import FisherRaoPaths
 from lightning_robust.functional.fisher_rao.ratios import Estimate, ratio_of_sums, ratio_sums
 
@@ -98,8 +98,7 @@ def class_shielding(paths: FisherRaoPaths, num_classes: int) -> ClassShielding:
     Source: De & Säfken, "The Myth of Robust Classes". The poster does not define the denominators of its shielding
     rates; those used here are ours.
     """
-    if not isinstance(paths, FisherRaoPaths):
-        raise TypeError(f"Expected argument `paths` to be FisherRaoPaths, but got {class_of(paths)}.")
+    check_kind("paths", paths, FisherRaoPaths, "FisherRaoPaths")
     if check_integer("num_classes", num_classes, at_least=2) != paths.logits.shape[-1]:
         raise ValueError(expected_but_got("num_classes", f"{paths.logits.shape[-1]}, like the paths", num_classes))
     estimates = _estimates(paths, num_classes)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from typing import Literal, NamedTuple, get_args
 
 from lightning_robust.functional._validation.arguments import (
-    as_number,
     check_choice,
+    check_number,
     check_positive_integer,
     expected_but_got,
+    optional,
 )
 
 Solver = Literal["gram", "cg"]
@@ -36,7 +36,6 @@ class PathOptions(NamedTuple):
 
 
 def check_path_options(
-    *,
     damping: float | None,
     step_length: float | None,
     max_euclidean_step: float | None,
@@ -45,10 +44,11 @@ def check_path_options(
     mode: Mode = "path",
 ) -> PathOptions:
     """Return the options with defaults filled in, or raise a ``ValueError``."""
-    lengths = {"damping": damping, "step_length": step_length, "max_euclidean_step": max_euclidean_step}
-    for name, value in lengths.items():
-        if value is not None and not 0 < as_number(value) < math.inf:
-            raise ValueError(expected_but_got(name, "a positive number or None", value))
+    numbers = {"damping": damping, "step_length": step_length, "max_euclidean_step": max_euclidean_step}
+    positive = {
+        name: optional(check_number, name, value, "a positive number or None", above=0)
+        for name, value in numbers.items()
+    }
     check_positive_integer("max_steps", max_steps)
     check_choice("solver", solver, get_args(Solver))
     check_choice("mode", mode, get_args(Mode))
@@ -57,9 +57,9 @@ def check_path_options(
             expected_but_got("step_length", "None in mode 'unit_steps', whose steps have length 1", step_length)
         )
     return PathOptions(
-        damping=None if damping is None else as_number(damping),
-        step_length=_STEP_LENGTH if step_length is None else as_number(step_length),
-        max_euclidean_step=None if max_euclidean_step is None else as_number(max_euclidean_step),
+        damping=positive["damping"],
+        step_length=positive["step_length"] or _STEP_LENGTH,
+        max_euclidean_step=positive["max_euclidean_step"],
         max_steps=max_steps,
         solver=solver,
         mode=mode,

@@ -33,8 +33,8 @@ from torch import Tensor
 
 from lightning_robust.functional._isolation.context import differentiable
 from lightning_robust.functional._isolation.stand_ins import full_precision
-from lightning_robust.functional._validation.arguments import check_function, check_positive_integer, class_of
-from lightning_robust.functional._validation.tensors import check_inputs, check_logits, check_targets, outputs_of
+from lightning_robust.functional._validation.arguments import check_kind
+from lightning_robust.functional._validation.tensors import check_logits, check_pass, check_targets, outputs_of
 from lightning_robust.functional.fisher_rao._state import Paths, flat, other_classes
 from lightning_robust.functional.fisher_rao._tracing import Tracer
 from lightning_robust.functional.fisher_rao.geometry import class_indices, margin_bound
@@ -151,12 +151,9 @@ def trace_fisher_rao_paths(
             millionth of the Fisher information or less.
         mode: ``"path"``, or ``"unit_steps"`` for the poster's steps ``v / √(gᵀv)``, of length 1 in the damped metric,
             unbounded unless ``max_euclidean_step`` is given; margins are then numbers of steps.
-        input_std: Standard deviation by which the inputs were divided, one number or one per channel (dimension 1).
-            If given, all results are in units of the un-normalised input.
-        input_mean: Mean that was subtracted before the division, one number or one per channel; 0 by default. Only
-            ``valid_range`` needs it.
-        valid_range: Smallest and largest value of an un-normalised input, e.g. ``(0, 1)``, to which each step is
-            clamped; unbounded by default.
+        input_std: As in :func:`~lightning_robust.functional.linearize`.
+        input_mean: As in :func:`~lightning_robust.functional.linearize`.
+        valid_range: As in :func:`~lightning_robust.functional.linearize`; each step is clamped to it.
         chunk_size: Largest number of paths that advance through the network together. Each holds its Jacobian, C
             gradients of the size of an input, or 8 such vectors with ``"cg"``. By default as in
             :func:`~lightning_robust.functional.linearize`.
@@ -171,18 +168,8 @@ def trace_fisher_rao_paths(
 
     Source: De & Säfken, "The Myth of Robust Classes"; see the module's docstring for the differences.
     """
-    options = check_path_options(
-        damping=damping,
-        step_length=step_length,
-        max_euclidean_step=max_euclidean_step,
-        max_steps=max_steps,
-        solver=solver,
-        mode=mode,
-    )
-    if chunk_size is not None:
-        check_positive_integer("chunk_size", chunk_size)
-    check_function("model", model)
-    check_inputs(inputs)
+    options = check_path_options(damping, step_length, max_euclidean_step, max_steps, solver, mode)
+    check_pass(model, inputs, chunk_size=chunk_size)
     units = Units.of(inputs, std=input_std, mean=input_mean, valid_range=valid_range)
     with differentiable(model, twice=solver == "cg"):
         x = full_precision(inputs)
@@ -252,8 +239,7 @@ def _aims(targets: Tensor | None, source: Tensor, num_classes: int) -> Tensor:
     """Classes (N, K) to aim at."""
     if targets is None:
         return other_classes(source, num_classes)
-    if not isinstance(targets, Tensor):
-        raise TypeError(f"Expected argument `targets` to be a tensor (N, K) or (K,), but got {class_of(targets)}.")
+    check_kind("targets", targets, Tensor, "a tensor (N, K) or (K,)")
     if targets.ndim not in (1, 2) or not targets.numel() or (targets.ndim == 2 and len(targets) != len(source)):
         raise ValueError(
             f"Expected argument `targets` to hold K ≥ 1 classes, of shape ({len(source)}, K) or (K,), but got shape"

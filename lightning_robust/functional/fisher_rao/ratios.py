@@ -36,14 +36,9 @@ class Estimate:
 
 
 def ratio_sums(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """Sums from which a ratio and its error follow.
+    """Sums from which a ratio and its error follow: the number of samples with ``b > 0``; a, b, a², a b and b².
 
-    Args:
-        numerator: ``a``, (n, ...), one row per sample.
-        denominator: ``b``, of a shape that broadcasts against ``a``.
-
-    Returns:
-        (6, ...), float64: the number of samples with ``b > 0``, and the sums of a, b, a², a b and b².
+    ``a`` is (n, ...), one row per sample, and ``b`` of a shape that broadcasts against it; the sums are (6, ...).
     """
     a, b = torch.broadcast_tensors(numerator.double(), denominator.double())  # type: ignore[no-untyped-call]
     return torch.stack([part.sum(dim=0) for part in ((b > 0).double(), a, b, a.square(), a * b, b.square())])

@@ -17,14 +17,13 @@ from torch.nn import functional as F
 from lightning_robust.functional._isolation.context import differentiable
 from lightning_robust.functional._isolation.stand_ins import full_precision
 from lightning_robust.functional._validation.arguments import (
-    as_number,
     check_choice,
-    check_function,
     check_kind,
+    check_number,
     check_positive_integer,
-    expected_but_got,
+    optional,
 )
-from lightning_robust.functional._validation.tensors import check_inputs, check_logits, check_targets, outputs_of
+from lightning_robust.functional._validation.tensors import check_logits, check_pass, check_targets, outputs_of
 from lightning_robust.functional.input_space.units import Units, changes_within
 
 Norm = Literal["linf", "l2"]
@@ -67,8 +66,8 @@ def pgd(
         schedule: ``"constant"``, or ``"cosine"``, which lets the steps decay from ``step_size`` to zero.
         valid_range: Smallest and largest value of an un-normalised input, to which the result is clamped; no clamping
             by default. An input outside the range, e.g. by rounding, may stay but not move further out.
-        input_mean: Mean that was subtracted from the inputs, one number or one per channel (dimension 1); 0 by default.
-        input_std: Standard deviation by which they were divided, one number or one per channel; 1 by default.
+        input_mean: As in :func:`~lightning_robust.functional.linearize`.
+        input_std: As in :func:`~lightning_robust.functional.linearize`.
         generator: Draws the starting point uniformly from the ball. Without it the attack starts at the input itself
             and is deterministic.
 
@@ -81,17 +80,18 @@ def pgd(
 
     Source: arXiv 1706.06083.
     """
-    _check_options(epsilon=epsilon, steps=steps, norm=norm, step_size=step_size)
+    epsilon = check_number("epsilon", epsilon, "a finite number ≥ 0", at_least=0)
+    check_positive_integer("steps", steps)
+    check_norm(norm)
+    size = optional(check_number, "step_size", step_size, "a positive number or None", above=0)
     check_choice("loss", loss, get_args(Loss))
     check_choice("schedule", schedule, get_args(Schedule))
-    check_function("model", model)
-    check_kind("generator", generator, torch.Generator)
-    check_inputs(inputs)
+    optional(check_kind, "generator", generator, torch.Generator)
+    check_pass(model, inputs)
     labels = check_targets(targets, num_samples=len(inputs))
     units = Units.of(inputs, std=input_std, mean=input_mean, valid_range=valid_range)
-    epsilon = as_number(epsilon)
-    default = 2.5 * epsilon / steps if schedule == "constant" else epsilon / 2
-    size = default if step_size is None else as_number(step_size)
+    if size is None:
+        size = 2.5 * epsilon / steps if schedule == "constant" else epsilon / 2
     decay = [1.0 if schedule == "constant" else (1 + math.cos(math.pi * step / steps)) / 2 for step in range(steps)]
 
     def into_ball_and_range(delta: Tensor) -> Tensor:
@@ -121,8 +121,7 @@ def pgd(
 
 def check_norm(norm: Norm) -> Norm:
     """Return ``norm``, or raise a ``ValueError`` if it is unknown."""
-    check_choice("norm", norm, get_args(Norm))
-    return norm
+    return check_choice("norm", norm, get_args(Norm))
 
 
 def _total(loss: Loss, logits: Tensor, labels: Tensor) -> Tensor:
@@ -164,12 +163,3 @@ def _norms(values: Tensor) -> Tensor:
     """L2 norm of each sample, shaped to broadcast."""
     norms: Tensor = torch.linalg.vector_norm(values.reshape(len(values), -1), dim=1)
     return norms.reshape(-1, *(1,) * (values.ndim - 1))
-
-
-def _check_options(*, epsilon: float, steps: int, norm: Norm, step_size: float | None) -> None:
-    if not 0 <= as_number(epsilon) < math.inf:
-        raise ValueError(expected_but_got("epsilon", "a finite number ≥ 0", epsilon))
-    check_positive_integer("steps", steps)
-    check_norm(norm)
-    if step_size is not None and not 0 < as_number(step_size) < math.inf:
-        raise ValueError(expected_but_got("step_size", "a positive number or None", step_size))

@@ -80,25 +80,16 @@ def fim_spectral_norm(logits: Tensor, gram: Tensor, *, temperature: float | Tens
 def fim_trace(logits: Tensor, gram: Tensor, *, temperature: float | Tensor = 1.0) -> Tensor:
     """Trace of each sample's input Fisher information matrix: the expected squared norm of the score.
 
-    It lies between λ and ``(C − 1) λ``.
-
-    Args:
-        logits: ``(N, C)``.
-        gram: ``(N, C, C)``, ``J Jᵀ``, as given by :func:`~lightning_robust.functional.linearize`.
-        temperature: Divides the logits, and thus the Jacobian.
+    It lies between λ and ``(C − 1) λ``. Arguments and errors are those of :func:`fim_spectral_norm`.
 
     Returns:
         ``(N,)``, in squared nats per squared input unit; never negative.
 
-    Raises:
-        ValueError: If shapes do not match or ``temperature`` is not positive.
-
     Source: arXiv 2606.04767, which estimates it; here it is exact.
     """
     check_gram(logits, gram)
-    traces = [
-        _class_information(*part, temperature).diagonal(dim1=1, dim2=2).sum(dim=1) for part in _chunks(logits, gram)
-    ]
+    matrices = (_class_information(*part, temperature) for part in _chunks(logits, gram))
+    traces = [matrix.diagonal(dim1=1, dim2=2).sum(dim=1) for matrix in matrices]
     return torch.cat(traces).clamp_min(0).to(logits)
 
 
@@ -144,9 +135,8 @@ def fit_temperature(logits: Tensor, targets: Tensor) -> Tensor:
     Source: Guo et al. 2017, arXiv 1706.04599; the treatment of separable samples is ours.
     """
     check_given_logits(logits)
-    y = check_targets(targets, num_samples=len(logits), num_classes=logits.shape[1])
     z = to_float64(logits)
-    y = y.to(z.device)
+    y = check_targets(targets, num_samples=len(logits), num_classes=logits.shape[1]).to(z.device)
     return _fit_temperature(z, _favoured(z, y)).to(logits)
 
 

@@ -49,31 +49,18 @@ def largest_chunk(x: Tensor, chunk_size: int | None, *, num_rows: int = _ASSUMED
 def leaf_and_logits(
     model: Callable[[Tensor], Tensor], x: Tensor, *, check: Callable[..., None] | None = check_logits
 ) -> tuple[Tensor, Tensor]:
-    """Run a forward pass that keeps its graph.
-
-    Returns:
-        A leaf with the values of ``x`` (n, ...), with respect to which the logits (n, C) can be differentiated.
-    """
+    """Return a leaf with the values of ``x`` (n, ...), and the logits (n, C) as a differentiable function of it."""
     leaf = x.clone().requires_grad_()
     return leaf, outputs_of(model, leaf, check=check)
 
 
 def gram_and_gaps(
-    logits: Tensor,
-    leaf: Tensor,
-    std: Tensor | None,
-    box: BoxConstraint | None,
-    *,
-    logits_before: Tensor | None = None,
+    logits: Tensor, leaf: Tensor, std: Tensor | None, box: BoxConstraint | None, *, logits_before: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Logits, Gram matrices and L1 gaps of a chunk (see :class:`Linearization`).
 
-    Args:
-        logits: (n, C), from :func:`leaf_and_logits`.
-        leaf: (n, ...), the inputs at which the gradients are taken.
-        std: Standard deviation by which the inputs were divided.
-        box: How far the un-normalised inputs can move.
-        logits_before: (n, C), logits of the inputs whose gaps are to be closed; ``logits`` by default.
+    Gradients are those of ``logits`` (n, C) with respect to ``leaf`` (n, ...); the gaps that they are to close are
+    between ``logits_before``, by default the same.
     """
     to_close = logits.detach() if logits_before is None else logits_before
     predicted = to_close.argmax(dim=1, keepdim=True)

@@ -26,14 +26,8 @@ from torch import Tensor
 
 from lightning_robust.functional._isolation.context import differentiable
 from lightning_robust.functional._isolation.stand_ins import full_precision
-from lightning_robust.functional._validation.arguments import (
-    as_number,
-    check_function,
-    check_positive_integer,
-    class_of,
-    expected_but_got,
-)
-from lightning_robust.functional._validation.tensors import check_finite, check_inputs, check_logits
+from lightning_robust.functional._validation.arguments import check_kind, check_number
+from lightning_robust.functional._validation.tensors import check_finite, check_logits, check_pass
 from lightning_robust.functional.input_space.attacks import Norm, check_norm
 from lightning_robust.functional.input_space.jacobian import (
     BoxConstraint,
@@ -102,10 +96,7 @@ def linearize(
 
     Source: ours; see the module's docstring.
     """
-    if chunk_size is not None:
-        check_positive_integer("chunk_size", chunk_size)
-    check_function("model", model)
-    check_inputs(inputs)
+    check_pass(model, inputs, chunk_size=chunk_size)
     units = Units.of(inputs, std=input_std, mean=input_mean, valid_range=valid_range)
     with differentiable(model):
         x = full_precision(inputs)
@@ -167,19 +158,15 @@ def relinearize(
     Cost: one forward and one backward pass more than :func:`linearize`; another forward pass for a chunk with an input
     that stays in place for want of finite logits.
     """
-    if chunk_size is not None:
-        check_positive_integer("chunk_size", chunk_size)
-    check_function("model", model)
-    check_inputs(inputs)
+    check_pass(model, inputs, chunk_size=chunk_size)
     check_norm(norm)
-    if not 0 <= as_number(fraction) <= 1:
-        raise ValueError(expected_but_got("fraction", "a number between 0 and 1", fraction))
-    given: object = linearization
-    if not isinstance(given, Linearization):
-        raise TypeError(f"Expected argument `linearization` to be a Linearization, but got {class_of(given)}.")
+    fraction = check_number("fraction", fraction, "a number between 0 and 1", at_least=0, at_most=1)
+    check_kind("linearization", linearization, Linearization)
     if len(linearization.logits) != len(inputs):
-        came = f"{len(linearization.logits)} samples"
-        raise ValueError(f"Expected argument `linearization` to be one of the {len(inputs)} inputs, but it has {came}.")
+        raise ValueError(
+            f"Expected argument `linearization` to be one of the {len(inputs)} inputs, but it has"
+            f" {len(linearization.logits)} samples."
+        )
     if norm == "linf" and linearization.gap_l1 is None:
         raise ValueError("Expected a linearisation with `gap_l1` for norm 'linf', but it has none.")
     units = Units.of(inputs, std=input_std, mean=input_mean, valid_range=valid_range)
@@ -191,7 +178,18 @@ def relinearize(
             rows = slice(start, start + size)
             gap_l1 = None if linearization.gap_l1 is None else linearization.gap_l1[rows]
             here = Linearization(linearization.logits[rows], linearization.gram[rows], gap_l1)
-            chunks.append(_relinearized(model, x[rows], here, units, norm, as_number(fraction)))
+            box = BoxConstraint.of(x[rows], units)
+            moved = x[rows] + units.change(fraction * _way_to_boundary(model, x[rows], here, units, norm, box))
+            leaf, logits = leaf_and_logits(model, moved, check=None)
+            # the boundary of a sample with almost no gradient may lie beyond what the network can compute
+            computable = logits.isfinite().all(dim=1)
+            if not computable.all():
+                moved = torch.where(computable.view(-1, *(1,) * (x.ndim - 1)), moved, x[rows])
+                del leaf, logits
+                leaf, logits = leaf_and_logits(model, moved, check=None)
+            check_logits(logits, num_samples=len(moved))
+            chunks.append(gram_and_gaps(logits, leaf, units.std, box, logits_before=here.logits))
+            del leaf, logits  # free the graph before the next pass builds another
     return _joined(chunks)
 
 
@@ -201,38 +199,15 @@ def _joined(chunks: list[tuple[Tensor, Tensor, Tensor]]) -> Linearization:
     return Linearization(logits=logits, gram=gram, gap_l1=gap_l1)
 
 
-def _relinearized(
+def _way_to_boundary(
     model: Callable[[Tensor], Tensor],
     x: Tensor,
     linearization: Linearization,
     units: Units,
     norm: Norm,
-    fraction: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Linearise a chunk near its boundary; the result is that of :func:`gram_and_gaps`."""
-    box = BoxConstraint.of(x, units)
-    moved = _towards_boundary(model, x, linearization, units, norm, fraction, box)
-    leaf, logits = leaf_and_logits(model, moved, check=None)
-    # the boundary of a sample with almost no gradient may lie beyond what the network can compute
-    computable = logits.isfinite().all(dim=1)
-    if not computable.all():
-        moved = torch.where(computable.view(-1, *(1,) * (x.ndim - 1)), moved, x)
-        del leaf, logits
-        leaf, logits = leaf_and_logits(model, moved, check=None)
-    check_logits(logits, num_samples=len(x))
-    return gram_and_gaps(logits, leaf, units.std, box, logits_before=linearization.logits)
-
-
-def _towards_boundary(
-    model: Callable[[Tensor], Tensor],
-    x: Tensor,
-    linearization: Linearization,
-    units: Units,
-    norm: Norm,
-    fraction: float,
     box: BoxConstraint | None,
 ) -> Tensor:
-    """Points at ``fraction`` of the way from ``x`` to the nearest linearised boundary."""
+    """Changes of the un-normalised inputs that lead straight to the nearest linearised boundary; 0 if there is none."""
     logits = linearization.logits
     predicted = logits.argmax(dim=1, keepdim=True)
     gaps = logits.gather(1, predicted) - logits
@@ -250,6 +225,4 @@ def _towards_boundary(
     step = step * torch.where(margin.isfinite(), margin, 0.0)[:, None]
     if norm == "linf" and box is not None:
         step = box.within(step)
-    step = fraction * step.nan_to_num(nan=0.0).reshape(x.shape)
-    moved: Tensor = (x + units.change(step)).detach()
-    return moved
+    return step.nan_to_num(nan=0.0).reshape(x.shape).detach()

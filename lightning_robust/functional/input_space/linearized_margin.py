@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from lightning_robust.functional._validation.arguments import as_numbers, check_floating, expected_but_got
-from lightning_robust.functional._validation.tensors import check_finite, check_given_logits, check_gram, check_targets
+from lightning_robust.functional._validation.tensors import check_gap_l1, check_gram, check_targets
 from lightning_robust.functional.input_space.float64 import to_float64
 
 
@@ -40,14 +40,13 @@ def linearized_margin(logits: Tensor, gram: Tensor, targets: Tensor) -> Tensor:
 
     Source: arXiv 1511.04599.
     """
-    y = _check(logits, targets)
     check_gram(logits, gram)
-    y = y.to(logits.device)
+    y = check_targets(targets, num_samples=len(logits), num_classes=logits.shape[1]).to(logits.device)
     return _smallest_ratio(logits, gap_l2(gram, y).to(logits), y)
 
 
 def linearized_margin_linf(logits: Tensor, gap_l1: Tensor, targets: Tensor) -> Tensor:
-    """Linearised L∞ margin of each sample.
+    """Linearised L∞ margin of each sample; result and errors are as in :func:`linearized_margin`.
 
     Args:
         logits: ``(N, C)``.
@@ -55,35 +54,15 @@ def linearized_margin_linf(logits: Tensor, gap_l1: Tensor, targets: Tensor) -> T
             target, the margin is 0, so no other reference is needed.)
         targets: ``(N,)``, class indices.
 
-    Returns:
-        ``(N,)``, in input units; 0 if misclassified or tied, infinity if no gradient leads to another class.
-
-    Raises:
-        ValueError: If shapes do not match or a target is not a class.
-
     Source: arXiv 1511.04599, arXiv 1705.08475.
     """
-    y = _check(logits, targets)
-    check_floating("gap_l1", gap_l1, "(N, C)")
-    if gap_l1.shape != logits.shape:
-        raise ValueError(
-            f"Expected argument `gap_l1` of shape {tuple(logits.shape)}, like the logits, but got"
-            f" {tuple(gap_l1.shape)}."
-        )
-    check_finite(gap_l1, "entries of `gap_l1`")
+    check_gap_l1(logits, gap_l1)
+    y = check_targets(targets, num_samples=len(logits), num_classes=logits.shape[1]).to(logits.device)
     return _smallest_ratio(logits, gap_l1, y)
 
 
 def gap_l2(gram: Tensor, classes: Tensor) -> Tensor:
-    """L2 norms ``‖∇(z_y − z_k)‖₂`` of the gradient gaps, from inner products: ``K_yy − 2 K_yk + K_kk``.
-
-    Args:
-        gram: ``(N, C, C)``, ``K = J Jᵀ``.
-        classes: ``(N,)``, the class ``y`` of each sample.
-
-    Returns:
-        ``(N, C)``, in float64, as :func:`to_float64`.
-    """
+    """L2 norms ``‖∇(z_y − z_k)‖₂ = √(K_yy − 2 K_yk + K_kk)`` of the gradient gaps, ``(N, C)``, float64."""
     wide = to_float64(gram)
     y = classes.to(wide.device)
     squared = wide.diagonal(dim1=1, dim2=2)
@@ -116,11 +95,6 @@ def linearized_accuracy(margins: Tensor, epsilons: Sequence[float] | Tensor) -> 
         raise ValueError(expected_but_got("epsilons", "a vector of numbers ≥ 0", epsilons))
     eps = torch.tensor(numbers, dtype=margins.dtype, device=margins.device)
     return (margins[None, :] > eps[:, None]).to(margins.dtype).mean(dim=1)
-
-
-def _check(logits: Tensor, targets: Tensor) -> Tensor:
-    check_given_logits(logits)
-    return check_targets(targets, num_samples=len(logits), num_classes=logits.shape[1])
 
 
 def _smallest_ratio(logits: Tensor, distances: Tensor, targets: Tensor) -> Tensor:

@@ -12,38 +12,29 @@ from torch import Tensor
 from lightning_robust.functional._isolation.stand_ins import full_precision
 from lightning_robust.functional._validation.arguments import as_number, as_numbers, expected_but_got, plain
 
+Constant = float | Sequence[float] | Tensor  # one number, or one per channel
+
 
 class Units(NamedTuple):
-    """Normalisation of inputs ``(N, channels, ...)``: ``(raw − mean) / std``, with ``raw`` in the valid range.
+    """Normalisation of inputs ``(N, channels, ...)``: ``(raw − mean) / std``, with ``raw`` in the valid range."""
 
-    Attributes:
-        std: Divisor, of a shape that broadcasts against the inputs; None for 1.
-        mean: Mean subtracted before the division, of such a shape, too; None for 0.
-        valid_range: Smallest and largest un-normalised value; None if unbounded.
-    """
-
-    std: Tensor | None
-    mean: Tensor | None
-    valid_range: tuple[float, float] | None
+    std: Tensor | None  # of a shape that broadcasts against the inputs; None for 1
+    mean: Tensor | None  # of such a shape; None for 0
+    valid_range: tuple[float, float] | None  # smallest and largest un-normalised value; None if unbounded
 
     @classmethod
     def of(
         cls,
         inputs: Tensor,
         *,
-        std: float | Sequence[float] | Tensor | None,
-        mean: float | Sequence[float] | Tensor | None,
+        std: Constant | None,
+        mean: Constant | None,
         valid_range: tuple[float, float] | None = None,
     ) -> Units:
-        """Read the arguments ``input_std``, ``input_mean`` and ``valid_range``.
-
-        Raises:
-            ValueError: If a constant is neither one number nor one per channel, a constant is not finite, ``std`` is
-                not positive, or the range is not ascending.
-        """
+        """Read the arguments ``input_std``, ``input_mean`` and ``valid_range``, or raise a ``ValueError``."""
         return cls(
-            std=_channelwise(std, inputs, name="input_std"),
-            mean=_channelwise(mean, inputs, name="input_mean", positive=False),
+            std=None if std is None else _channelwise("input_std", std, inputs),
+            mean=None if mean is None else _channelwise("input_mean", mean, inputs, positive=False),
             valid_range=check_valid_range(valid_range),
         )
 
@@ -61,17 +52,8 @@ class Units(NamedTuple):
         return raw_change if self.std is None else raw_change / self.std
 
 
-def _channelwise(
-    value: float | Sequence[float] | Tensor | None, inputs: Tensor, *, name: str, positive: bool = True
-) -> Tensor | None:
-    """Shape a scalar or per-channel constant so that it broadcasts against ``inputs`` ``(N, channels, ...)``.
-
-    Raises:
-        ValueError: If the number of entries is neither 1 nor the number of channels, or an entry is not finite, or not
-            positive although ``positive`` is set.
-    """
-    if value is None:
-        return None
+def _channelwise(name: str, value: Constant, inputs: Tensor, *, positive: bool = True) -> Tensor:
+    """Check a scalar or per-channel constant, and shape it to broadcast against ``inputs`` ``(N, channels, ...)``."""
     entries = as_numbers(value)
     shape = () if entries is None else tuple(getattr(value, "shape", (len(entries),)))
     channels = inputs.shape[1] if inputs.ndim > 1 else 1
@@ -87,7 +69,7 @@ def _channelwise(
     return constant.reshape(1, -1, *(1,) * (inputs.ndim - 2)) if inputs.ndim > 1 else constant
 
 
-def check_constant(name: str, value: float | Sequence[float] | Tensor, *, positive: bool = True) -> list[float]:
+def check_constant(name: str, value: Constant, *, positive: bool = True) -> list[float]:
     """Return the entries, or raise unless ``value`` is a finite (positive) number or a list of such numbers."""
     entries = as_numbers(value)
     numbers = [as_number(plain(value))] if entries is None else entries
@@ -114,10 +96,7 @@ def check_valid_range(valid_range: tuple[float, float] | None) -> tuple[float, f
 
 
 def check_units(
-    *,
-    input_std: float | Sequence[float] | Tensor | None,
-    input_mean: float | Sequence[float] | Tensor | None,
-    valid_range: tuple[float, float] | None,
+    *, input_std: Constant | None, input_mean: Constant | None, valid_range: tuple[float, float] | None
 ) -> None:
     """Raise unless all three are valid, and normalised inputs with a ``valid_range`` come with their mean."""
     if input_std is not None:

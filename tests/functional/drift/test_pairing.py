@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_robust.functional.drift._pairing import covariances
+from lightning_robust.functional.drift._noise import covariances
 
 
 def found(num_measurements: int, num_samples: int, *, shared: float = 1.0, seed: int = 0) -> Tensor:
