@@ -1,4 +1,4 @@
-"""Laws that estimators and metrics keep whatever the network, the samples, their type and the way they are cut up."""
+"""Laws that estimators and metrics obey for any network, samples, dtype and batching."""
 
 import math
 from collections.abc import Callable
@@ -38,7 +38,7 @@ from tests.helpers.oracles import Scaled, dense_hessian_traces, dense_margins, d
 
 HALF = (torch.float16, torch.bfloat16)
 FLOATS = (torch.float32, torch.float64)
-# Sums of a few dozen products in float64, in another order, and eigenvalues of what comes of them.
+# Sums of a few dozen products in float64, in another order, and eigenvalues of the results.
 CLOSE = {"rtol": 1e-9, "atol": 1e-12}
 METRICS: dict[str, Callable[[], ProbeMetric]] = {
     "fisher": FisherSpectralNorm,
@@ -106,7 +106,7 @@ def margins(at: Linearization, targets: Tensor) -> dict[str, Tensor]:
 
 
 def quantities(at: Linearization, targets: Tensor) -> dict[str, Tensor]:
-    """Everything that is said of a linearisation, sample by sample."""
+    """All quantities of a linearisation, per sample."""
     calibrated = calibrated_fim_spectral_norm(at.logits, at.gram, targets)
     return {
         "norm": fim_spectral_norm(at.logits, at.gram),
@@ -175,7 +175,7 @@ def test_one_probe_less_than_classes_gives_the_hessian_of_a_piecewise_linear_net
     )
 
 
-# --- how samples are cut up -----------------------------------------------------------------------------------------
+# --- order, chunks and batches -------------------------------------------------------------------------------------
 
 
 @some(40)
@@ -273,7 +273,7 @@ def test_multiplying_logits_moves_the_information_and_neither_margins_nor_what_i
 
 
 class Shifted(nn.Module):
-    """A network to all of whose logits the same function of the input is added."""
+    """A network with one function of the input added to all logits."""
 
     def __init__(self, model: nn.Module, slope: float, shift: float) -> None:
         super().__init__()
@@ -385,7 +385,7 @@ def test_networks_in_half_precision_are_measured_as_their_copies_in_single_preci
 @some(12)
 @given(case=cases(dtypes=HALF), estimator=st.sampled_from(["auto", "gauss_newton", "hutchinson"]))
 def test_so_is_curvature_with_the_same_random_signs(case: Case, estimator: Any) -> None:
-    """Without a generator the signs follow from the bits of the samples, which are others in another type."""
+    """Without a generator, the signs follow from the bits of the samples, which differ between dtypes."""
 
     def traces(model: nn.Module, inputs: Tensor) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(0)

@@ -1,4 +1,4 @@
-"""A toy run in which measurements fail as a schedule says, and what must come of it."""
+"""A toy run whose measurements fail on a schedule, and a check of what it logs and says."""
 
 import math
 import random
@@ -17,9 +17,10 @@ from tests.helpers.training import CLOCKS, Classifier, robustness_warnings, samp
 
 TRAIN, VALIDATION = samples(16), samples(24, seed=1)
 BATCH_SIZE = 4
-UNHARMED = ("robust/linearized", "robust/num_samples", *CLOCKS)  # by a fault in the faulty metric
+# Prefixes of keys that a fault in the faulty metric leaves alone.
+UNHARMED = ("robust/linearized", "robust/num_samples", *CLOCKS)
 EVERYTHING, ONE_METRIC, NOTHING = "everything", "one metric", "nothing"
-LOST = {  # by the kind of fault
+LOST = {  # by kind of fault
     "batch": EVERYTHING,
     "unprintable": EVERYTHING,
     "forward": EVERYTHING,
@@ -29,7 +30,7 @@ LOST = {  # by the kind of fault
     "compute": ONE_METRIC,
     "reset": EVERYTHING,
     "out of memory": NOTHING,
-    "loader ends early": NOTHING,  # of what it yields
+    "loader ends early": NOTHING,  # the samples it still yields are measured
 }
 
 
@@ -39,8 +40,8 @@ class Fault:
 
     Attributes:
         kind: See ``LOST``.
-        ranks: The processes in which it does.
-        batch: Number of the batch, where that matters.
+        ranks: Processes in which it goes wrong.
+        batch: Index of the batch, for faults that concern one.
     """
 
     kind: str
@@ -74,7 +75,7 @@ UnprintableError.__name__ = "Un\nprintable"
 
 
 class Toy(Classifier):
-    """A linear network in which the scheduled faults happen, here and in its metrics and loader."""
+    """A linear network that fails on schedule; its metric and its loader ask it when to fail."""
 
     def __init__(self, schedule: Schedule) -> None:
         network = nn.Sequential(nn.Flatten(), nn.Linear(16, 4))
@@ -115,7 +116,7 @@ class Toy(Classifier):
 
 
 class FaultyMetric(FisherSpectralNorm):
-    """Of lists of states, which an error after they were gathered leaves in another form."""
+    """A metric with list states, which have another form if an error occurs after they were gathered."""
 
     def __init__(self, suffers: Callable[[str], Fault | None]) -> None:
         super().__init__()
@@ -140,7 +141,7 @@ class FaultyMetric(FisherSpectralNorm):
 
 
 class FaultyLoader(DataLoader):
-    """Its length counts batches that it may not yield."""
+    """A loader that may yield fewer batches than its length."""
 
     suffers: Callable[[str], Fault | None] = staticmethod(lambda kind: None)
 
@@ -152,7 +153,7 @@ class FaultyLoader(DataLoader):
 
 
 class Records(DummyLogger):
-    """Keeps what is logged after each validation."""
+    """Keeps the metrics logged after each validation."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -165,12 +166,12 @@ class Records(DummyLogger):
 
 @dataclass(frozen=True)
 class Outcome:
-    """Of a run.
+    """The outcome of a run.
 
     Attributes:
         rows: Values logged in each epoch, on rank zero.
         said: Warnings of the monitor, on rank zero.
-        weights: At the end.
+        weights: Parameters at the end.
         finished: Whether the run reached its last epoch.
     """
 
@@ -209,12 +210,12 @@ def run(
 
 
 def check(schedule: Schedule, outcome: Outcome, reference: Outcome) -> None:
-    """Assert that nothing is lost but what the schedule takes, and that this was said."""
+    """Assert that only what the schedule takes is lost, and that warnings say so."""
     assert outcome.finished
     assert all(torch.equal(a, b) for a, b in zip(outcome.weights, reference.weights, strict=True))
     assert len(outcome.rows) == len(reference.rows)
     skipped = [sentence for sentence in outcome.said if "skipped" in sentence]
-    tolerance = 0.0  # until samples pass through the network in smaller groups, which round otherwise
+    tolerance = 0.0  # until samples pass in smaller groups, which round differently
     for epoch, (row, expected) in enumerate(zip(outcome.rows, reference.rows, strict=True)):
         fault = schedule.get(epoch)
         lost = NOTHING if fault is None else LOST[fault.kind]

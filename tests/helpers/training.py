@@ -1,4 +1,4 @@
-"""A small LightningModule, data, and a quiet Trainer, which the callback tests script."""
+"""A small LightningModule, data and a quiet Trainer for the callback tests."""
 
 import warnings
 from collections.abc import Iterator
@@ -15,11 +15,11 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_robust import RobustnessWarning
 
 NUM_CLASSES = 4
-CLOCKS = {"robust/seconds", "robust/overhead"}  # keys whose values no two runs share
+CLOCKS = {"robust/seconds", "robust/overhead"}  # keys that differ from run to run
 
 
 class Classifier(LightningModule):
-    """A CNN with everything that a careless callback would disturb: BatchNorm and dropout."""
+    """A CNN with the layers that a careless callback disturbs: BatchNorm and dropout."""
 
     def __init__(self, network: nn.Module | None = None) -> None:
         super().__init__()
@@ -86,7 +86,7 @@ def trainer(*callbacks: Callback, root: Path, **options: Any) -> Trainer:
 
 
 class History(Callback):
-    """Records what stood in `callback_metrics` under a prefix after each validation run."""
+    """Records the `callback_metrics` under a prefix after each validation run."""
 
     def __init__(self, prefix: str = "robust/") -> None:
         self.prefix = prefix
@@ -100,7 +100,7 @@ class History(Callback):
 
 @contextmanager
 def robustness_warnings() -> Iterator[list[str]]:
-    """Collect the messages of our warnings; other warnings keep their meaning."""
+    """Collect the messages of this package's warnings; other warnings are raised as usual."""
     messages: list[str] = []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", RobustnessWarning)

@@ -1,4 +1,4 @@
-"""The two metrics of curvature: the estimate of the functional layer, in one measurement, with honest error bars."""
+"""The two curvature metrics give the estimates of the functional layer, from one measurement, with error bars."""
 
 import copy
 import math

@@ -53,7 +53,7 @@ DOCUMENTED = {
 
 
 class Recording(ProbeMetric):
-    """Keeps what it was shown, over all measurements."""
+    """Keeps the samples of every measurement."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -127,7 +127,7 @@ def test_validate_reproduces_the_last_logged_values_from_the_checkpoint(tmp_path
 
 def test_trainer_test_measures_too(tmp_path: Path) -> None:
     (values,) = trainer(RobustnessMonitor(on_error="raise"), root=tmp_path).test(classifier(), loader(), verbose=False)
-    assert set(values) == DOCUMENTED - {"robust/overhead"} | {"test_acc"}  # a share of the time of `fit`
+    assert set(values) == DOCUMENTED - {"robust/overhead"} | {"test_acc"}  # the share refers to the time of `fit`
 
 
 def test_the_same_subset_and_values_for_any_batch_size(tmp_path: Path) -> None:
@@ -278,7 +278,7 @@ def test_dictionaries_probe_fn_and_robustness_probe_give_the_same(tmp_path: Path
 
     class Dictionaries(type(classifier())):
         def validation_step(self, batch: Any, batch_idx: int) -> None:
-            batch.pop("image", None)  # a module may change its batch; the monitor has taken its share by then
+            batch.pop("image", None)  # a module may change its batch, after the monitor has taken samples from it
 
     class Triples(type(classifier())):
         def validation_step(self, batch: Any, batch_idx: int) -> None:
@@ -347,7 +347,7 @@ def test_nothing_is_said_about_a_sound_run(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("first", [True, False])
 def test_averaged_weights_are_measured_when_they_are_validated(tmp_path: Path, first: bool) -> None:
-    """Lightning's weight averaging puts them in for the validation alone, whatever the order of the callbacks."""
+    """Lightning swaps the averaged weights in for validation only, whatever the order of the callbacks."""
     averaging = EMAWeightAveraging(decay=0.5)
     monitor = RobustnessMonitor(["linearized_accuracy"], max_samples=500)
     callbacks = (averaging, monitor) if first else (monitor, averaging)
@@ -389,7 +389,7 @@ def test_what_a_forward_pass_records_is_not_disturbed(tmp_path: Path) -> None:
     assert values[0] == values[1]
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the method's name, which the oldest version has
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the oldest supported version has the old method name
 def test_a_loss_of_torch_can_be_named_in_a_configuration() -> None:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(RobustnessMonitor, "monitor")
@@ -432,5 +432,6 @@ def test_fisher_rao_margins_have_a_monitor_of_their_own_at_a_slower_cadence(tmp_
         "paths/num_samples",
         *(f"paths/{key}/{label}" for key in ("fisher_rao_margin", "shielded") for label in range(NUM_CLASSES)),
     }
-    values = [row["paths/fisher_rao_margin"] for row in history.rows]  # Lightning goes on showing the last one
+    # Between measurements Lightning keeps the last value.
+    values = [row["paths/fisher_rao_margin"] for row in history.rows]
     assert values[0] == values[1] != values[2] == values[3]

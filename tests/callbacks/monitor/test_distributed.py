@@ -1,4 +1,4 @@
-"""The monitor in several processes: the numbers of one, little traffic, and the same end for all when one fails."""
+"""In several processes the monitor logs the values of one, sends little, and survives a failure of any of them."""
 
 import warnings
 from collections import Counter
@@ -33,7 +33,7 @@ MAX_SAMPLES = 17
 
 
 class Stream(IterableDataset):
-    """The same samples in every process, of a length that nobody knows."""
+    """Yields the same samples in every process and has no length."""
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         return iter(samples(23))
@@ -75,7 +75,7 @@ def validate_all(rank: int, root: Path, num_processes: int) -> dict[str, dict[st
 
 @pytest.fixture(scope="module")
 def values(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, dict[str, float]]]]:
-    """By the number of processes, then the process, then the loader."""
+    """Values by number of processes, then process, then loader."""
     root = tmp_path_factory.mktemp("values")
     together = {count: processes.run(validate_all, count, root, count) for count in (2, 3)}
     return {1: [validate_all(0, root, 1)]} | together
@@ -93,7 +93,7 @@ def test_processes_log_the_values_of_one(values: dict[int, list[dict[str, Any]]]
 
 
 class EveryOther(Sampler):
-    """Shares the samples out by itself."""
+    """Gives each process every second sample."""
 
     def __init__(self, rank: int) -> None:
         self.rank = rank
@@ -106,7 +106,7 @@ class EveryOther(Sampler):
 
 
 class LargestFirst(BatchSampler):
-    """Batches in another order than their sampler's, as of samples sorted by length."""
+    """Reorders the samples of its sampler, as loaders that sort by length do."""
 
     def __iter__(self) -> Iterator[list[int]]:
         indices = sorted(self.sampler, reverse=True)
@@ -146,7 +146,7 @@ def network(width: int, depth: int) -> nn.Module:
 
 
 def bytes_sent(root: Path, metrics: list[str], *, width: int, depth: int) -> Counter[str]:
-    """What a validation run sends more with a monitor than without, by collectives other than barriers."""
+    """Bytes that a monitor adds to a validation run, by collective; barriers do not count."""
     sent = []
     for measured in (metrics, []):
         with Traffic() as traffic:
@@ -172,8 +172,8 @@ def test_metric_states_alone_travel_whatever_the_number_of_parameters(tmp_path: 
         assert input_side[0] < 5_000
         narrow, wide, deep, deeper = curvature
         assert narrow == wide
-        assert 0 < deeper - deep < 1.1 * (deep - wide)  # as many layers more
-        assert (deep - wide) / 3 < 3_000  # a layer, the parameters of which take 16,384 bytes
+        assert 0 < deeper - deep < 1.1 * (deep - wide)  # each pair differs by three layers
+        assert (deep - wide) / 3 < 3_000  # per layer, whose parameters take 16,384 bytes
 
 
 class FailsOnRankOne(Classifier):

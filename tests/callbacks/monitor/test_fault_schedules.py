@@ -1,4 +1,4 @@
-"""Faults of every kind at random times, in one process and in several: nothing is lost but what failed."""
+"""Faults of every kind at random times, in one process and in several, lose only the measurements that fail."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Training beside the monitor, with every metric on, is bit by bit the training without it."""
+"""Training with the monitor and all metrics is bit-identical to training without it."""
 
 import collections
 import hashlib
@@ -71,7 +71,7 @@ def everything() -> list[ProbeMetric]:
 
 
 class Witness(Callback):
-    """Notes everything that a guest must not change, at the end of every epoch, validation and run."""
+    """Records all state that a callback must not change, at the end of every epoch, validation and run."""
 
     def __init__(self) -> None:
         self.testimony: list[dict[str, str]] = []
@@ -109,7 +109,7 @@ class Witness(Callback):
 
 
 def digest(value: object) -> str:
-    """A short text that differs where a bit differs."""
+    """A short hash of every bit of a value."""
     return hashlib.sha256(_spelled(value).encode()).hexdigest()[:16]
 
 
@@ -125,7 +125,7 @@ def _spelled(value: object) -> str:
 
 
 def differences(without: list[dict[str, str]], beside: list[dict[str, str]]) -> list[str]:
-    """In words, where two runs part."""
+    """Describe where two runs differ."""
     assert len(without) == len(beside)
     return [
         f"{name} at the end of {a['end of']}, step {a['step']}"
@@ -139,7 +139,7 @@ def differences(without: list[dict[str, str]], beside: list[dict[str, str]]) -> 
 
 
 class FrozenNorm(Classifier):
-    """Two BatchNorms, of which one is put into eval mode at the start of every epoch."""
+    """Puts one of two BatchNorms into eval mode at the start of every epoch."""
 
     def __init__(self) -> None:
         super().__init__(
@@ -167,7 +167,7 @@ class OneCycle(Classifier):
 
 
 class Thawing(Classifier):
-    """Trains its backbone from the second epoch on, which `BackboneFinetuning` sees to."""
+    """Trains its backbone from the second epoch on, by `BackboneFinetuning`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -185,7 +185,7 @@ class Plateau(Classifier):
 
 
 class Manual(Classifier):
-    """Two optimisers, one of which steps at every second batch; gradients are left lying in between."""
+    """Two optimisers, one of which steps at every second batch and accumulates gradients in between."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -208,7 +208,7 @@ class Manual(Classifier):
 
 
 class WithMetrics(Classifier):
-    """Metrics as submodules: one that is logged as an object, one that every forward pass updates."""
+    """Two metrics as submodules: one is logged as an object, every forward pass updates the other."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -231,7 +231,7 @@ class WithMetrics(Classifier):
 
 
 class StochasticDepth(nn.Module):
-    """Leaves out its branch at random, in eval mode too, and draws from all three global generators for it."""
+    """Scales its branch at random, in eval mode too, with draws from all three global generators."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -310,11 +310,11 @@ class Setting:
     options: dict[str, Any] = field(default_factory=dict)
     callbacks: Callable[[], list[Callback]] = list
     script: Callable[[Trainer, LightningModule], None] = fit
-    says: str = "(?!)"  # what the monitor, and
-    warns: str = "(?!)"  # Lightning or torch say about it
+    says: str = "(?!)"  # warnings of the monitor
+    warns: str = "(?!)"  # warnings of Lightning or torch
 
     def run(self, root: Path, *, monitored: bool) -> list[dict[str, str]]:
-        """Train with everything seeded; what the witness saw."""
+        """Train with everything seeded and return what the witness recorded."""
         torch.manual_seed(7)
         random.seed(7)
         np.random.seed(7)  # noqa: NPY002
@@ -445,7 +445,7 @@ def test_a_compiled_network_is_compiled_as_often_as_without_the_monitor(tmp_path
 
 
 class Remembering(nn.Module):
-    """A network whose outputs depend on what its earlier passes left behind, in eval mode too."""
+    """A network whose outputs depend on state left by earlier passes, in eval mode too."""
 
     def __init__(self, kept: Any, remember: Callable[[Any], Any]) -> None:
         super().__init__()
@@ -504,7 +504,7 @@ MEMORIES: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
 }
 
 
-CHANGED_IN_PLACE = {  # put back after the measurement only: the monitor notices that outputs change from pass to pass
+CHANGED_IN_PLACE = {  # restored after the measurement only, so the monitor notices that outputs change between passes
     "a tensor that is written to",
     "a tensor that is written to unnoticed",
     "a list of tensors",
@@ -531,12 +531,12 @@ def test_what_a_network_keeps_is_as_without_the_monitor(tmp_path: Path, name: st
 
 
 class Interrupting(nn.Module):
-    """A network that is interrupted in one of the forward passes in which it is measured."""
+    """Interrupts one of the forward passes of a measurement."""
 
     def __init__(self, network: nn.Module, after: int) -> None:
         super().__init__()
         self.network = network
-        self.after, self.passes = after, itertools.count()  # what a list counts would be taken back
+        self.after, self.passes = after, itertools.count()  # a count in a list would be reverted
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training and torch.is_grad_enabled() and next(self.passes) == self.after:
@@ -545,7 +545,7 @@ class Interrupting(nn.Module):
 
 
 def every_kind_of_layer() -> nn.Module:
-    """Layers of which each is measured in a way of its own."""
+    """Layers that the package handles in different ways."""
     network = nn.Sequential(
         nn.Conv2d(1, 4, 3, padding=1),
         nn.BatchNorm2d(4),
@@ -564,14 +564,14 @@ def every_kind_of_layer() -> nn.Module:
 
 
 class Before(Callback):
-    """Notes how things stand before each measurement, for which its place is before the monitor."""
+    """Records the state before each measurement; place it before the monitor."""
 
     def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         self.things, self.surroundings = things(pl_module), surroundings()
 
 
 def things(module: LightningModule) -> dict[str, object]:
-    """Of a module, bits and identities."""
+    """Bits and identities of everything in a module."""
     state = state_of(module)
     for name, submodule in module.named_modules():
         state[f"{name} is"] = type(submodule)
@@ -580,7 +580,7 @@ def things(module: LightningModule) -> dict[str, object]:
             kept = vars(submodule)[hooks]
             state[f"{name} {hooks}"] = id(kept), [(key, id(hook)) for key, hook in kept.items()]
         for key, value in vars(submodule).items():
-            if isinstance(value, list) and key != "_flat_weight_refs":  # made anew whenever Lightning moves a module
+            if isinstance(value, list) and key != "_flat_weight_refs":  # recreated whenever Lightning moves a module
                 state[f"{name} keeps {key}"] = [id(item) for item in value]
     return state
 
@@ -634,4 +634,4 @@ def test_training_in_two_processes_is_bit_identical_on_each(tmp_path: Path) -> N
     runs = processes.run(train_in_processes, 2, tmp_path)
     for without, beside in runs:
         assert differences(without, beside) == []
-    assert runs[0][0] != runs[1][0]  # each has batches of its own
+    assert runs[0][0] != runs[1][0]  # each process has its own batches

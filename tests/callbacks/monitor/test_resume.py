@@ -1,4 +1,4 @@
-"""A run that was killed and resumed logs, and stops, as one that was not."""
+"""A run that was killed and resumed logs and stops like an uninterrupted one."""
 
 import json
 import signal
@@ -34,7 +34,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def diary(path: Path) -> dict[int, dict[str, Any]]:
-    """The last line of each step: Lightning repeats the validation after which it saved, and stops after the last."""
+    """The last line of each step, because Lightning repeats the validation after which it saved."""
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     return {line["step"]: line for line in lines}
 
@@ -66,7 +66,7 @@ def test_a_checkpoint_of_this_version_is_loaded_with_weights_only_and_continued(
 
 @pytest.mark.parametrize("path", sorted(STATES.glob("*.pt")), ids=lambda path: path.stem)
 def test_states_of_every_version_are_continued(tmp_path: Path, path: Path) -> None:
-    """A run that had measured epoch 3 last, every second epoch, is resumed in epoch 4."""
+    """A run that measures every second epoch, and did so last in epoch 3, is resumed in epoch 4."""
     stored = torch.load(path, weights_only=True)
 
     monitor = RobustnessMonitor(["linearized_accuracy"], every_n_epochs=2)

@@ -1,4 +1,4 @@
-"""Training whose weights are spread over processes: measured under `fully_shard`, refused in a sentence elsewhere."""
+"""Sharded training is measured under `fully_shard`; other strategies get one warning and no measurements."""
 
 import warnings
 from pathlib import Path
@@ -57,7 +57,7 @@ class Fails(Sharded):
 
 
 class Talks(Sharded):
-    """Has its own collectives between the last validation batch and the end of the validation."""
+    """Issues its own collectives between the last validation batch and the end of validation."""
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         self.log("val_loss", self(batch[0]).sum(), sync_dist=True)
@@ -152,7 +152,7 @@ def test_sharded_training_is_bit_identical_with_and_without_the_monitor(results:
 
 @on_cpu
 @pytest.mark.ddp
-@pytest.mark.parametrize("name", ["failing", "talking"])  # after the weights are gathered, and before
+@pytest.mark.parametrize("name", ["failing", "talking"])  # after and before the weights are gathered
 def test_when_one_process_fails_all_gather_and_go_on(results: list[dict[str, Any]], name: str) -> None:
     rows, said, _ = results[0][name]
     assert len(said) == 1
