@@ -4,6 +4,8 @@ Add :class:`RobustnessMonitor` to a Trainer's callbacks. The metrics work withou
 estimators without either, in :mod:`lightning_robust.functional`.
 """
 
+from importlib.metadata import PackageNotFoundError, version
+
 from lightning_robust import functional
 from lightning_robust.callbacks import RobustnessDriftStopping, RobustnessMonitor, RobustnessWarning
 from lightning_robust.metrics import (
@@ -17,6 +19,11 @@ from lightning_robust.metrics import (
 )
 from lightning_robust.probe import Probe
 
+try:
+    __version__ = version("lightning-robust")
+except PackageNotFoundError:  # a source tree on the path, which was never installed
+    __version__ = "unknown"
+
 __all__ = [
     "AdversarialAccuracy",
     "FisherRaoMargin",
@@ -29,5 +36,6 @@ __all__ = [
     "RobustnessMonitor",
     "RobustnessWarning",
     "WeightCurvatureIndex",
+    "__version__",
     "functional",
 ]

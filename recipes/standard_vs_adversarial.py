@@ -3,54 +3,41 @@
     python -m recipes.standard_vs_adversarial
     python -m recipes.standard_vs_adversarial --figure curves.png
 
-Trains the digits CNN twice with the same budget, once on the images as they are and once on attacked ones, and measures
-both on the same validation images: Fisher norms, and predicted accuracy beside the accuracy under PGD-20. About 30 s.
+Trains the digits CNN twice with the same budget, on clean and on attacked images, and measures both on the same
+validation images: Fisher norms, and predicted accuracy beside the accuracy under PGD-20. Takes about 30 seconds.
 """
 
 from __future__ import annotations
 
-import argparse
-
 import torch
-from lightning.pytorch import Trainer
 
 from lightning_robust import AdversarialAccuracy, FisherSpectralNorm, LinearizedAccuracy, Probe
 from lightning_robust.functional import linearized_accuracy
 from recipes.common.classifier import DigitsClassifier
-from recipes.common.digits import DigitsDataModule
+from recipes.common.command_line import parser
+from recipes.common.digits import DigitsDataModule, validation_digits
 from recipes.common.networks import initialised
+from recipes.common.plotting import pyplot
+from recipes.common.training import train_quietly
 
 EPSILONS = (0.02, 0.05, 0.1)
 
 
 def train(attack_epsilon: float, *, epochs: int, seed: int) -> DigitsClassifier:
-    """Train one classifier, quietly."""
+    """Train one classifier, on attacked images if ε is positive."""
     model = DigitsClassifier(dropout=0.0, attack_epsilon=attack_epsilon)
     initialised(model, seed=seed)
-    trainer = Trainer(
-        max_epochs=epochs,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        limit_val_batches=0,
-    )
-    trainer.fit(model, datamodule=DigitsDataModule(seed=seed))
+    train_quietly(model, DigitsDataModule(seed=seed), epochs=epochs)
     return model
 
 
 def validation_probe(model: DigitsClassifier, *, num_samples: int) -> Probe:
-    """The samples on which everything is measured."""
-    data = DigitsDataModule()
-    data.setup("validate")
-    images, labels = data.val_set.tensors
-    return Probe(model, images[:num_samples], labels[:num_samples], valid_range=(0.0, 1.0))
+    """Return a probe of a classifier on the first validation images."""
+    return Probe(model, *validation_digits(num_samples), valid_range=(0.0, 1.0))
 
 
 def measure(probe: Probe) -> dict[str, float]:
-    """Measure one classifier, predicted and attacked on the same samples."""
+    """Measure one classifier: Fisher norms, predicted accuracy and accuracy under attack, on the same samples."""
     values: dict[str, torch.Tensor] = {}
     for metric in (
         FisherSpectralNorm(),
@@ -63,7 +50,7 @@ def measure(probe: Probe) -> dict[str, float]:
 
 
 def table(standard: dict[str, float], adversarial: dict[str, float]) -> str:
-    """Both classifiers side by side."""
+    """Return both classifiers side by side."""
     rows = [
         ("clean accuracy", "linearized_accuracy_linf_0"),
         ("Fisher norm λ, mean", "fim_spectral_norm"),
@@ -80,9 +67,8 @@ def table(standard: dict[str, float], adversarial: dict[str, float]) -> str:
 
 
 def draw(probes: dict[str, Probe], path: str) -> None:
-    """Draw the predicted accuracy as a curve over ε, and what PGD-20 finds as points with error bars."""
-    import matplotlib.pyplot as plt
-
+    """Draw predicted accuracy over ε as curves, and accuracy under PGD-20 as points, with ± 2 standard errors."""
+    plt = pyplot()
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     curve, points = torch.linspace(0, 0.2, 101), torch.linspace(0.02, 0.2, 10)
     for name, probe in probes.items():
@@ -103,26 +89,30 @@ def draw(probes: dict[str, Probe], path: str) -> None:
     axes.set(xlabel="ε (L∞, pixels from 0 to 1)", ylabel="robust accuracy", ylim=(0, 1), xlim=(0, 0.205))
     axes.legend(frameon=False)
     figure.savefig(path, dpi=150)
+    plt.close(figure)
 
 
 def main() -> None:
-    """Train, measure, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--epochs", type=int, default=12)
-    parser.add_argument("--attack-epsilon", type=float, default=0.1)
-    parser.add_argument("--num-samples", type=int, default=500)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--figure", help="also draw predicted and attacked accuracy over ε, into this file")
-    options = parser.parse_args()
+    """Train both classifiers, measure them and print a table."""
+    arguments = parser(__doc__)
+    arguments.add_argument("--epochs", type=int, default=12, help="epochs of each training")
+    arguments.add_argument("--attack-epsilon", type=float, default=0.1, help="L∞ radius of adversarial training")
+    arguments.add_argument("--num-samples", type=int, default=500, help="validation images, 500 at most")
+    arguments.add_argument("--seed", type=int, default=0, help="seed of the weights and of the batches")
+    arguments.add_argument("--figure", help="file to draw predicted and attacked accuracy over ε into")
+    options = arguments.parse_args()
     probes = {}
     for name, epsilon in (("standard", 0.0), ("adversarial", options.attack_epsilon)):
         model = train(epsilon, epochs=options.epochs, seed=options.seed)
         probes[name] = validation_probe(model, num_samples=options.num_samples)
     standard, adversarial = map(measure, probes.values())
-    print(f"\n{options.num_samples} validation images, mean ± standard error\n\n{table(standard, adversarial)}")
+    count = len(probes["standard"])
+    print(f"\nStandard and adversarial training, measured on {count} validation images, ± one standard error:\n")
+    print(table(standard, adversarial))
+    print("\nHigher accuracy and lower λ are better. PGD-20 attacks the images; the prediction runs no attack.")
     if options.figure:
         draw(probes, options.figure)
-        print(f"\nPredicted and attacked accuracy over ε: {options.figure}")
+        print(f"\nThe figure of predicted and attacked accuracy over ε is in {options.figure}.")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Does the monitor predict attacks? Every logged statistic against PGD-20 and a strong attack, over many classifiers.
+"""Does the monitor predict attacks? Compares every logged statistic with PGD-20 and a strong attack, on many networks.
 
-    python -m recipes.validity                              # 15 classifiers of digits, trained for this
-    python -m recipes.validity --zoo epochs                 # the epochs of one run that overfits robustly
-    python -m recipes.validity --zoo digits --folder runs   # the checkpoints that runs of the digits recipes have left
+    python -m recipes.validity                              # trains 15 classifiers of digits
+    python -m recipes.validity --zoo epochs                 # epochs of one run that overfits robustly
+    python -m recipes.validity --zoo digits --folder runs   # checkpoints of earlier runs of the digits recipes
     python -m recipes.validity --zoo cifar --folder DATA/models --figure validity.png
 
 The strong attack maximises cross-entropy and the difference of logits ratio, three times each from random points, in 60
@@ -11,12 +11,11 @@ steps that decay to zero: 360 forward and backward passes. A sample that any of 
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
-from torchmetrics.functional.regression import spearman_corrcoef
 
 from lightning_robust import (
     AdversarialAccuracy,
@@ -29,13 +28,16 @@ from lightning_robust import (
 )
 from lightning_robust.functional import pgd
 from recipes.common import zoo
+from recipes.common.command_line import parser
+from recipes.common.plotting import pyplot
+from recipes.common.statistics import interval, spearman
 
 Row = dict[str, float]
 DETAILS = ("_stderr", "_lower", "_upper", "_probes", "_layers")
 
 
 def strong_accuracy(probe: Probe, epsilon: float, *, steps: int = 60, restarts: int = 3) -> float:
-    """Accuracy under the strong attack."""
+    """Return the accuracy under the strong attack."""
     standing = probe.logits(probe.inputs).argmax(dim=1) == probe.targets
     for seed in range(restarts):
         for loss in ("cross_entropy", "dlr"):
@@ -60,7 +62,7 @@ def strong_accuracy(probe: Probe, epsilon: float, *, steps: int = 60, restarts: 
 
 
 def measure(probe: Probe, epsilons: Sequence[float]) -> Row:
-    """Everything that is logged of one classifier, and its accuracy under the strong attack."""
+    """Return what the monitor logs of one classifier, and its accuracy under PGD-20 and the strong attack."""
     metrics: list[ProbeMetric] = [LinearizedAccuracy(epsilons), LinearizedAccuracy(epsilons, order=2)]
     metrics += [FisherSpectralNorm(), HessianTrace(), WeightCurvatureIndex(), AdversarialAccuracy(epsilons, steps=20)]
     row: Row = {}
@@ -71,34 +73,30 @@ def measure(probe: Probe, epsilons: Sequence[float]) -> Row:
     return row | {f"strong_accuracy_linf_{epsilon:.4g}": strong_accuracy(probe, epsilon) for epsilon in epsilons}
 
 
-def interval(
-    statistic: Callable[[Tensor], Tensor], n: int, *, resamples: int = 1000, seed: int = 0
-) -> tuple[float, ...]:
-    """A statistic of n classifiers, given their numbers, and the 95 % interval over resamples of them (bootstrap)."""
-    generator = torch.Generator().manual_seed(seed)
-    draws = [statistic(torch.randint(n, (n,), generator=generator)) for _ in range(resamples)]
-    spread = torch.stack(draws).nan_to_num(0.0)  # a resample of one classifier has no correlation
-    return float(statistic(torch.arange(n))), *torch.quantile(spread, torch.tensor([0.025, 0.975])).tolist()
-
-
 def correlations(rows: list[Row], epsilon: float) -> list[str]:
-    """Spearman's correlation of every statistic with accuracy under attack at one ε, the strongest first."""
+    """Return Spearman's correlation of each statistic with accuracy under attack at one ε, the strongest first."""
     lines = []
     for key in (key for key in rows[0] if not key.startswith(("strong", "adversarial"))):
         values = torch.tensor([row.get(key, torch.nan) for row in rows]).clamp_max(1e9)
         cells = []
         for attack in ("strong", "adversarial"):
             target = torch.tensor([row[f"{attack}_accuracy_linf_{epsilon:.4g}"] for row in rows])
-            rho, low, high = interval(lambda i, t=target, v=values: spearman_corrcoef(v[i], t[i]), len(rows))  # type: ignore[misc]
+            statistic = partial(_spearman_of, values, target)
+            rho, low, high = interval(statistic, len(rows))
             cells.append((rho, f"{rho:>6.2f} [{low:>5.2f}, {high:>5.2f}]"))
         lines.append((abs(cells[0][0]), f"{key:<42}{cells[0][1]:>24}{cells[1][1]:>24}"))
     heading = f"{'Spearman with accuracy at ε = ' + f'{epsilon:.4g}':<42}{'strong attack':>24}{'PGD-20':>24}"
     return [heading, *(line for _, line in sorted(lines, reverse=True))]
 
 
+def _spearman_of(values: Tensor, target: Tensor, rows: Tensor) -> Tensor:
+    """Return the rank correlation over some rows; 0 where one side is constant."""
+    return spearman(values[rows], target[rows]).nan_to_num(0.0)
+
+
 def differences(rows: list[Row], epsilons: Sequence[float]) -> list[str]:
-    """How far predicted accuracies, and PGD-20, are from the strong attack, in points."""
-    lines = [f"{'points above the strong attack':<42}{'mean absolute':>24}{'signed mean':>24}{'worst':>8}"]
+    """Return how far predictions and PGD-20 are from the strong attack, in percentage points."""
+    lines = [f"{'percentage points above strong attack':<42}{'mean absolute':>24}{'signed mean':>24}{'worst':>8}"]
     for kind in ("linearized", "linearized_order2", "adversarial"):
         for epsilon in (*epsilons, None):
             chosen = epsilons if epsilon is None else [epsilon]
@@ -112,12 +110,8 @@ def differences(rows: list[Row], epsilons: Sequence[float]) -> list[str]:
 
 
 def draw(rows: dict[str, Row], epsilons: Sequence[float], path: str) -> None:
-    """Draw predicted against attacked accuracy, a colour per ε."""
-    import matplotlib as mpl
-
-    mpl.use("agg")
-    import matplotlib.pyplot as plt
-
+    """Draw predicted against attacked accuracy, with a colour per ε."""
+    plt = pyplot()
     figure, panels = plt.subplots(1, 2, figsize=(8, 4), sharey=True, layout="constrained")
     for axes, (kind, title) in zip(
         panels, {"linearized": "order 1", "linearized_order2": "order 2"}.items(), strict=True
@@ -131,16 +125,21 @@ def draw(rows: dict[str, Row], epsilons: Sequence[float], path: str) -> None:
     panels[0].set(ylabel="predicted without an attack")
     panels[0].legend(frameon=False)
     figure.savefig(path, dpi=150)
+    plt.close(figure)
 
 
 def main() -> None:
-    """Measure, print, draw."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--zoo", choices=("digits", "epochs", "cifar"), default="digits")
-    parser.add_argument("--folder", help="of checkpoints, in place of training")
-    parser.add_argument("--num-samples", type=int, default=300)
-    parser.add_argument("--figure", help="also draw predicted against attacked accuracy, into this file")
-    options = parser.parse_args()
+    """Measure a zoo of classifiers, print tables and draw."""
+    arguments = parser(__doc__)
+    arguments.add_argument(
+        "--zoo", choices=("digits", "epochs", "cifar"), default="digits", help="classifiers to measure"
+    )
+    arguments.add_argument("--folder", help="folder of checkpoints, in place of training; needed by --zoo cifar")
+    arguments.add_argument("--num-samples", type=int, default=300, help="images per classifier")
+    arguments.add_argument("--figure", help="file to draw predicted against attacked accuracy into")
+    options = arguments.parse_args()
+    if options.zoo == "cifar" and not options.folder:
+        arguments.error("--zoo cifar needs --folder, a folder of weights")
     epsilons: Sequence[float] = (0.02, 0.05, 0.1)
     probes: Iterable[tuple[str, Probe]]
     if options.zoo == "cifar":
@@ -152,6 +151,7 @@ def main() -> None:
         train = zoo.digits_zoo if options.zoo == "digits" else zoo.epochs_of_one_run
         probes = train(num_samples=options.num_samples)
     rows: dict[str, Row] = {}
+    print("Accuracy: predicted, predicted with order=2, and measured under the strong attack\n")
     print(f"{'':<28}" + "".join(f"{f'ε = {epsilon:.4g}':>22}" for epsilon in epsilons))
     for name, probe in probes:
         rows[name] = row = measure(probe, epsilons)
@@ -161,9 +161,8 @@ def main() -> None:
             for key in keys
         )
         print(f"{name:<28}" + "".join(f"{cell:>22}" for cell in cells), flush=True)
-    print("(predicted, predicted with order 2, strong attack)\n")
     middle = epsilons[len(epsilons) // 2]
-    print("\n".join([*differences(list(rows.values()), epsilons), "", *correlations(list(rows.values()), middle)]))
+    print("\n".join(["", *differences(list(rows.values()), epsilons), "", *correlations(list(rows.values()), middle)]))
     if options.figure:
         draw(rows, epsilons, options.figure)
 

@@ -373,8 +373,7 @@ CALLEES: dict[str, Callee] = {
             "patience": integer(1),
             "warmup": integer(0),
             "reference": optional(number(anything)),
-            "rule": one_of("consecutive", "cusum"),
-            "combine": lambda value: value is None,  # with one key
+            "combine": one_of("any"),  # with one key
             "action": one_of("stop", "warn"),
             "restore_best_weights": is_boolean,
             "strict": is_boolean,
@@ -450,12 +449,11 @@ CALLEES: dict[str, Callee] = {
             "values": vector(anything),
             "stderrs": optional(vector(not_negative, count=2)),
             "higher_is_better": is_boolean,
-            "window": integer(1),
+            "patience": integer(1),
             "warmup": integer(0),
             "reference": optional(number(anything)),
             "tolerance": number(not_negative),
             "z": number(not_negative),
-            "rule": one_of("consecutive", "cusum"),
         },
     ),
     "pgd": Callee(
@@ -484,7 +482,7 @@ CALLEES: dict[str, Callee] = {
             "targets": optional(aims),
             "labels": optional(labels),
             **PATHS,
-            "mode": one_of("path", "poster"),
+            "mode": one_of("path", "unit_steps"),
             **UNITS,
             "chunk_size": optional(integer(1)),
         },

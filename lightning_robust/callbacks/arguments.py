@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from lightning_robust.functional._validation.arguments import as_number, as_numbers, expected_but_got
+from lightning_robust.functional._validation.arguments import as_numbers, expected_but_got
 from lightning_robust.functional.input_space.units import check_constant
 from lightning_robust.metrics import (
     METRICS,
@@ -54,17 +53,3 @@ def as_constant(
         return None
     numbers = check_constant(name, value, positive=positive)
     return numbers[0] if as_numbers(value) is None else numbers
-
-
-def as_weights(monitor: str | Sequence[str] | Mapping[str, float]) -> dict[str, float]:
-    """Return a weight for each key that is meant, 1 if none is given, or raise a ``ValueError``."""
-    expected = "a key, a list of different keys, or a mapping of keys to positive numbers"
-    keys = [monitor] if isinstance(monitor, str) else monitor
-    if not isinstance(keys, Mapping | Sequence) or not keys:
-        raise ValueError(expected_but_got("monitor", expected, monitor))
-    if not all(isinstance(key, str) and key for key in keys) or len(set(keys)) < len(keys):
-        raise ValueError(expected_but_got("monitor", expected, monitor))
-    weights = {key: as_number(keys[key]) if isinstance(keys, Mapping) else 1.0 for key in keys}
-    if not all(0 < weight < math.inf for weight in weights.values()):
-        raise ValueError(expected_but_got("monitor", expected, monitor))
-    return weights

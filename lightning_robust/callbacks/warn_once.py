@@ -1,4 +1,4 @@
-"""What the monitor says in a run: warnings, on rank zero, most of them once."""
+"""Warnings on rank zero, most of them once per run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ warnings.filterwarnings("always", category=RobustnessWarning, append=True)
 
 
 class WarnOnce:
-    """Remembers what has been said in a run."""
+    """Warns, and remembers the sentences of a run."""
 
     def __init__(self) -> None:
         self._said: set[str] = set()
@@ -26,20 +26,20 @@ class WarnOnce:
         self._said.clear()
 
     def warn(self, sentence: str) -> None:
-        """Say it."""
+        """Warn on rank zero."""
         rank_zero_warn(sentence, category=RobustnessWarning)
 
     def warn_here(self, sentence: str) -> None:
-        """Say what happened in this process, whichever it is, and may have happened in no other."""
+        """Warn in this process, whatever its rank: the cause may be in no other."""
         warnings.warn(sentence, category=RobustnessWarning, stacklevel=2)
 
     def once(self, *sentences: str) -> None:
-        """Say each of them that has not been said in this run."""
+        """Warn of each sentence that is new in this run."""
         for sentence in sentences:
             if sentence not in self._said:
                 self._said.add(sentence)
                 self.warn(sentence)
 
     def were(self, beginning: str) -> bool:
-        """Whether something with this beginning has been said."""
+        """Whether a sentence with this beginning has been said."""
         return any(sentence.startswith(beginning) for sentence in self._said)

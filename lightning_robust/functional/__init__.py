@@ -5,12 +5,8 @@ from lightning_robust.functional.curvature.hessian_trace import TraceEstimate, h
 from lightning_robust.functional.curvature.weight_curvature_index import weight_curvature_index
 from lightning_robust.functional.drift.rule import Drift, drift, drift_history, drifted_together
 from lightning_robust.functional.fisher_rao.class_shielding import ClassShielding, class_shielding
-from lightning_robust.functional.fisher_rao.paths import (
-    FisherRaoPaths,
-    fisher_rao_distance,
-    fisher_rao_margin_bound,
-    trace_fisher_rao_paths,
-)
+from lightning_robust.functional.fisher_rao.geometry import fisher_rao_distance, fisher_rao_margin_bound
+from lightning_robust.functional.fisher_rao.paths import FisherRaoPaths, trace_fisher_rao_paths
 from lightning_robust.functional.fisher_rao.ratios import Estimate
 from lightning_robust.functional.input_space.attacks import pgd
 from lightning_robust.functional.input_space.fisher_information import (

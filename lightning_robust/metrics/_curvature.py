@@ -1,4 +1,4 @@
-"""What the metrics of curvature share: one measurement, whose sums add up over batches and processes."""
+"""Base of the curvature metrics: one measurement whose sums add up over batches and processes."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from lightning_robust.probe import Attack, Probe
 
 
 class Curvature(NamedTuple):
-    """Everything that is known after all updates.
+    """Curvature of all samples of all processes.
 
     Attributes:
         sums: Traces as sums over samples.
-        norms: ``(L,)``, Frobenius norms of the weights, NaN for tensors of less than two dimensions.
+        norms: ``(L,)``, Frobenius norms of the weights, NaN for tensors with fewer than two dimensions.
     """
 
     sums: CurvatureSums
@@ -30,10 +30,10 @@ class Curvature(NamedTuple):
 
 
 class CurvatureMetric(ProbeMetric):
-    """Base of the metrics of curvature.
+    """Base of the curvature metrics.
 
-    State: ``B + L + 2 M B L`` numbers for M probes, B = 16 blocks of samples and L parameter tensors, and the names
-    of these, which a process without samples would not know.
+    State: ``B + L + 2 M B L`` numbers for M probes, B = 16 blocks of samples and L parameter tensors, and the names of
+    the tensors, because a process without samples does not know them.
 
     Args:
         estimator: See :func:`~lightning_robust.functional.hessian_trace`.
@@ -41,7 +41,7 @@ class CurvatureMetric(ProbeMetric):
         per_layer: Whether to return the value of each layer, too.
 
     Raises:
-        ValueError: If ``estimator`` is unknown or ``num_probes`` is not positive, or ``per_layer`` no boolean.
+        ValueError: If ``estimator`` is unknown, ``num_probes`` is not positive, or ``per_layer`` is not a boolean.
     """
 
     higher_is_better = False
@@ -76,11 +76,11 @@ class CurvatureMetric(ProbeMetric):
         self.rows, self.text = [row], [text]
 
     def _key(self, key: str) -> str:
-        """What is logged under ``key`` if it is of the Hessian, and under a name of its own if that is not known."""
+        """The key itself for the Hessian; a key of its own for the Gauss–Newton matrix."""
         return f"{key}_gauss_newton" if self.estimator == "gauss_newton" else key
 
     def _gathered(self) -> Curvature | None:
-        """The sums of all processes; None if none has seen a sample."""
+        """Curvature of all processes; None if no process has seen a sample."""
         text = text_of(dim_zero_cat(self.text)) if len(self.text) else ""
         if not text:
             return None
@@ -95,5 +95,5 @@ class CurvatureMetric(ProbeMetric):
 
 
 def stderr_of_probes(key: str, stderr: Tensor) -> dict[str, Tensor]:
-    """The part of an error that more probes would remove; left out where a single probe does not tell it."""
+    """The standard error that more probes would reduce; left out if it is unknown, after a single probe."""
     return {} if stderr.isnan() else {f"{key}_stderr_probes": stderr}

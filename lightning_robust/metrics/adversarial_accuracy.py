@@ -1,4 +1,4 @@
-"""Metric of accuracy under an attack: the reference curve that the other metrics predict without one."""
+"""Metric of accuracy under an attack: the reference that other metrics predict without an attack."""
 
 from __future__ import annotations
 
@@ -11,28 +11,30 @@ from lightning_robust.functional._validation.arguments import check_positive_int
 from lightning_robust.functional._validation.tensors import check_targets
 from lightning_robust.functional.input_space.attacks import Norm, check_norm
 from lightning_robust.metrics.base import ProbeMetric, error_bar_of_share, joined
-from lightning_robust.metrics.linearized_accuracy import accuracy_key, check_epsilons
+from lightning_robust.metrics.keys import accuracy_key
+from lightning_robust.metrics.linearized_accuracy import check_epsilons
 from lightning_robust.probe import Attack, Probe
 
 
 class AdversarialAccuracy(ProbeMetric):
     """Share of samples that are classified correctly under projected gradient descent; higher is more robust.
 
-    The attack starts at the sample itself, so that the same samples give the same value at every measurement and on any
-    number of processes. It costs ``steps`` forward and backward passes per ε: meant as a check, not as a monitor.
+    The attack starts at the sample itself, so the same samples give the same value at every measurement and on any
+    number of processes. Each ε costs ``steps`` forward and backward passes: use it as a check rather than a monitor.
 
     **Logged metrics** (each under the monitor's prefix, with ``_stderr``, ``_lower``, ``_upper``)
 
-    - ``adversarial_accuracy_<norm>_<ε as %.4g>``: accuracy under the attack of that size
+    - ``adversarial_accuracy_<norm>_<ε as %.4g>``: accuracy under an attack of that size
 
     Args:
-        epsilons: Sizes of the perturbation, in units of the un-normalised input if the probe has ``input_std``.
+        epsilons: Perturbation sizes, in units of the un-normalised input if the probe has ``input_std``.
         norm: ``"linf"`` or ``"l2"``.
-        steps: Gradient steps of each attack, of size 2.5 · ε / steps, within the probe's valid range if it has one.
+        steps: Number of gradient steps of each attack, of size 2.5 · ε / steps. The attack stays within the probe's
+            valid range if there is one.
 
     Raises:
-        ValueError: If ``epsilons`` is empty or holds a negative number, ``norm`` is unknown or ``steps`` is not
-            positive.
+        ValueError: If ``epsilons`` is empty, holds a negative number or two that agree in their first four digits,
+            ``norm`` is unknown, or ``steps`` is not positive.
 
     State: whether each sample is classified correctly at each ε.
 
@@ -54,7 +56,7 @@ class AdversarialAccuracy(ProbeMetric):
         self.norm = check_norm(norm)
         self.steps = steps
         self.add_configuration(self.epsilons, norm, steps)
-        self.add_float64_rows("correct")  # flat, as all rows are
+        self.add_float64_rows("correct")  # flat: len(epsilons) values per sample
 
     def _add(self, probe: Probe) -> None:
         correct, targets = [], check_targets(probe.targets, num_samples=len(probe))

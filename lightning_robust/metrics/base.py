@@ -1,10 +1,11 @@
-"""What all metrics share: they are updated with a probe, and put error bars under the same names."""
+"""The base of all metrics: updated with a probe, summed in float64, with error bars under common names."""
 
 from __future__ import annotations
 
 import hashlib
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -12,29 +13,30 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
+from lightning_robust.functional.fisher_rao.ratios import share_of_hits
 from lightning_robust.probe import Probe
 
 
 class Float64Metric(Metric, ABC):
-    """A metric whose states are float64, whatever becomes of the module that holds it.
+    """A metric whose states stay float64 when the module that holds it changes precision.
 
-    Sums then do not depend, beyond rounding that nobody sees, on how samples were spread over updates or processes.
+    Sums then do not depend, beyond negligible rounding, on how samples were spread over updates or processes.
     """
 
     full_state_update = False
 
     def add_float64_state(self, name: str, *shape: int, reduce: Literal["sum", "max"] = "sum") -> None:
-        """Add a tensor of zeros that is summed over processes, or of which the largest counts."""
+        """Add a tensor of zeros that is summed over processes, or whose maximum counts."""
         self.add_state(name, torch.zeros(shape, dtype=torch.float64), dist_reduce_fx=reduce)
 
     def reset(self) -> None:
-        """Forget all samples, also where an error within ``compute`` has left the states of all processes here."""
+        """Forget all samples, also after an error within ``compute`` has left the states of all processes here."""
         if self._is_synced:
             self.unsync()
         super().reset()
 
     def set_dtype(self, dst_type: str | torch.dtype) -> Float64Metric:
-        """Change nothing: sums of lower precision would depend on how samples are spread."""
+        """Change nothing: sums of lower precision would depend on how samples are spread over processes."""
         return self
 
     def add_float64_rows(self, name: str) -> None:
@@ -42,7 +44,7 @@ class Float64Metric(Metric, ABC):
         self.add_state(name, [], dist_reduce_fx="cat")
 
     def sync(self, *args: Any, **kwargs: Any) -> None:
-        """Gather the states of all processes, rows in one type; a process that has no rows yet sends none of them."""
+        """Gather the states of all processes, rows in one dtype; a process without rows sends an empty one."""
         for name, default in self._defaults.items():
             if isinstance(default, list):
                 rows = getattr(self, name) or [torch.zeros(0, dtype=torch.float64, device=self.device)]
@@ -56,13 +58,13 @@ class ProbeMetric(Float64Metric, ABC):
     ``compute()`` returns a flat dictionary of 0-d tensors, the most telling first; it is empty if no sample was seen.
 
     Attributes:
-        per_sample: After ``compute()``, what lies behind those of its values that are means over samples: by their
-            keys, (N,), process by process and in the order of the updates. It tells how well two measurements of the
-            same samples can be told apart.
+        per_sample: After ``compute()``, the per-sample values, (N,), of those keys that are means over samples, process
+            by process and in the order of the updates. They tell how well two measurements of the same samples can be
+            told apart.
     """
 
     is_differentiable = False
-    best_untrained = False  # whether a network that has learnt nothing has the best values
+    best_untrained = False  # whether values are best at initialisation
 
     def __init__(self) -> None:
         super().__init__()
@@ -83,8 +85,16 @@ class ProbeMetric(Float64Metric, ABC):
         self.add_state("configuration", torch.tensor(list(digest), dtype=torch.float64), dist_reduce_fx="max")
 
     def direction(self, key: str) -> bool | None:
-        """Whether higher values of one of its keys are better; None if that cannot be said."""
+        """Whether higher values of one of its keys are better; None if neither is."""
         return self.higher_is_better
+
+    def caveats(self, values: Mapping[str, float]) -> dict[str, str]:
+        """What a reader must know about the values of one measurement, as a clause that follows the key.
+
+        Args:
+            values: Everything that was measured, by key, ``num_samples`` included.
+        """
+        return {}
 
     def update(self, probe: Probe) -> None:
         """Add the samples of ``probe``. A probe without samples is valid and adds nothing.
@@ -104,7 +114,8 @@ class ProbeMetric(Float64Metric, ABC):
     def _add(self, probe: Probe) -> None: ...
 
     @abstractmethod
-    def compute(self) -> dict[str, Tensor]: ...
+    def compute(self) -> dict[str, Tensor]:
+        """Return the values over all samples, as the class docstring lists them."""
 
 
 def joined(rows: list[Tensor] | Tensor) -> Tensor:
@@ -123,9 +134,9 @@ def text_of(points: Tensor) -> str:
 
 
 def error_bar(key: str, mean: Tensor, stderr: Tensor) -> dict[str, Tensor]:
-    """A mean under ``key``, beside its standard error and the band of ± 2 standard errors that charts need as keys.
+    """A mean under ``key``, with its standard error and a band of ± 2 standard errors under keys that charts can plot.
 
-    The error is left out where one sample alone does not tell it.
+    A standard error of NaN, e.g. that of a single sample, is left out.
     """
     if stderr.isnan():
         return {key: mean}
@@ -138,18 +149,12 @@ def error_bar(key: str, mean: Tensor, stderr: Tensor) -> dict[str, Tensor]:
 
 
 def error_bar_of_mean(key: str, values: Tensor) -> dict[str, Tensor]:
-    """The same for the mean of the samples' values, (N,)."""
+    """Error bar of the mean of one value per sample (N,)."""
     n = len(values)
     return error_bar(key, values.mean(), values.std() / math.sqrt(n) if n > 1 else values.new_tensor(math.nan))
 
 
 def error_bar_of_share(key: str, hits: Tensor) -> dict[str, Tensor]:
-    """The same for a share of hits among N samples, 0 or 1 each, (N,).
-
-    The standard error is that of Agresti & Coull (1998): two successes and two failures are added for the error, not
-    for the share, because the plain formula says that a share of 0 or 1 is known exactly. The band stays within both.
-    """
-    n, count = len(hits), hits.sum()
-    smoothed = (count + 2) / (n + 4)
-    values = error_bar(key, count / n, (smoothed * (1 - smoothed) / (n + 4)).sqrt())
-    return {name: value.clamp(0, 1) for name, value in values.items()}
+    """Error bar, within 0 and 1, of the share of hits among N samples, 0 or 1 each (N,)."""
+    share = share_of_hits(hits)
+    return {name: value.clamp(0, 1) for name, value in error_bar(key, share.value, share.stderr).items()}

@@ -1,4 +1,4 @@
-"""Metric of Fisher–Rao margins: how far predictions must travel before the class changes, and who stands in the way."""
+"""Metric of Fisher–Rao margins: how far predictions travel until the class changes, and which classes intervene."""
 
 from __future__ import annotations
 
@@ -18,45 +18,45 @@ _QUANTITIES = ("margin", "bound", "excess", "l2", "linf", "shielded", "unreached
 
 
 class FisherRaoMargin(ProbeMetric):
-    """Length of natural-gradient paths on the simplex until the class changes, and what stands in their way.
+    """Length of natural-gradient paths on the simplex until the class changes, and which classes are in the way.
 
-    From each sample paths aim at the other classes. That costs dozens of backward passes for each of them: meant for a
-    monitor of its own that measures few samples every n epochs.
+    Paths from each sample aim at the other classes. Each path costs dozens of backward passes, so give this metric a
+    monitor of its own that measures a few samples every n epochs.
 
-    The margin compares classes of one network. It does not tell robust networks from others: it grows with their
-    confidence, towards π/2. How far the inputs must move, ``…_l2`` and ``…_linf``, does.
+    The margin compares classes of one network. It does not separate robust networks from others, because it grows with
+    confidence, towards π/2. The distances that the inputs must move, ``…_l2`` and ``…_linf``, do.
 
     **Logged metrics** (each under the monitor's prefix)
 
-    - ``fisher_rao_margin``: mean margin over all paths that leave their class, in nats, 0 where misclassified, with
-      ``_stderr``, ``_lower``, ``_upper``
-    - ``fisher_rao_margin_bound``: mean of what these paths cannot fall short of. It depends on the predictions alone,
+    - ``fisher_rao_margin``: mean margin in nats over all paths that leave their class, with 0 for misclassified
+      samples, with ``_stderr``, ``_lower``, ``_upper``
+    - ``fisher_rao_margin_bound``: mean lower bound of the lengths of these paths. It depends on the predictions alone
       and is close to π/2 in a confident network.
-    - ``fisher_rao_margin_excess``: the one divided by the other, ≥ 1: what detour the network makes the paths take,
-      with ``_stderr``, ``_lower``, ``_upper``
-    - ``fisher_rao_margin_l2``, ``fisher_rao_margin_linf``: mean Euclidean distance of the ends of these paths from
-      their samples, and mean largest change of a feature, in units of the un-normalised input, 0 where misclassified,
-      with ``_stderr``, ``_lower``, ``_upper``; higher is more robust
-    - ``shielded``: share of the paths that first enter another class than the one aimed at, among those of correctly
+    - ``fisher_rao_margin_excess``: mean margin divided by mean bound, ≥ 1: the detour that the network forces on the
+      paths, with ``_stderr``, ``_lower``, ``_upper``
+    - ``fisher_rao_margin_l2``, ``fisher_rao_margin_linf``: mean Euclidean distance from the samples to the ends of
+      these paths, and mean largest change of a feature, in units of the un-normalised input, with 0 for misclassified
+      samples, with ``_stderr``, ``_lower``, ``_upper``; higher is more robust
+    - ``shielded``: share of paths that first enter a class other than the one aimed at, among the paths of correctly
       classified samples that leave their class, with ``_stderr``, ``_lower``, ``_upper``
-    - ``fisher_rao_margin_unreached``: share of paths that have not left their class, which count in nothing else
-    - ``fisher_rao_margin/<class>``, ``shielded/<class>``: of the paths from each class
+    - ``fisher_rao_margin_unreached``: share of paths that do not leave their class; no other value includes them
+    - ``fisher_rao_margin/<class>``, ``shielded/<class>``: values of the paths from each class
 
-    Standard errors are over samples: paths of one sample are no independent draws.
+    Standard errors are over samples, because paths of one sample are not independent draws.
 
     Args:
-        num_targets: Aim at so many of the most probable other classes of each sample; by default at all of them.
-        damping: See :func:`~lightning_robust.functional.trace_fisher_rao_paths`, as for the following.
-        step_length: See there.
-        max_euclidean_step: See there.
-        max_steps: See there.
-        solver: See there.
-        per_class: Whether to return the values of each class, too.
+        num_targets: Number of most probable other classes of each sample to aim at; by default all of them.
+        damping: See :func:`~lightning_robust.functional.trace_fisher_rao_paths`.
+        step_length: See :func:`~lightning_robust.functional.trace_fisher_rao_paths`.
+        max_euclidean_step: See :func:`~lightning_robust.functional.trace_fisher_rao_paths`.
+        max_steps: See :func:`~lightning_robust.functional.trace_fisher_rao_paths`.
+        solver: See :func:`~lightning_robust.functional.trace_fisher_rao_paths`.
+        per_class: Whether to return the values of each class as well.
 
     Raises:
         ValueError: If an option has a wrong value.
 
-    State: sums for each class, ``42 C`` numbers.
+    State: sums for each class, ``42 C`` numbers in total.
 
     Source: De & Säfken, "The Myth of Robust Classes"; bound and excess are ours.
     """
@@ -88,11 +88,11 @@ class FisherRaoMargin(ProbeMetric):
         )
         self.per_class = check_boolean("per_class", per_class)
         self.add_configuration(num_targets, self.options)
-        self.add_float64_rows("rows")  # one row, flat: a process without samples knows no number of classes
+        self.add_float64_rows("rows")  # one row, flat: a process without samples does not know C
         self.add_float64_state("num_classes", reduce="max")
 
     def direction(self, key: str) -> bool | None:
-        """Distances are better the longer they are; nobody can say so of margins, detours and shields."""
+        """Larger distances are better; margins, detours and shields have no better direction."""
         return True if key.startswith(("fisher_rao_margin_l2", "fisher_rao_margin_linf")) else None
 
     def _add(self, probe: Probe) -> None:
@@ -106,7 +106,7 @@ class FisherRaoMargin(ProbeMetric):
         self.num_classes = torch.full_like(self.num_classes, c)
 
     def compute(self) -> dict[str, Tensor]:
-        """Return the statistics over all samples, as the class docstring lists them."""
+        """Return the statistics over all samples that the class docstring lists."""
         c = int(self.num_classes)
         if c == 0:
             return {}
@@ -122,11 +122,11 @@ class FisherRaoMargin(ProbeMetric):
         if self.per_class:
             for key, quantity in (("fisher_rao_margin", "margin"), ("shielded", "shielded")):
                 values |= {f"{key}/{label}": value for label, value in enumerate(of_class[quantity].value)}
-        return {key: value for key, value in values.items() if not value.isnan()}  # of which there are no paths
+        return {key: value for key, value in values.items() if not value.isnan()}  # NaN: no such paths
 
 
 def _sums(paths: FisherRaoPaths) -> Tensor:
-    """What the ratios of all quantities follow from, (6, quantities, C)."""
+    """Sums (6, quantities, C) from which the ratios of all quantities follow."""
     of_samples = sums_of_samples(paths)
     in_class = F.one_hot(paths.source, paths.logits.shape[2]).double()[:, None]  # (N, 1, C)
     pairs = (torch.stack([of_samples[name][side] for name in _QUANTITIES], dim=1) for side in (0, 1))

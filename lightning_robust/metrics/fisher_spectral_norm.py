@@ -1,4 +1,4 @@
-"""Metric of the input Fisher information: never one statistic alone."""
+"""Metric of the input Fisher information, always with several statistics: no single one can be trusted."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ class FisherSpectralNorm(ProbeMetric):
 
     - ``fim_spectral_norm``: mean over samples, with ``_stderr``, ``_lower``, ``_upper``
     - ``fim_spectral_norm_median``, ``_p95``, ``_max``: other statistics of the same values. The median of a confident
-      network is near 0 whatever its robustness; it is here to show that, not to be trusted.
+      network is near 0 however robust the network is. It is logged to show this, not as a measure of robustness.
     - ``fim_spectral_norm_calibrated``: mean at the fitted temperature, with ``_stderr``, ``_lower``, ``_upper``
     - ``fim_trace``: mean trace
-    - ``temperature``: fitted on the same samples by minimising their negative log-likelihood
-    - ``saturated``: share of samples with a probability above 0.999, on which λ says little
+    - ``temperature``: temperature that minimises the negative log-likelihood of the same samples
+    - ``saturated``: share of samples with a probability above 0.999, whose λ says little
 
-    Units: squared nats per squared input unit. ``input_std`` of the probe makes that the un-normalised input.
+    Units: squared nats per squared input unit, un-normalised if the probe has ``input_std``.
 
-    State: target, logits and upper half of the Gram matrix of each sample, because the temperature is fitted on all
-    samples of all processes: ``1 + C + C(C + 1)/2`` numbers per sample.
+    State: target, logits and upper triangle of the Gram matrix of each sample, ``1 + C + C(C + 1)/2`` numbers, because
+    the temperature is fitted to all samples of all processes.
 
     Source: arXiv 2606.04767; the calibration is ours.
     """
@@ -44,7 +44,7 @@ class FisherSpectralNorm(ProbeMetric):
 
     def __init__(self) -> None:
         super().__init__()
-        self.add_float64_rows("rows")  # flat: a process without samples knows no number of classes
+        self.add_float64_rows("rows")  # flat, because a process without samples does not know C
         self.add_float64_state("num_classes", reduce="max")
 
     def _add(self, probe: Probe) -> None:
@@ -60,7 +60,7 @@ class FisherSpectralNorm(ProbeMetric):
         self.num_classes = torch.full_like(self.num_classes, c)
 
     def compute(self) -> dict[str, Tensor]:
-        """Return the statistics over all samples, as the class docstring lists them."""
+        """Return the statistics over all samples that the class docstring lists."""
         c = int(self.num_classes)
         if c == 0:
             return {}

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import Tensor
 
 from lightning_robust.metrics._curvature import CurvatureMetric, stderr_of_probes
 from lightning_robust.metrics.base import error_bar
+
+_FEW_SAMPLES = 10  # fewer leave a large error with any number of probes
 
 
 class HessianTrace(CurvatureMetric):
@@ -13,27 +17,27 @@ class HessianTrace(CurvatureMetric):
 
     **Logged metrics** (each under the monitor's prefix)
 
-    - ``hessian_trace``: of all trained parameters together, with ``_stderr``, ``_lower``, ``_upper``: the error from
-      the choice of samples, probes included
-    - ``hessian_trace_stderr_probes``: the error from the choice of probes alone, which ``num_probes`` lowers
-    - ``hessian_trace/<parameter>``: of each parameter tensor; they add up to the whole
-    - with ``estimator="gauss_newton"`` the same as ``hessian_trace_gauss_newton``, because on networks that are not
-      piecewise linear it is another matrix
+    - ``hessian_trace``: trace over all trained parameters, with ``_stderr``, ``_lower``, ``_upper``: the error from the
+      choice of samples and probes
+    - ``hessian_trace_stderr_probes``: the error from the choice of probes alone, which more ``num_probes`` reduce
+    - ``hessian_trace/<parameter>``: trace of each parameter tensor; they add up to the total
+    - with ``estimator="gauss_newton"`` all of these under ``hessian_trace_gauss_newton``, because the matrix differs on
+      networks that are not piecewise linear
 
     Units: loss per squared unit of weight.
 
-    State: see the base class; it grows with the number of layers, not with that of parameters or samples.
+    State: see the base class; it grows with the number of layers, but not of parameters or samples.
 
     Args:
         estimator: ``"auto"``, ``"gauss_newton"`` or ``"hutchinson"``, see
             :func:`~lightning_robust.functional.hessian_trace`.
-        num_probes: Probes per sample. Two are plenty for piecewise linear networks and 32 samples or more; with fewer
-            samples they are too few for an honest error bar. On other networks they leave an error of some 3 to 30 %,
-            the same at every measurement, so that differences along a curve are known better.
+        num_probes: Probes per sample. Two are plenty for piecewise linear networks and at least 32 samples; with fewer
+            samples the error bar is too small. On other networks two probes leave an error of 3 to 30 %, the same at
+            every measurement, so differences along a curve are known better.
         per_layer: Whether to return the value of each parameter tensor, too.
 
     Raises:
-        ValueError: If ``estimator`` is unknown or ``num_probes`` is not positive, or ``per_layer`` no boolean.
+        ValueError: If ``estimator`` is unknown, ``num_probes`` is not positive, or ``per_layer`` is not a boolean.
 
     Source: Hutchinson 1989; PyHessian (arXiv 1912.07145); the estimator is ours.
     """
@@ -50,3 +54,21 @@ class HessianTrace(CurvatureMetric):
         if self.per_layer:
             values |= {f"{key}/{name}": trace for name, trace in zip(sums.names, sums.means(), strict=True)}
         return values
+
+    def caveats(self, values: Mapping[str, float]) -> dict[str, str]:
+        """Say so if the trace is mostly noise of probes.
+
+        Args:
+            values: Logged values by key, with the number of samples under ``num_samples``.
+
+        Returns:
+            Sentences to be read after the key that they belong to.
+        """
+        trace, noise = values.get("hessian_trace", 0.0), values.get("hessian_trace_stderr_probes", 0.0)
+        if not (noise > abs(trace) and values.get("num_samples", 0) >= _FEW_SAMPLES):
+            return {}
+        return {
+            "hessian_trace": "is mostly noise of random probes (`…_stderr_probes`), the same at every measurement."
+            " `HessianTrace(num_probes=32)` has a quarter of it. torch's own losses (modules, functions and"
+            " `functools.partial` of them, but not lambdas) need fewer probes than custom ones."
+        }

@@ -1,4 +1,4 @@
-"""Metric of robust accuracy, predicted by linearised margins, without an attack."""
+"""Metric of robust accuracy, predicted from linearised margins without an attack."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from lightning_robust.functional._validation.tensors import check_finite
 from lightning_robust.functional.input_space.attacks import Norm, check_norm
 from lightning_robust.functional.input_space.linearized_margin import linearized_margin, linearized_margin_linf
 from lightning_robust.metrics.base import ProbeMetric, error_bar_of_mean, error_bar_of_share, joined
+from lightning_robust.metrics.keys import accuracy_key
 from lightning_robust.probe import Probe
 
 DEFAULT_EPSILONS = (1 / 255, 2 / 255, 4 / 255, 8 / 255)
@@ -25,22 +26,22 @@ class LinearizedAccuracy(ProbeMetric):
     **Logged metrics** (each under the monitor's prefix, each with ``_stderr``, ``_lower``, ``_upper``)
 
     - ``linearized_accuracy_<norm>_<ε as %.4g>``: predicted robust accuracy at that ε
-    - ``linearized_accuracy_<norm>_0``: clean accuracy, on the same samples
-    - ``linearized_margin_<norm>``: mean margin, 0 where misclassified. It is infinite, and so not logged, as soon as
-      one correctly classified sample has no gradient at all.
-    - ``linearized_margin_<norm>_clipped``: mean margin clipped at twice the largest ε, which no single sample can move
-      far: a smooth form of the predicted accuracy
+    - ``linearized_accuracy_<norm>_0``: clean accuracy on the same samples
+    - ``linearized_margin_<norm>``: mean margin, with 0 for misclassified samples. A single correctly classified sample
+      without any gradient makes it infinite; it is then not logged.
+    - ``linearized_margin_<norm>_clipped``: mean of margins clipped at twice the largest ε, so that no single sample can
+      dominate: a smooth version of the predicted accuracy
 
     Args:
-        epsilons: Sizes of the perturbation, in units of the un-normalised input if the probe has ``input_std``.
+        epsilons: Perturbation sizes, in units of the un-normalised input if the probe has ``input_std``.
         norm: ``"linf"`` or ``"l2"``.
         order: 2 linearises once more, close to the predicted boundary, at twice the cost (see
-            :func:`~lightning_robust.functional.relinearize`), and logs as ``linearized_order2_accuracy…`` and
-            ``linearized_order2_margin…``. It is closer to attacks on deep standard networks.
+            :func:`~lightning_robust.functional.relinearize`), and logs ``linearized_order2_accuracy…`` and
+            ``linearized_order2_margin…``. On deep standard networks these are closer to the results of attacks.
 
     Raises:
-        ValueError: If ``epsilons`` is empty, holds a negative number, ``norm`` is unknown, or ``order`` is neither 1
-            nor 2.
+        ValueError: If ``epsilons`` is empty, holds a negative number or two that agree in their first four digits,
+            ``norm`` is unknown, or ``order`` is neither 1 nor 2.
 
     State: the margin of each sample.
 
@@ -75,7 +76,7 @@ class LinearizedAccuracy(ProbeMetric):
         self.margins.append(margins.to(self.device, torch.float64))
 
     def compute(self) -> dict[str, Tensor]:
-        """Return the statistics over all samples, as the class docstring lists them."""
+        """Return the statistics over all samples that the class docstring lists."""
         margins = joined(self.margins)
         if len(margins) == 0:
             return {}
@@ -94,14 +95,9 @@ class LinearizedAccuracy(ProbeMetric):
         return values
 
 
-def accuracy_key(kind: str, norm: str, epsilon: float) -> str:
-    """Name of an accuracy at one perturbation size."""
-    return f"{kind}_accuracy_{norm}_{epsilon:.4g}"
-
-
 def check_epsilons(epsilons: Sequence[float]) -> tuple[float, ...]:
     """Return ``epsilons`` as a tuple, or raise a ``ValueError``."""
-    values = [value + 0.0 for value in as_numbers(epsilons) or []]  # -0.0 would have a key of its own
+    values = [value + 0.0 for value in as_numbers(epsilons) or []]  # -0.0 becomes 0.0, or its key would differ
     if not values or not all(0 <= value < math.inf for value in values):
         raise ValueError(expected_but_got("epsilons", "a list of at least one finite number ≥ 0", epsilons))
     if len({f"{value:.4g}" for value in values}) < len(values):

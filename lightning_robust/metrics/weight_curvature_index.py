@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
@@ -20,21 +21,21 @@ from lightning_robust.probe import Attack
 class WeightCurvatureIndex(CurvatureMetric):
     """``Σ_k ‖W_k‖_F √(tr H_k)`` over weight tensors with at least two dimensions; lower is more robust.
 
-    Measured together with :class:`HessianTrace`: the same estimator and number of probes cost no further pass.
+    With the same estimator and number of probes as :class:`HessianTrace`, both share one measurement.
 
     **Logged metrics** (each under the monitor's prefix)
 
-    - ``wci``: with ``_stderr``, ``_lower``, ``_upper``: the error from the choice of samples, probes included, by the
-      delta method
+    - ``wci``: the index, with ``_stderr``, ``_lower``, ``_upper``: the error from the choice of samples and probes, by
+      the delta method
     - ``wci_stderr_probes``: the error from the choice of probes alone
-    - ``wci_negative_layers``: how many of its layers have a trace below 0, and count as 0
-    - ``wci/<parameter>``: the term of each weight tensor; they add up to the whole
-    - with ``attack`` the same as ``adversarial_wci``, ``adversarial_wci_stderr`` and so on
-    - with ``estimator="gauss_newton"`` as ``wci_gauss_newton`` or ``adversarial_wci_gauss_newton``
+    - ``wci_negative_layers``: how many layers have a negative trace and count as 0
+    - ``wci/<parameter>``: the term of each weight tensor; they add up to the index
+    - with ``attack`` all of these under ``adversarial_wci``
+    - with ``estimator="gauss_newton"`` under ``wci_gauss_newton`` or ``adversarial_wci_gauss_newton``
 
-    On smooth networks the loss of attacked inputs can be curved downwards in most layers, which then count as 0 and
-    make the index worthless: ``wci_negative_layers`` says so, and ``estimator="gauss_newton"``, which is never
-    negative, is the way out.
+    On smooth networks and attacked inputs most layers can have negative curvature. They count as 0, which makes the
+    index meaningless: check ``adversarial_wci_negative_layers``, or use ``estimator="gauss_newton"``, which is never
+    negative.
 
     Units: square root of the loss.
 
@@ -45,10 +46,11 @@ class WeightCurvatureIndex(CurvatureMetric):
             :func:`~lightning_robust.functional.hessian_trace`.
         num_probes: Probes per sample.
         per_layer: Whether to return the term of each weight tensor, too.
-        attack: Takes the loss on inputs attacked by ``"pgd"``, as the source does, or by ``"fgsm"``, its single step.
+        attack: Measures the loss on inputs attacked by ``"pgd"``, as the source does, or by ``"fgsm"``, a single step
+            of PGD.
         epsilon: Size of the attack, in units of the un-normalised input if the probe has ``input_std``.
-        norm: Of the attack, ``"linf"`` or ``"l2"``.
-        steps: Of PGD.
+        norm: Norm of the attack, ``"linf"`` or ``"l2"``.
+        steps: Number of steps of PGD.
 
     Raises:
         ValueError: If an argument has a wrong value.
@@ -78,12 +80,16 @@ class WeightCurvatureIndex(CurvatureMetric):
             self.attack = Attack(size, norm, steps if attack == "pgd" else 1)
             self.add_configuration(estimator, num_probes, self.attack)
 
+    @property
+    def _index(self) -> str:
+        return "wci" if self.attack is None else "adversarial_wci"
+
     def compute(self) -> dict[str, Tensor]:
         """Return the index over all samples, as the class docstring lists it."""
         curvature = self._gathered()
         if curvature is None:
             return {}
-        key = self._key("wci" if self.attack is None else "adversarial_wci")
+        key = self._key(self._index)
         sums, norms = curvature.sums, curvature.norms.nan_to_num(nan=0.0)
         counted, traces = curvature.norms.isfinite(), sums.means()
         terms = curvature_terms(norms, traces)
@@ -93,7 +99,7 @@ class WeightCurvatureIndex(CurvatureMetric):
 
         by_samples = sums.combined(linearised(sums.sample_stderr())).sample_stderr()[0]
         by_probes = sums.combined(linearised(sums.probe_stderr())).probe_stderr()[0]
-        by_samples = torch.maximum(by_samples, by_probes.nan_to_num(nan=0.0))  # they were linearised otherwise
+        by_samples = torch.maximum(by_samples, by_probes.nan_to_num(nan=0.0))  # each has a linearisation of its own
         values = {name: value.clamp_min(0) for name, value in error_bar(key, terms.sum(), by_samples).items()}
         values |= stderr_of_probes(key, by_probes)
         values[f"{key}_negative_layers"] = (counted & (traces < 0)).sum().to(terms)
@@ -101,3 +107,23 @@ class WeightCurvatureIndex(CurvatureMetric):
             layers = zip(sums.names, terms, counted, strict=True)
             values |= {f"{key}/{name}": term for name, term, is_counted in layers if is_counted}
         return values
+
+    def caveats(self, values: Mapping[str, float]) -> dict[str, str]:
+        """Say so if layers of negative curvature make the index unreliable.
+
+        Args:
+            values: Logged values by key.
+
+        Returns:
+            Sentences to be read after the key that they belong to.
+        """
+        key = self._index
+        negative, stderr = values.get(f"{key}_negative_layers", 0.0), values.get(f"{key}_stderr", 0.0)
+        if not (negative > 0 and stderr > 0.5 * values[key]):
+            return {}
+        remedy = "" if self.attack is None else " or a smaller `epsilon`"
+        return {
+            key: "is not to be trusted: the curvature of some layers of this network (`…_negative_layers`) is negative,"
+            " truly or by noise of probes, and counts as 0. `WeightCurvatureIndex(estimator='gauss_newton')` is never"
+            f" negative; more `num_probes`{remedy} may help, too."
+        }

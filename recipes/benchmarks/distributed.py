@@ -2,9 +2,9 @@
 
     python -m recipes.benchmarks.distributed
 
-The default metrics of the monitor on a ResNet of random weights, one thread per process, gathering of the states
-included. Wall time; each round times one process alone (the other waits) and then both, so that a busy machine slows
-both ways; medians over rounds. It takes as many free cores as processes.
+Measures the wall time of the monitor's default metrics on a ResNet with random weights, with one thread per process,
+and includes gathering the states. Each round times one process alone, while the others wait, and then all together, so
+that a busy machine slows both; the ratio is the median over rounds. Needs as many free cores as processes.
 """
 
 from __future__ import annotations
@@ -20,11 +20,13 @@ from torch import distributed
 from torch.multiprocessing.spawn import spawn
 
 from lightning_robust import FisherSpectralNorm, HessianTrace, LinearizedAccuracy, Probe, WeightCurvatureIndex
+from recipes.benchmarks.timing import median_and_range
+from recipes.common.command_line import parser
 from recipes.common.networks import CifarResNet, initialised
 
 
 def measure(probes: list[Probe], *, together: bool) -> None:
-    """Show this process's probes to the metrics and compute them, from the states of all processes or of this one."""
+    """Update the metrics with this process's probes and compute them, from all processes' states or from its own."""
     for kind in (FisherSpectralNorm, LinearizedAccuracy, HessianTrace, WeightCurvatureIndex):
         metric = kind()
         metric.distributed_available_fn = lambda: together
@@ -34,7 +36,7 @@ def measure(probes: list[Probe], *, together: bool) -> None:
 
 
 def seconds(probes: list[Probe], *, alone: bool) -> float:
-    """Wall time until all processes have ended; alone, the first one measures and the others wait."""
+    """Return the wall time until all processes are done; ``alone``, the first one measures while the others wait."""
     distributed.barrier()
     start = time.perf_counter()
     if not alone or distributed.get_rank() == 0:
@@ -44,7 +46,7 @@ def seconds(probes: list[Probe], *, alone: bool) -> float:
 
 
 def process(rank: int, port: int, options: argparse.Namespace) -> None:
-    """Take part in all rounds; the first process prints."""
+    """Take part in all rounds; process 0 prints."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     distributed.init_process_group(
@@ -69,23 +71,20 @@ def process(rank: int, port: int, options: argparse.Namespace) -> None:
         print(f"ResNet-{options.depth}, {options.samples} images, default metrics, one thread per process")
         print(f"  one process  {statistics.median(one for one, _ in rounds[1:]):6.2f} s")
         print(f"  {options.processes} processes  {statistics.median(several for _, several in rounds[1:]):6.2f} s")
-        print(
-            f"  ratio: median {statistics.median(ratios):.2f} (from {min(ratios):.2f} to {max(ratios):.2f}"
-            f" in {len(ratios)} rounds)"
-        )
+        print(f"  ratio: {median_and_range(ratios, digits=2)}")
     distributed.barrier()
     distributed.destroy_process_group()
 
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--samples", type=int, default=256)
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--depth", type=int, default=20)
-    parser.add_argument("--rounds", type=int, default=5)
-    options = parser.parse_args()
+    arguments = parser(__doc__)
+    arguments.add_argument("--processes", type=int, default=2, help="number of processes")
+    arguments.add_argument("--samples", type=int, default=256, help="images that they measure together")
+    arguments.add_argument("--batch-size", type=int, default=64, help="images in a batch")
+    arguments.add_argument("--depth", type=int, default=20, help="depth of the ResNet, 6n + 2")
+    arguments.add_argument("--rounds", type=int, default=5, help="rounds of measurements")
+    options = arguments.parse_args()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

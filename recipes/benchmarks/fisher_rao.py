@@ -3,15 +3,15 @@
     python -m recipes.benchmarks.fisher_rao
     python -m recipes.benchmarks.fisher_rao --images DATA/cifar10_test_1000_dev.npz --weights DATA/…_resnet20.pth
 
-CPU time of one thread, each round timing the two one after the other, so that a busy machine slows both; medians over
-rounds. The loop is what one writes first: one path after the other, Euler steps, each by conjugate gradients with
-products of the Fisher matrix from torch.func, the crossing by bisection. Its steps are half as long, because Euler's
-method takes that to be as accurate; how accurate both are is measured against steps eight times shorter.
+Measures CPU time of one thread. Each round times the two right after each other, so that a busy machine slows both, and
+the ratio is the median over rounds. The loop is a straightforward implementation: one path at a time, by Euler steps,
+with conjugate gradients on Fisher-vector products from torch.func, and bisection for the crossing. Its steps are half
+as long, because Euler's method needs that for the same accuracy. The accuracy of both is measured against steps eight
+times shorter.
 """
 
 from __future__ import annotations
 
-import argparse
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from torch.func import jvp, vjp
 
 from lightning_robust.functional import fisher_rao_distance, trace_fisher_rao_paths
-from recipes.benchmarks.linearize import cpu_seconds
-from recipes.common.images import evenly, normalised, read_images
-from recipes.common.networks import CifarResNet, initialised
-from recipes.common.zoo import IMAGENET, with_weights
+from recipes.benchmarks.timing import cpu_seconds, median_and_range
+from recipes.common.command_line import parser
+from recipes.common.images import IMAGENET, evenly, normalised, read_images
+from recipes.common.networks import CifarResNet, initialised, with_weights
 
-# of the loop: half of the defaults of the package
+# steps of the loop: half of the package's defaults
 STEP_LENGTH, SHARE_OF_THE_WAY, HALVINGS = 0.2, 0.125, 20
 _RESIDUAL, _ITERATIONS = 1e-5, 40
 
@@ -34,7 +34,7 @@ _RESIDUAL, _ITERATIONS = 1e-5, 40
 def natural_step(
     logits_of: Callable[[Tensor], Tensor], x: Tensor, contrast: Tensor, damping: float, longest: float
 ) -> Tensor:
-    """One step of a single path, (1, ...): ``(G + λI)⁻¹ g`` by conjugate gradients, cut to its length."""
+    """Return a step of a single path, (1, ...): ``(G + λI)⁻¹ g`` by conjugate gradients, cut to its length."""
     z, pull = vjp(logits_of, x)[:2]
     p = z.softmax(dim=1)
 
@@ -64,7 +64,7 @@ def natural_step(
 
 
 def one_path(network: nn.Module, x: Tensor, source: int, target: int, *, max_steps: int) -> float:
-    """Length of the path of one image, (1, ...), towards one of ten classes."""
+    """Return the length of the path of one image, (1, ...), towards one of ten classes."""
 
     def logits_of(points: Tensor) -> Tensor:
         logits: Tensor = network(points)
@@ -94,14 +94,16 @@ def one_path(network: nn.Module, x: Tensor, source: int, target: int, *, max_ste
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--num-images", type=int, default=10)
-    parser.add_argument("--depth", type=int, default=20)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--max-steps", type=int, default=100, help="of a path; the loop takes twice as many")
-    parser.add_argument("--images", help="file with arrays x and y; random ones by default")
-    parser.add_argument("--weights", help="of the network; random ones by default")
-    options = parser.parse_args()
+    arguments = parser(__doc__)
+    arguments.add_argument("--num-images", type=int, default=10, help="number of images, with nine paths each")
+    arguments.add_argument("--depth", type=int, default=20, help="depth of the ResNet, 6n + 2")
+    arguments.add_argument("--rounds", type=int, default=3, help="rounds of measurements")
+    arguments.add_argument(
+        "--max-steps", type=int, default=100, help="most steps of a path; the loop may take twice that"
+    )
+    arguments.add_argument("--images", help="npz file with arrays x and y; without it, random images")
+    arguments.add_argument("--weights", help="file with the network's weights; without it, random weights")
+    options = arguments.parse_args()
     torch.set_num_threads(1)
     network = initialised(CifarResNet(options.depth), seed=0).eval().requires_grad_(requires_grad=False)
     images = torch.rand(options.num_images, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -136,8 +138,7 @@ def main() -> None:
         error = (margins[name] - truth).abs()
         typical, mean = float(error.median()), float(error.mean())
         print(f"  {name:10}  {speed:6.2f} paths per second, absolute error {typical:.4f} (median), {mean:.4f} (mean)")
-    spread = f"from {min(ratios):.1f} to {max(ratios):.1f}, {len(ratios)} rounds"
-    print(f"  ratio: median {statistics.median(ratios):.1f} ({spread})")
+    print(f"  ratio: {median_and_range(ratios)}")
 
 
 if __name__ == "__main__":

@@ -1,29 +1,28 @@
-"""How long does the trace of the Hessian take, to a standard error of 5 %, here, in PyHessian and in curvlinops?
+"""How long does the Hessian trace take, to a standard error of 5 %, in this package, PyHessian and curvlinops?
 
     python -m recipes.benchmarks.hessian_trace
 
-Hessian of the mean loss of a batch with respect to the weights of a ResNet-20, trained on CIFAR-10 where the folder
-``LIGHTNING_ROBUST_DATA`` has it, else shortly on digits. CPU time of one thread; each round runs all, one by one.
-Ours finds out by itself when to stop. The others are told how many products with a matrix they need, which its
-eigenvalues determine: ``2 Σλ² / (rtol Σλ)²`` for Hutchinson's estimator, and for Hutch++ and XTrace what brings the
-root mean square error of 200 runs on the diagonal matrix of eigenvalues below ``rtol``. They are those of the
-Gauss–Newton matrix (GGN). The Hessian, of the same trace and a larger norm, is granted the same numbers.
+Measures CPU time of one thread. The matrix is the Hessian of a batch's mean loss with respect to the weights of a
+ResNet-20. It is trained on CIFAR-10 if the folder ``LIGHTNING_ROBUST_DATA`` has its weights, and otherwise briefly on
+digits. Each round runs all estimators in turn.
 
-BackPACK is left out: its exact diagonal, three to four times as slow as ours, needs a network of modules it knows.
+This package decides by itself when to stop. The others are told how many matrix-vector products they need. That follows
+from the eigenvalues of the Gauss–Newton matrix (GGN): ``2 Σλ² / (rtol Σλ)²`` for Hutchinson's estimator, and for
+Hutch++ and XTrace the number at which the root mean square error of 200 runs on the diagonal matrix of eigenvalues
+falls below ``rtol``. The Hessian has the same trace and a larger norm, but is granted the same numbers.
+
+BackPACK is left out: its exact diagonal takes three to four times as long as this package, and needs a network of
+modules it knows.
 """
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import math
-import os
-import time
 import warnings
 from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
-from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
@@ -34,25 +33,25 @@ from torch.func import functional_call, jacrev, vmap
 from torch.nn import functional as F
 
 from lightning_robust.functional import hessian_trace
-from recipes.common.images import normalised, read_images
+from recipes.benchmarks.timing import timed
+from recipes.common.cifar import DATA
+from recipes.common.command_line import parser
 from recipes.common.networks import CifarResNet, initialised
-from recipes.common.zoo import IMAGENET, with_weights
+from recipes.common.zoo import cifar_classifier
 
-FOLDER = Path(os.environ.get("LIGHTNING_ROBUST_DATA", Path(__file__).parents[3] / "shared" / "data"))
 PEERS = {name: importlib.import_module(name) for name in ("pyhessian", "curvlinops") if find_spec(name)}
-TURNS = {"hutchinson_trace": 1, "hutchpp_trace": 3, "xtrace": 2}  # in which curvlinops' estimators multiply
-SOME = 8  # of Hutchinson's probes are taken in a round, and their time is extrapolated
+TURNS = {"hutchinson_trace": 1, "hutchpp_trace": 3, "xtrace": 2}  # curvlinops' estimators multiply in so many turns
+SOME = 8  # probes of Hutchinson's estimator in a round; their time is extrapolated to all that it needs
 Run = tuple[float, float, float]  # seconds to the standard error, trace, products
 
 
 def trained_network() -> tuple[nn.Module, Tensor, Tensor]:
-    """A network in eval mode, images and labels."""
+    """Return a trained network in eval mode, images and labels."""
+    if (DATA / "models" / "cifar10_resnet20.pth").is_file():
+        network, images, labels = cifar_classifier("resnet20", DATA / "models", num_samples=1000)
+        return network.eval(), images, labels
+    print(f"No CIFAR-10 weights in {DATA}: training on digits for 3 epochs.")
     network = initialised(CifarResNet(20), seed=0)
-    if (FOLDER / "models" / "cifar10_resnet20.pth").is_file():
-        with_weights(network, FOLDER / "models" / "cifar10_resnet20.pth")
-        images, labels = read_images(FOLDER / "cifar10_test_1000_dev.npz")
-        return network.eval(), normalised(images, *IMAGENET), labels
-    print(f"No CIFAR-10 in {FOLDER}: training on digits for 3 epochs")
     pixels, labels = (torch.tensor(array) for array in load_digits(return_X_y=True))
     x = F.interpolate(pixels.float().view(-1, 1, 8, 8) / 16, scale_factor=4).expand(-1, 3, -1, -1)
     optimizer = torch.optim.Adam(network.parameters(), lr=2e-3)
@@ -65,7 +64,7 @@ def trained_network() -> tuple[nn.Module, Tensor, Tensor]:
 
 
 def gauss_newton_eigenvalues(network: nn.Module, x: Tensor) -> Tensor:
-    """All but those that are zero for want of rank, of the mean cross-entropy, ``(N · C,)``."""
+    """Return the eigenvalues of the Gauss–Newton matrix of the mean cross-entropy that its rank leaves, (N · C,)."""
 
     def root(image: Tensor) -> Tensor:
         parts = jacrev(lambda w: functional_call(network, w, (image[None],))[0])(dict(network.named_parameters()))
@@ -79,26 +78,19 @@ def gauss_newton_eigenvalues(network: nn.Module, x: Tensor) -> Tensor:
 
 
 def products_needed(name: str, turns: int, spectrum: Tensor, rtol: float, budget: int) -> int:
-    """Of curvlinops' Hutch++ or XTrace, to bring the error below ``rtol``; 0 if that is beyond the budget."""
+    """Return the products that curvlinops' Hutch++ or XTrace needs for an error below ``rtol``; 0 beyond the budget."""
     for products in range(2 * turns, min(budget, len(spectrum) - 1) + 1, turns):
         traces = [getattr(PEERS["curvlinops"], name)(spectrum.diag(), products, "normal") for _ in range(200)]
         if (torch.stack(traces) / spectrum.sum() - 1).square().mean().sqrt() < rtol:
             return products
-    print(f"curvlinops, {name}: > {budget} products")
+    print(f"curvlinops, {name}: needs more than {budget} products, and is left out.")
     return 0
-
-
-def timed(work: Callable[[], Any]) -> tuple[float, Any]:
-    """CPU time of one call, and what it returned."""
-    start = time.process_time()
-    result = work()
-    return time.process_time() - start, result
 
 
 def estimators(
     network: nn.Module, x: Tensor, y: Tensor, spectrum: Tensor, rtol: float, budget: int
 ) -> dict[str, Callable[[], Run]]:
-    """Ours and those of the peers that are installed."""
+    """Return the estimator of this package and those of the peers that are installed."""
     loss, weights = nn.CrossEntropyLoss(), list(network.parameters())
     probes = math.ceil(2 * float(spectrum.square().sum()) / (rtol * float(spectrum.sum())) ** 2)
 
@@ -113,7 +105,7 @@ def estimators(
         return set_up + seconds * probes / len(values), fmean(values), probes
 
     def curvlinops(kind: str, name: str, products: int, columns: int, needed: int) -> Run:
-        size = max(1, 128 // columns)  # images that pass together: the fastest on a CPU
+        size = max(1, 128 // columns)  # images in one pass; the fastest size on a CPU
         chunks = list(zip(torch.split(x, size), torch.split(y, size), strict=True))
         operator = getattr(PEERS["curvlinops"], kind)(network, loss, weights, chunks, check_deterministic=False)
         seconds, value = timed(lambda: getattr(PEERS["curvlinops"], name)(operator, products))
@@ -134,15 +126,18 @@ def estimators(
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for option, default in {"batch-size": 128, "rounds": 3, "rtol": 0.05, "budget": 120}.items():
-        parser.add_argument(f"--{option}", type=type(default), default=default)
-    options = parser.parse_args()
+    arguments = parser(__doc__)
+    arguments.add_argument("--batch-size", type=int, default=128, help="images in the batch")
+    arguments.add_argument("--rounds", type=int, default=3, help="rounds of measurements")
+    arguments.add_argument("--rtol", type=float, default=0.05, help="standard error, as a share of the trace")
+    arguments.add_argument("--budget", type=int, default=120, help="most products that Hutch++ and XTrace may take")
+    options = arguments.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    warnings.simplefilter("ignore")  # PyHessian's, about its way of taking second derivatives
+    warnings.simplefilter("ignore")  # PyHessian warns about its own second derivatives
     if len(PEERS) < 2:
-        print(f"Found {list(PEERS)}. Install the others: `pip install --no-deps -r requirements-peers.txt`.")
+        found = " and ".join(PEERS) or "neither peer"
+        print(f"Found {found}. To install the others: `pip install --no-deps -r requirements-peers.txt`.")
     network, images, labels = trained_network()
     x, y = images[: options.batch_size], labels[: options.batch_size]
     spectrum = gauss_newton_eigenvalues(network, x)
@@ -166,10 +161,12 @@ def main() -> None:
     draws = torch.tensor([runs["ours, other signs"]() for _ in range(12)])
     error = (draws[:, 1] / trace - 1).square().mean().sqrt()
     seconds, _, probes = draws.mean(dim=0)
-    print(f"ours: error {rounds[0]['ours'][1] / trace - 1:+.1%}; of 12 draws of other signs {error:.1%}, with", end=" ")
-    print(f"{probes:.2g} probes and {seconds / forward:.0f} forward passes on average")
+    print(
+        f"ours: error {rounds[0]['ours'][1] / trace - 1:+.1%}; root mean square of 12 draws of other signs {error:.1%},"
+    )
+    print(f"  which took {probes:.2g} probes and {seconds / forward:.0f} forward passes on average")
     if best := min((name for name in runs if not name.startswith("ours")), key=ratios.__getitem__, default=""):
-        print(f"ours is {ratios[best]:.1f} times faster than the best peer ({best})")
+        print(f"ours is {ratios[best]:.1f} times as fast as the fastest peer ({best})")
 
 
 if __name__ == "__main__":

@@ -9,24 +9,33 @@ By default it trains a small CNN on the digits of scikit-learn; any other networ
 
 from __future__ import annotations
 
+import re
+from argparse import Action
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jsonargparse import auto_cli
+from jsonargparse import DefaultHelpFormatter, auto_cli
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from lightning_robust.functional import FisherRaoPaths, class_shielding, trace_fisher_rao_paths
 from recipes.class_shielding.figures import draw
-from recipes.class_shielding.report import summary, table, write_csv
+from recipes.class_shielding.report import legend, summary, table, write_csv
 from recipes.common.classifier import DigitsClassifier
 from recipes.common.digits import DigitsDataModule
 from recipes.common.images import evenly, normalised, read_images
-from recipes.common.networks import initialised
-from recipes.common.zoo import train_quietly, with_weights
+from recipes.common.networks import initialised, with_weights
+from recipes.common.training import train_quietly
 
-GROUP = 20  # images between two strokes of the progress bar
+GROUP = 20  # images between two updates of the progress bar
+
+
+class ShortHelp(DefaultHelpFormatter):
+    """Help without the list of all subclasses of ``nn.Module``, of which torch alone has hundreds."""
+
+    def _get_help_string(self, action: Action) -> str:
+        return re.sub(r", known subclasses: [^)]*", "", super()._get_help_string(action))
 
 
 def trace(
@@ -43,7 +52,7 @@ def trace(
 
 
 def digits_to_study(num_images: int, *, epochs: int, seed: int) -> tuple[nn.Module, Tensor, Tensor]:
-    """A network trained on digits, and validation images."""
+    """Train a network on digits, and return it with validation images and their classes."""
     data, model = DigitsDataModule(seed=seed), DigitsClassifier(dropout=0.0)
     initialised(model, seed=seed)
     train_quietly(model, data, epochs=epochs)
@@ -59,7 +68,7 @@ def study(
     std: list[float] | None = None,
     class_names: list[str] | None = None,
     num_images: int = 200,
-    mode: Literal["path", "poster"] = "path",
+    mode: Literal["path", "unit_steps"] = "path",
     damping: float | None = None,
     max_steps: int = 100,
     solver: Literal["gram", "cg"] = "gram",
@@ -67,27 +76,27 @@ def study(
     epochs: int = 12,
     seed: int = 0,
 ) -> None:
-    """Trace, count, print and draw.
+    """Trace Fisher–Rao paths between classes, count which class they enter first, print tables and draw figures.
 
     Args:
-        network: Any classifier; by default a small CNN, which is trained on digits.
-        weights: File with its weights (a state dict), which are put in by their order.
+        network: Class path of any classifier, with --images; by default a small CNN is trained on digits.
+        weights: File with the network's weights (a state dict or checkpoint), which are assigned in its order.
         images: File (npz) with arrays ``x``, bytes (N, S, S) or (N, S, S, 3), and ``y``, classes.
-        mean: What is subtracted from images in [0, 1], per channel.
-        std: What they are divided by after that.
-        class_names: In the order of the classes.
-        num_images: Spread evenly over the classes.
-        mode: ``path``, or ``poster`` for steps of length 1, which are counted.
-        damping: λ of the natural gradient; see ``trace_fisher_rao_paths``.
-        max_steps: After so many steps a path is given up.
-        solver: See there.
-        folder: Where figures and the table are written.
-        epochs: Of training on digits.
-        seed: Of training on digits.
+        mean: Mean per channel that is subtracted from images in [0, 1].
+        std: Standard deviation per channel that they are divided by after that.
+        class_names: Names of the classes, in order.
+        num_images: Number of images, spread evenly over the classes.
+        mode: ``path`` measures lengths of paths; ``unit_steps`` counts natural-gradient steps of length 1.
+        damping: λ of the natural gradient, see ``trace_fisher_rao_paths``.
+        max_steps: Number of steps after which a path is given up.
+        solver: How steps are solved for, see ``trace_fisher_rao_paths``.
+        folder: Folder that figures and the table are written into.
+        epochs: Epochs of the training on digits.
+        seed: Seed of the training on digits.
     """
     if (network is None) != (images is None) or (network is None and (weights or mean or std)):
         raise ValueError(
-            "Expected --network and --images together, beside --weights, --mean and --std, or none of them."
+            "Expected --network and --images together (--weights, --mean and --std go with them), or none of them."
         )
     if std is not None and not all(scale > 0 for scale in std):
         raise ValueError(f"Expected --std to be positive, but got {std}.")
@@ -97,7 +106,7 @@ def study(
         given, targets = evenly(*read_images(images), num_images)
         inputs = normalised(given, mean, std)
         if weights is None:
-            print(f"No --weights are given: {type(network).__name__} is studied with those that it was made with.")
+            print(f"Without --weights, {type(network).__name__} keeps the weights that its constructor gave it.")
         network = network if weights is None else with_weights(network, Path(weights))
     units: dict[str, Any] = {"input_mean": mean, "input_std": std, "valid_range": (0.0, 1.0)}
     options: dict[str, Any] = {"mode": mode, "damping": damping, "max_steps": max_steps, "solver": solver}
@@ -108,15 +117,17 @@ def study(
     if len(names) != num_classes:
         raise ValueError(f"Expected {num_classes} names in --class_names, as many as classes, but got {len(names)}.")
     share = 100 * num_correct / len(targets)
-    print(f"{len(targets)} images, {num_correct} classified correctly ({share:.1f} %), {num_classes - 1} paths of each")
+    print(f"{len(targets)} images, {num_correct} of them classified correctly ({share:.1f} %).")
+    print(f"From each of these, {num_classes - 1} paths lead towards the other classes.")
     paths = trace(network, inputs, targets, **units, **options)
     found = class_shielding(paths, num_classes)
-    print(f"\n{table(found, names, mode=mode)}\n\n{summary(found, paths, names)}\n")
+    print(f"\n{table(found, names, mode=mode)}\n\n{legend(mode=mode)}\n\n{summary(found, paths, names)}\n")
     Path(folder).mkdir(parents=True, exist_ok=True)
     write_csv(found, names, Path(folder) / "classes.csv")
+    print("Written:")
     for path in (Path(folder) / "classes.csv", *draw(found, names, Path(folder), mode=mode)):
-        print(path)
+        print(f"  {path}")
 
 
 if __name__ == "__main__":
-    auto_cli(study, as_positional=False)
+    auto_cli(study, as_positional=False, formatter_class=ShortHelp)

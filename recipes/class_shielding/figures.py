@@ -9,29 +9,26 @@ import torch
 from torch import Tensor
 
 from lightning_robust.functional import ClassShielding
+from recipes.common.plotting import pyplot
 
 
 def draw(found: ClassShielding, names: list[str], folder: Path, *, mode: str) -> list[Path]:
     """Draw the shielding landscape, the path matrix and the margins; return the files."""
-    import matplotlib as mpl
-
-    mpl.use("agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     size = max(5.0, 1.5 + 0.5 * len(names))
     paths = [folder / name for name in ("shielding_landscape.png", "path_matrix.png", "margins.png")]
 
     figure, axes = plt.subplots(figsize=(size, size), layout="constrained")
     _heat_map(axes, 100 * found.landscape.value, names)
     axes.set(xlabel="shield: class entered first", ylabel="class aimed at")
-    axes.set_title(f"shielded paths, % of those that could be ({len(found.hits)} paths in all)")
+    axes.set_title(f"paths shielded by a class, % of those it could shield ({len(found.hits)} paths)")
     figure.savefig(paths[0], dpi=150)
 
     figure, axes = plt.subplots(figsize=(size, size), layout="constrained")
     own = torch.eye(len(names), dtype=torch.bool)
     _heat_map(axes, (100 * found.path_matrix.value).masked_fill(own, torch.nan), names)
     axes.set(xlabel="class entered first", ylabel="class left")
-    axes.set_title(f"where paths go, % of those from each class ({100 / (len(names) - 1):.0f} % if none is shielded)")
+    axes.set_title(f"% of paths from each class ({100 / (len(names) - 1):.0f} % if none is shielded)")
     figure.savefig(paths[1], dpi=150)
 
     figure, (above, below) = plt.subplots(2, figsize=(size, 5), sharex=True, layout="constrained")
@@ -40,7 +37,7 @@ def draw(found: ClassShielding, names: list[str], folder: Path, *, mode: str) ->
         (below, found.l2, "mean ‖δ‖₂"),
     ):
         error = 2 * estimate.stderr
-        ends = torch.stack([torch.minimum(error, estimate.value), error])  # none is below 0
+        ends = torch.stack([torch.minimum(error, estimate.value), error])  # no mean is below 0
         axes.bar(names, estimate.value.numpy(), yerr=ends.numpy(), capsize=3, color="tab:blue")
         axes.set(ylabel=label)
     if mode == "path":
@@ -55,7 +52,7 @@ def draw(found: ClassShielding, names: list[str], folder: Path, *, mode: str) ->
 
 
 def _heat_map(axes: Any, values: Tensor, names: list[str]) -> None:
-    """Numbers on colours, rows by columns; blank where nothing can be."""
+    """Draw a matrix in colours with its numbers; cells that are 0 or NaN have no number."""
     shown = values.numpy()
     top = max(10.0, float(values.nan_to_num(nan=0.0).max()))
     axes.imshow(shown, cmap="viridis", vmin=0, vmax=top)

@@ -1,1 +1,1 @@
-"""Networks, data and trainers that several recipes share."""
+"""Networks, data, training and printing that several recipes share."""

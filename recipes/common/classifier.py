@@ -1,4 +1,4 @@
-"""An ordinary LightningModule, which knows nothing of the monitor; optionally it trains on attacked inputs."""
+"""Ordinary LightningModules for classification, with optional adversarial training. They do not know the monitor."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from recipes.common.networks import digits_cnn, digits_mlp, overfitting_cnn
 
 
 class Classifier(LightningModule):
-    """Cross-entropy training of any network; subclasses name one.
+    """Cross-entropy training of any network, on clean or on attacked inputs.
 
     Args:
         network: Maps images in [0, 1] to logits.
-        learning_rate: Of Adam.
-        attack_epsilon: Trains on inputs attacked by PGD within this L∞ radius, as in arXiv 1706.06083; 0 trains on the
-            inputs as they are.
+        learning_rate: Learning rate of Adam.
+        attack_epsilon: L∞ radius of the PGD attack on training inputs, as in arXiv 1706.06083; 0 trains on clean
+            inputs.
         attack_steps: Gradient steps of that attack.
     """
 
@@ -43,7 +43,7 @@ class Classifier(LightningModule):
         """Return the loss."""
         x, y = batch
         if self.attack_epsilon > 0:
-            # a generator per step: the same steps in a resumed run
+            # one generator per step, so that a resumed run repeats the same attacks
             generator = torch.Generator(self.device).manual_seed(self.global_step)
             x = pgd(
                 self,
@@ -59,7 +59,7 @@ class Classifier(LightningModule):
         return loss
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Log accuracy and loss on clean inputs, of the first validation set."""
+        """Log accuracy and loss on the clean inputs of the first validation set."""
         if dataloader_idx > 0:
             return
         x, y = batch
@@ -68,18 +68,18 @@ class Classifier(LightningModule):
         self.log_dict(values, batch_size=len(y), add_dataloader_idx=False)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Adam."""
+        """Return Adam."""
         return torch.optim.Adam(self.parameters(), lr=self.learning_rate)
 
 
 class DigitsClassifier(Classifier):
-    """The classifier on the digits of scikit-learn.
+    """A small CNN or MLP for the digits of scikit-learn.
 
     Args:
         network: ``"cnn"`` or ``"mlp"``.
         width: Channels of the first convolution, or units of a hidden layer.
-        dropout: Probability.
-        learning_rate: Of Adam.
+        dropout: Dropout probability.
+        learning_rate: Learning rate of Adam.
         attack_epsilon: See :class:`Classifier`.
         attack_steps: See :class:`Classifier`.
     """
@@ -99,15 +99,15 @@ class DigitsClassifier(Classifier):
 
 
 class OverfittingClassifier(Classifier):
-    """Adversarial training until it overfits: gradient descent without regularisation.
+    """Adversarial training that overfits: SGD without regularisation.
 
     Args:
-        learning_rate: Of gradient descent with a momentum of 0.9.
+        learning_rate: Learning rate of SGD with momentum 0.9.
         attack_epsilon: See :class:`Classifier`.
         attack_steps: See :class:`Classifier`.
-        image_size: Height and width; 8 are grey digits, others have three colours.
-        decay: Whether the rate is divided by ten midway.
-        seed: Of the initial weights.
+        image_size: Height and width; 8 for grey digits, any other size for images of three channels.
+        decay: Whether the learning rate is divided by ten halfway through training.
+        seed: Seed of the initial weights.
     """
 
     def __init__(
@@ -127,7 +127,7 @@ class OverfittingClassifier(Classifier):
         self.save_hyperparameters()
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Gradient descent, with one step of its rate or none."""
+        """Return SGD, with a learning rate that drops halfway or stays."""
         optimizer = torch.optim.SGD(self.parameters(), lr=self.learning_rate, momentum=0.9)
         if not self.decay:
             return optimizer

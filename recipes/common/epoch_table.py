@@ -1,4 +1,4 @@
-"""A table in the terminal, one row per validation, and at the end the command that opens TensorBoard."""
+"""A table in the terminal, one row per validation, and the command that opens TensorBoard."""
 
 from __future__ import annotations
 
@@ -12,18 +12,20 @@ from torch import Tensor
 
 
 class EpochTable(Callback):
-    """Prints chosen metrics.
+    """Prints logged metrics after every validation.
+
+    A key that has a standard error is shown as ``value ± stderr``. A cell is blank if this epoch logged no new value,
+    and shows ``–`` if none was ever logged.
 
     Args:
-        columns: Heading of each column, and the logged key that it shows. A key that has a standard error beside it is
-            shown as ``value ± stderr``; what was not logged anew is left blank.
-        note: Printed under the table.
+        columns: Logged key by heading of the column.
+        note: Text under the table.
     """
 
     def __init__(self, columns: dict[str, str], note: str = "") -> None:
         self.columns = columns
         self.note = note
-        self._old: dict[str, Tensor] = {}  # what Lightning keeps; values logged anew are other tensors
+        self._old: dict[str, Tensor] = {}  # Lightning keeps old values; new ones are other tensors
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the headings."""
@@ -31,7 +33,7 @@ class EpochTable(Callback):
             print("\n" + self._row("epoch", list(self.columns)), flush=True)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """What stands there in a resumed run is of the run before."""
+        """Remember the values that a resumed run starts with; they are old."""
         self._old = dict(trainer.callback_metrics)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -48,14 +50,15 @@ class EpochTable(Callback):
         self._old = dict(logged)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print the note, and say how to look at the run."""
+        """Print the note and the command that opens TensorBoard."""
         if trainer.is_global_zero and self.note:
             print(f"\n{self.note}")
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
                 program = Path(os.path.relpath(Path(sys.executable).parent / "tensorboard"))
                 print(
-                    f"\nSee the curves, then open the tab CUSTOM SCALARS:\n\n    {program} --logdir {logger.log_dir}\n"
+                    "\nTo see the curves, run this command, open the address that it prints, and choose the tab"
+                    f" CUSTOM SCALARS:\n\n    {program} --logdir {logger.log_dir}\n"
                 )
 
     def _is_new(self, logged: dict[str, Tensor], key: str) -> bool:

@@ -1,8 +1,9 @@
-"""The networks of the recipes: small ones for digits and CIFAR-10, and a CIFAR-sized ResNet for benchmarks."""
+"""Networks for digits and CIFAR-10, their initialisation, and loading of their weights."""
 
 from __future__ import annotations
 
 from itertools import pairwise
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -40,13 +41,13 @@ def digits_mlp(width: int = 128, dropout: float = 0.1) -> nn.Sequential:
 def overfitting_cnn(
     in_channels: int = 1, image_size: int = 8, channels: tuple[int, ...] = (16, 32, 64), num_pools: int = 1
 ) -> nn.Sequential:
-    """Convolutions with BatchNorm and two linear layers, wide enough to learn noise by heart, (N, …, S, S) → (N, 10).
+    """Convolutions with BatchNorm and two linear layers, wide enough to memorise noise, (N, …, S, S) → (N, 10).
 
     Args:
-        in_channels: Of an image.
-        image_size: Its height and width, S.
-        channels: Of each convolution.
-        num_pools: The first so many convolutions are followed by a maximum over 2 × 2.
+        in_channels: Channels of the images.
+        image_size: Height and width of the images, S.
+        channels: Output channels of each convolution.
+        num_pools: Number of convolutions, from the first on, that are followed by 2 × 2 max pooling.
     """
     layers: list[nn.Module] = []
     for number, (before, after) in enumerate(pairwise((in_channels, *channels))):
@@ -115,11 +116,31 @@ class CifarResNet(nn.Module):
 
 
 def initialised(network: nn.Module, *, seed: int) -> nn.Module:
-    """Draw all weights again, from a generator of their own (He et al. 2015)."""
+    """Initialise convolutions and linear layers from a generator of their own (He et al. 2015); biases are zero."""
     generator = torch.Generator().manual_seed(seed)
     for module in network.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu", generator=generator)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
+    return network
+
+
+def with_weights(network: nn.Module, path: Path) -> nn.Module:
+    """Load weights from a state dict or a checkpoint by their order, whatever the names of the layers are.
+
+    Raises:
+        ValueError: If the shapes in the file are not those of the network, in its order.
+    """
+    state = torch.load(path, weights_only=True, map_location="cpu")
+    state = state.get("state_dict", state)  # of a checkpoint
+    names, given = (
+        [key for key in keys if not key.endswith("num_batches_tracked")] for keys in (network.state_dict(), state)
+    )
+    if [network.state_dict()[name].shape for name in names] != [state[key].shape for key in given]:
+        raise ValueError(
+            f"Expected weights of the {len(names)} shapes that {type(network).__name__} has, in its order, but {path}"
+            f" holds {len(given)} tensors of other shapes."
+        )
+    network.load_state_dict({name: state[key] for name, key in zip(names, given, strict=True)}, strict=False)
     return network

@@ -1,4 +1,4 @@
-"""Classifiers that differ in how robust they are, to see what tells them apart: trained here, or from files."""
+"""Classifiers that differ in how robust they are, as probes: trained on digits, or loaded from files."""
 
 from __future__ import annotations
 
@@ -8,27 +8,29 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 from lightning_robust import Probe
+from recipes.common.cifar import TEST
 from recipes.common.classifier import Classifier, DigitsClassifier, OverfittingClassifier
-from recipes.common.digits import DigitsDataModule, NoisyDigitsDataModule
-from recipes.common.images import normalised, read_images
-from recipes.common.networks import CifarResNet, digits_cnn, digits_mlp, initialised, strided_cnn
+from recipes.common.digits import NoisyDigitsDataModule, validation_digits
+from recipes.common.images import CIFAR, IMAGENET, normalised, read_images
+from recipes.common.networks import CifarResNet, digits_cnn, digits_mlp, initialised, strided_cnn, with_weights
+from recipes.common.training import train_quietly
 
 
 @dataclass(frozen=True)
 class Training:
-    """How a classifier of digits comes about.
+    """How a classifier of digits is trained.
 
     Attributes:
         network: ``"cnn"`` or ``"mlp"``.
-        width: See :mod:`recipes.common.networks`.
-        epsilon: Of the attacks in training; 0 for none.
+        width: Width of the network, see :mod:`recipes.common.networks`.
+        epsilon: L∞ radius of the attacks in training; 0 for training on clean images.
         label_noise: Share of wrong labels.
-        weight_decay: Of the optimiser.
-        logit_factor: By which the logits of the trained network are multiplied.
+        weight_decay: Weight decay of AdamW.
+        logit_factor: Factor on the logits of the trained network.
     """
 
     network: Literal["cnn", "mlp"] = "cnn"
@@ -56,10 +58,7 @@ DIGITS = {
     "mlp": Training(network="mlp", width=128),
     "mlp, ε 0.05": Training(network="mlp", width=128, epsilon=0.05),
 }
-IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-CIFAR = (125.3 / 255, 123.0 / 255, 113.9 / 255), (63.0 / 255, 62.1 / 255, 66.7 / 255)
-
-
+# network, and mean and standard deviation of its inputs
 CIFAR_CLASSIFIERS: dict[str, tuple[Callable[[], nn.Module], tuple[float, ...], tuple[float, ...]]] = {
     "smallcnn_standard": (strided_cnn, *CIFAR),
     "smallcnn_mix2": (strided_cnn, *CIFAR),
@@ -71,7 +70,7 @@ CIFAR_CLASSIFIERS: dict[str, tuple[Callable[[], nn.Module], tuple[float, ...], t
 
 
 class _Scaled(nn.Module):
-    """A network, and a factor of its logits."""
+    """A network whose logits are multiplied by a factor."""
 
     def __init__(self, network: nn.Module, factor: float) -> None:
         super().__init__()
@@ -84,7 +83,7 @@ class _Scaled(nn.Module):
 
 
 class _Decayed(Classifier):
-    """With weight decay."""
+    """A classifier that is trained with weight decay."""
 
     def __init__(self, network: nn.Module, *, attack_epsilon: float, weight_decay: float) -> None:
         super().__init__(network, attack_epsilon=attack_epsilon)
@@ -94,27 +93,9 @@ class _Decayed(Classifier):
         return torch.optim.AdamW(self.parameters(), lr=self.learning_rate, weight_decay=self.weight_decay)
 
 
-def train_quietly(model: LightningModule, data: LightningDataModule, *callbacks: Callback, epochs: int) -> None:
-    """Train without a word."""
-    trainer = Trainer(
-        max_epochs=epochs,
-        accelerator="cpu",
-        callbacks=list(callbacks),
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        limit_val_batches=0,
-    )
-    trainer.fit(model, datamodule=data)
-
-
 def digits_zoo(*, epochs: int = 10, num_samples: int = 300) -> Iterator[tuple[str, Probe]]:
     """Train each of ``DIGITS``, and yield its name and a probe of it on validation images."""
-    validation = DigitsDataModule()
-    validation.setup("validate")
-    images, labels = (part[:num_samples] for part in validation.val_set.tensors)
+    images, labels = validation_digits(num_samples)
     for seed, (name, training) in enumerate(DIGITS.items()):
         network = initialised({"cnn": digits_cnn, "mlp": digits_mlp}[training.network](training.width, 0.0), seed=seed)
         model = _Decayed(network, attack_epsilon=training.epsilon, weight_decay=training.weight_decay)
@@ -124,7 +105,7 @@ def digits_zoo(*, epochs: int = 10, num_samples: int = 300) -> Iterator[tuple[st
 
 
 def epochs_of_one_run(*, epochs: int = 40, every: int = 3, num_samples: int = 300) -> Iterator[tuple[str, Probe]]:
-    """Train on wrong labels until it overfits robustly, and yield every third epoch of it."""
+    """Train on wrong labels until robust accuracy falls, and yield every third epoch on held-out images."""
     data, model = NoisyDigitsDataModule(), OverfittingClassifier()
     snapshots = _Snapshots()
     train_quietly(model, data, snapshots, epochs=epochs)
@@ -136,23 +117,21 @@ def epochs_of_one_run(*, epochs: int = 40, every: int = 3, num_samples: int = 30
 
 
 class _Snapshots(Callback):
-    """Keeps the network of every epoch."""
+    """Copies the network's weights after every epoch."""
 
     def __init__(self) -> None:
         self.states: list[dict[str, Tensor]] = []
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep one."""
+        """Copy the weights."""
         network = pl_module.network
         assert isinstance(network, nn.Module)
         self.states.append({key: value.clone() for key, value in network.state_dict().items()})
 
 
 def digits_checkpoints(folder: str, *, num_samples: int = 300) -> Iterator[tuple[str, Probe]]:
-    """Yield every Lightning checkpoint below a folder that the digits recipes have written."""
-    validation = DigitsDataModule()
-    validation.setup("validate")
-    images, labels = (part[:num_samples] for part in validation.val_set.tensors)
+    """Yield every Lightning checkpoint of the digits recipes below a folder, on validation images."""
+    images, labels = validation_digits(num_samples)
     for path in sorted(Path(folder).rglob("*.ckpt")):
         options = torch.load(path, map_location="cpu", weights_only=True)["hyper_parameters"]
         kind = OverfittingClassifier if "image_size" in options else DigitsClassifier
@@ -160,29 +139,22 @@ def digits_checkpoints(folder: str, *, num_samples: int = 300) -> Iterator[tuple
         yield path.stem, Probe(model.network, images, labels, valid_range=(0.0, 1.0))
 
 
-def cifar_classifiers(folder: str, *, num_samples: int = 250) -> Iterator[tuple[str, Probe]]:
-    """Yield those of ``CIFAR_CLASSIFIERS`` whose weights are in a folder, on test images that lie beside it."""
-    images, targets = read_images(Path(folder).parent / "cifar10_test_1000_dev.npz")
+def cifar_classifiers(folder: str | Path, *, num_samples: int = 250) -> Iterator[tuple[str, Probe]]:
+    """Yield those of ``CIFAR_CLASSIFIERS`` whose weights are in a folder, on test images from the folder above it."""
+    for name, (_, mean, std) in CIFAR_CLASSIFIERS.items():
+        if _weights(folder, name).exists():
+            parts = cifar_classifier(name, folder, num_samples=num_samples)
+            yield name, Probe(*parts, input_std=std, input_mean=mean, valid_range=(0.0, 1.0))
+
+
+def cifar_classifier(name: str, folder: str | Path, *, num_samples: int) -> tuple[nn.Module, Tensor, Tensor]:
+    """Return one of ``CIFAR_CLASSIFIERS``, about so many normalised test images, evenly spaced, and their classes."""
+    build, mean, std = CIFAR_CLASSIFIERS[name]
+    images, targets = read_images(Path(folder).parent / TEST)
     every = max(1, len(targets) // num_samples)
-    for name, (build, mean, std) in CIFAR_CLASSIFIERS.items():
-        path = Path(folder) / f"cifar10_{name}.pth"
-        if path.exists():
-            network = with_weights(build(), path)
-            inputs = normalised(images[::every], mean, std)
-            yield name, Probe(network, inputs, targets[::every], input_std=std, input_mean=mean, valid_range=(0.0, 1.0))
+    network = with_weights(build(), _weights(folder, name))
+    return network, normalised(images[::every], mean, std), targets[::every]
 
 
-def with_weights(network: nn.Module, path: Path) -> nn.Module:
-    """Put weights into a network by their order, whatever the names of its layers are."""
-    state = torch.load(path, weights_only=True, map_location="cpu")
-    state = state.get("state_dict", state)  # of a checkpoint
-    names, given = (
-        [key for key in keys if not key.endswith("num_batches_tracked")] for keys in (network.state_dict(), state)
-    )
-    if [network.state_dict()[name].shape for name in names] != [state[key].shape for key in given]:
-        raise ValueError(
-            f"Expected weights of the {len(names)} shapes that {type(network).__name__} has, in its order, but {path}"
-            f" holds {len(given)} tensors of other shapes."
-        )
-    network.load_state_dict({name: state[key] for name, key in zip(names, given, strict=True)}, strict=False)
-    return network
+def _weights(folder: str | Path, name: str) -> Path:
+    return Path(folder) / f"cifar10_{name}.pth"

@@ -1,4 +1,4 @@
-"""Networks small enough for dense Hessians, and how near to them an estimate must come."""
+"""Networks small enough for dense Hessians, and assertions on how close to those an estimate must be."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -8,15 +8,17 @@ import torch
 from torch import Tensor, nn
 
 from lightning_robust.functional import TraceEstimate
-from lightning_robust.functional._isolation.context import differentiable_weights
-from lightning_robust.functional.curvature import probes as _curvature_probes
+from lightning_robust.functional._isolation.weights import differentiable_weights
+from lightning_robust.functional.curvature import _hutchinson
 from lightning_robust.functional.curvature._sample_gradients import SampleGradients
 from lightning_robust.functional.curvature.losses import LossFn, SampleLoss
 from lightning_robust.functional.curvature.plan import Plan
+from lightning_robust.functional.curvature.problem import CurvatureProblem
+from lightning_robust.functional.curvature.signs import ProbeSeeds
 
 
 class Case(NamedTuple):
-    """A network, inputs and class indices: the arguments of most functions of curvature."""
+    """A network, inputs and class indices: the positional arguments of ``hessian_trace``."""
 
     model: nn.Module
     inputs: Tensor
@@ -46,7 +48,7 @@ def tanh_mlp() -> nn.Module:
 
 
 class GeluAttention(nn.Module):
-    """A transformer encoder with GELU and LayerNorm over (N, T, E), which by default runs in a fused kernel."""
+    """A transformer encoder with GELU and LayerNorm over (N, T, E), which torch runs in a fused kernel by default."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -60,7 +62,7 @@ class GeluAttention(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Attention without weights returned, before a LayerNorm and a GELU, over (N, T, E)."""
+    """Attention that does not return its weights, followed by LayerNorm and GELU, over (N, T, E)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -85,7 +87,7 @@ CURVED = ("tanh_mlp", "gelu_attention", "self_attention")
 
 
 def small(name: str, *, num_samples: int = 12, dtype: torch.dtype = torch.float32) -> Case:
-    """A network of lively statistics in train mode, inputs, and targets of which two thirds are its predictions."""
+    """A network in train mode with running statistics, inputs, and targets that equal two thirds of its predictions."""
     factory, shape = NETWORKS[name]
     return seeded(factory, *shape, num_samples=num_samples, dtype=dtype)
 
@@ -93,12 +95,12 @@ def small(name: str, *, num_samples: int = 12, dtype: torch.dtype = torch.float3
 def seeded(
     factory: Callable[[], nn.Module], *shape: int, num_samples: int = 12, dtype: torch.dtype = torch.float32
 ) -> Case:
-    """The same for any network on inputs of this shape."""
+    """A case like those of :func:`small` for any network, on inputs of a shape."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = factory()
         inputs = torch.randn(num_samples, *shape)
-        model(1.5 * torch.randn(64, *shape) + 0.3)  # moves the running statistics away from their start
+        model(1.5 * torch.randn(64, *shape) + 0.3)  # moves the running statistics away from their initial values
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(0.2 * torch.randn(parameter.shape)).mul_(1.3)
@@ -109,7 +111,7 @@ def seeded(
 
 
 def trained(*, num_samples: int) -> Case:
-    """A ReLU network of ten classes that is sure of most samples, so that few of them make most of the trace."""
+    """A ReLU network with ten classes, confident on most samples, so that few samples make most of the trace."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model, centres = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 10)), 2 * torch.randn(10, 6)
@@ -130,7 +132,7 @@ def seed(number: int) -> torch.Generator:
 
 
 def assert_within(estimate: TraceEstimate, expected: dict[str, float], *, num_stderr: float = 3.0) -> None:
-    """Every layer is as near to the truth as its standard error says, up to rounding in float32."""
+    """Assert that every layer is within its error bar of the truth, up to rounding in float32."""
     assert list(estimate.layers) == list(expected)
     rounding = 1e-5 * max(map(abs, expected.values()))
     for name, trace in estimate.layers.items():
@@ -141,7 +143,7 @@ def assert_within(estimate: TraceEstimate, expected: dict[str, float], *, num_st
 
 
 def assert_same(actual: TraceEstimate, expected: TraceEstimate, *, rtol: float = 1e-5) -> None:
-    """Every number of both is the same, error bars included; names may differ."""
+    """Assert that all numbers of two estimates agree, error bars included; names may differ."""
     atol = rtol * float(max(value.abs() for value in expected.layers.values()))
     for field in ("layers", "stderr", "sample_stderr", "total", "total_stderr", "total_sample_stderr"):
         ours, theirs = getattr(actual, field), getattr(expected, field)
@@ -154,21 +156,22 @@ def assert_same(actual: TraceEstimate, expected: TraceEstimate, *, rtol: float =
 
 
 def enumerated(case: Case, loss_fn: LossFn | None = None) -> dict[str, float]:
-    """Gauss–Newton traces without randomness: one column of the root after the other in place of random signs."""
+    """Gauss–Newton traces without randomness, from the columns of the root in place of random signs."""
     loss = SampleLoss(loss_fn)
+    assert loss.root is not None
     with differentiable_weights(case.model, loss_fn) as weights:
         gradients = SampleGradients(case.model, weights, tuple(weights.tensors))
         with torch.no_grad():
             outputs = case.model(case.inputs.clone())
         columns = torch.eye(outputs[0].numel()).unsqueeze(1).expand(-1, len(outputs), -1)
-        cotangents = loss.cotangents(outputs, case.targets, columns)
+        cotangents = loss.root.times(columns, outputs, case.targets)
         norms = gradients.squared_norms(case.inputs, cotangents).sum(dim=0)  # (N, L)
         traces = norms.sum(dim=0) / loss.weights(outputs, case.targets).sum()
         return dict(zip(weights.tensors, traces.tolist(), strict=True))
 
 
 def enumerated_products(case: Case, loss_fn: LossFn | None = None, *, residual: bool) -> dict[str, float]:
-    """Traces of the Hessian, or of its residual, without randomness: one unit vector after the other for signs."""
+    """Traces of the Hessian, or of its residual, without randomness, from unit vectors in place of signs."""
     names = tuple(name for name, _ in case.model.named_parameters())
     size = sum(parameter.numel() for parameter in case.model.parameters())
 
@@ -178,19 +181,17 @@ def enumerated_products(case: Case, loss_fn: LossFn | None = None, *, residual: 
         pieces = vector.split([tensor.numel() for tensor in tensors])
         return [piece.view_as(tensor).to(tensor) for piece, tensor in zip(pieces, tensors, strict=True)]
 
-    with mock.patch.object(_curvature_probes, "weight_signs", unit_vectors):
-        sums = _curvature_probes.curvature_sums(
-            *case,
-            plan=Plan(names if residual else (), names, residual=residual, is_hessian=True),
-            draws=_curvature_probes.ProbeSeeds([0] * len(case.inputs), [0] * len(case.inputs)),
-            probes=(range(0), range(size)),
-            loss_fn=loss_fn,
-        )
+    problem = CurvatureProblem(*case, estimator="hutchinson", loss_fn=loss_fn)
+    seeds = ProbeSeeds([0] * len(case.inputs), [0] * len(case.inputs))
+    with mock.patch.object(_hutchinson, "weight_signs", unit_vectors), problem.examined() as examined:
+        if residual:
+            examined.plan = Plan(names, names)
+        sums = examined.sums(seeds, (range(0), range(size)))
     return dict(zip(names, (size * sums.means()).tolist(), strict=True))
 
 
 def enumerated_hessian(case: Case, loss_fn: LossFn | None = None) -> dict[str, float]:
-    """Traces of the Hessian as the sum of both, each without randomness."""
+    """Traces of the Hessian without randomness: Gauss–Newton matrix plus residual."""
     gauss_newton = enumerated(case, loss_fn)
     residual = enumerated_products(case, loss_fn, residual=True)
     return {name: trace + residual[name] for name, trace in gauss_newton.items()}

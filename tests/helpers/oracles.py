@@ -1,4 +1,4 @@
-"""Dense float64 oracles, by paths that share nothing with the package: one sample at a time, D × D matrices."""
+"""Dense float64 oracles that share no code with the package: one sample at a time, with D × D matrices."""
 
 import copy
 import warnings
@@ -26,7 +26,7 @@ def score_jacobian(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def dense_fisher(model: nn.Module, x: Tensor, *, scale: float = 1.0) -> Tensor:
-    """The full D × D input Fisher information of one sample, Σ_c p_c g_c g_cᵀ, of the model with logits × scale."""
+    """Full D × D input Fisher information of one sample, Σ_c p_c g_c g_cᵀ, for logits × scale."""
     probs, scores = score_jacobian(_scaled(model, scale), x)
     return torch.einsum("c,cd,ce->de", probs, scores, scores)
 
@@ -40,7 +40,7 @@ def dense_traces(model: nn.Module, inputs: Tensor) -> Tensor:
 
 
 def dense_margins(model: nn.Module, inputs: Tensor, targets: Tensor, *, dual: float) -> Tensor:
-    """Linearised margins from one gradient per pair of classes, each of its own backward pass."""
+    """Linearised margins from one gradient per pair of classes, each with its own backward pass."""
     model = copy.deepcopy(model).double().eval()
     margins = []
     for x, y in zip(inputs.double(), targets.tolist(), strict=True):
@@ -75,7 +75,7 @@ def jacobian_by_differences(model: nn.Module, inputs: Tensor, *, step: float = 1
 
 
 def dense_hessian_traces(model: nn.Module, inputs: Tensor, targets: Tensor, loss_fn: Loss) -> dict[str, float]:
-    """Trace of the Hessian of the loss of the whole batch with respect to each trained parameter tensor, all of it."""
+    """Trace of the full Hessian of the loss of the whole batch, for each trained parameter tensor."""
     model, x, y, loss_fn = _double(model, inputs, targets, loss_fn)
 
     def trace(name: str, tensor: Tensor) -> float:
@@ -108,7 +108,7 @@ def dense_gauss_newton_traces(model: nn.Module, inputs: Tensor, targets: Tensor,
 def hessian_traces_by_differences(
     model: nn.Module, inputs: Tensor, targets: Tensor, loss_fn: Loss, *, step: float = 1e-5
 ) -> dict[str, float]:
-    """The same Hessian traces from central differences of first derivatives, for networks without second ones."""
+    """Hessian traces from central differences of first derivatives, for networks without second derivatives."""
     model, x, y, loss_fn = _double(model, inputs, targets, loss_fn)
     traces = {}
     for name, parameter in model.named_parameters():
@@ -128,7 +128,7 @@ def hessian_traces_by_differences(
 
 @contextmanager
 def _forward_over_reverse() -> Iterator[None]:
-    """Attention by its definition, because the fast kernels have neither derivative."""
+    """Compute attention by its definition, because the fast kernels support neither derivative."""
     with warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH):
         warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated")  # called by torch at its first jvp
         yield
@@ -146,7 +146,7 @@ def _trained(model: nn.Module) -> dict[str, Tensor]:
 
 
 class Scaled(nn.Module):
-    """A network whose logits are multiplied by a constant: the same decisions, another confidence."""
+    """A network with its logits multiplied by a constant: the same decisions at a different confidence."""
 
     def __init__(self, model: nn.Module, scale: float) -> None:
         super().__init__()

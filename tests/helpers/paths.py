@@ -1,4 +1,4 @@
-"""Fisher–Rao paths one by one, in float64, with the whole D × D matrix: nothing of the package."""
+"""Fisher–Rao paths one by one, in float64, with the whole D × D matrix. Nothing here uses the package."""
 
 import math
 from typing import NamedTuple
@@ -39,9 +39,9 @@ def dense_path(
     max_steps: int = 200,
     halvings: int = 40,
 ) -> DensePath:
-    """Midpoint steps downwards until the class changes, the crossing by bisection; ``model`` in float64, eval mode.
+    """Take midpoint steps downwards until the class changes, and bisect for the crossing.
 
-    The step before says where the middle of the next one is about.
+    ``model`` is in float64 and eval mode. The midpoint is extrapolated from the previous step.
     """
 
     def probs(point: Tensor) -> Tensor:

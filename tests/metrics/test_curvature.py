@@ -1,4 +1,4 @@
-"""The two curvature metrics give the estimates of the functional layer, from one measurement, with error bars."""
+"""The curvature metrics return the functional estimates with correct error bars, and share one measurement."""
 
 import copy
 import math
@@ -67,7 +67,7 @@ def test_both_metrics_share_one_measurement() -> None:
     assert len(recorder.record.batch_sizes) > passes
 
 
-def test_which_layers_are_curved_is_found_out_anew_at_every_measurement() -> None:
+def test_every_measurement_classifies_layers_anew() -> None:
     sample = probe("cnn_batchnorm")
     assert isinstance(sample.model, nn.Sequential)
     measured(HessianTrace(), sample)
@@ -81,14 +81,14 @@ def test_which_layers_are_curved_is_found_out_anew_at_every_measurement() -> Non
     assert "hutchinson" in hessian_trace(smooth.model, smooth.inputs, smooth.targets).estimator.values()
 
 
-def test_the_adversarial_index_is_that_of_attacked_inputs() -> None:
+def test_the_adversarial_index_equals_the_index_of_attacked_inputs() -> None:
     sample = probe("mlp", 60)
     attacked = pgd(sample.model, sample.inputs, sample.targets, epsilon=0.3, steps=4)
     values = measured(WeightCurvatureIndex(attack="pgd", epsilon=0.3, steps=4, num_probes=64), sample)
     assert all(key.startswith("adversarial_wci") for key in values)
     expected = measured(
         WeightCurvatureIndex(num_probes=64), Probe(sample.model, attacked, sample.targets)
-    )  # with other signs: those of a sample follow from its clean contents
+    )  # with other signs: these are a function of the attacked inputs, the others of the clean ones
     error = math.hypot(values["adversarial_wci_stderr_probes"], expected["wci_stderr_probes"])
     assert values["adversarial_wci"] == pytest.approx(expected["wci"], abs=4 * error)
     assert error < 0.05 * expected["wci"]
@@ -96,7 +96,7 @@ def test_the_adversarial_index_is_that_of_attacked_inputs() -> None:
     assert abs(clean["wci"] - values["adversarial_wci"]) > 4 * error
 
 
-def test_fgsm_is_one_step_to_the_end_of_the_ball() -> None:
+def test_fgsm_is_one_step_to_the_boundary_of_the_ball() -> None:
     sample = probe("mlp")
     one = measured(WeightCurvatureIndex(attack="fgsm", epsilon=0.2), sample)
     two = measured(WeightCurvatureIndex(attack="pgd", epsilon=0.2, steps=1), sample)
@@ -104,7 +104,7 @@ def test_fgsm_is_one_step_to_the_end_of_the_ball() -> None:
 
 
 @pytest.mark.parametrize("sizes", [[30], [1] * 30, [17, 2, 11]], ids=str)
-def test_layers_that_are_not_piecewise_linear_do_not_depend_on_batches_either(sizes: list[int]) -> None:
+def test_values_do_not_depend_on_batches(sizes: list[int]) -> None:
     model, inputs, targets = build("attention", num_samples=30)
     expected = measured(HessianTrace(), Probe(model, inputs, targets))
     parts = zip(inputs.split(sizes), targets.split(sizes), strict=True)
@@ -123,7 +123,7 @@ def by_process(rank: int, sizes: list[int]) -> dict[str, Tensor]:
 
 @pytest.mark.ddp
 @pytest.mark.filterwarnings("ignore:The ``compute`` method of metric")
-def test_nor_on_processes() -> None:
+def test_values_do_not_depend_on_processes() -> None:
     sizes = [19, 0, 11]
     expected = measured(HessianTrace(), Probe(*build("mlp", num_samples=30)))
     for values in processes.run(by_process, 3, sizes):
@@ -152,7 +152,7 @@ def test_the_error_of_samples_includes_that_of_probes(metric: type[CurvatureMetr
 
 
 def test_the_index_stays_finite_and_counts_layers_of_negative_trace() -> None:
-    for num_samples in range(4, 30):  # until a single probe comes out negative somewhere
+    for num_samples in range(4, 30):  # until a single probe is negative in some layer
         sample = probe("resnet", num_samples)
         values = measured(WeightCurvatureIndex("hutchinson", num_probes=1), sample)
         if values["wci_negative_layers"]:
@@ -173,7 +173,7 @@ def test_a_single_probe_has_no_error_of_its_own() -> None:
     assert values["wci_stderr"] > 0
 
 
-def test_layers_are_left_out_on_demand() -> None:
+def test_per_layer_values_are_optional() -> None:
     for metric in (HessianTrace(per_layer=False), WeightCurvatureIndex(per_layer=False)):
         assert not any("/" in key for key in measured(metric, probe()))
 
@@ -201,7 +201,7 @@ def test_the_probe_error_of_the_index_is_its_spread_and_its_bias_is_smaller() ->
     assert abs(bias) < 0.5 * float(spread)
 
 
-def test_a_loss_function_of_one_s_own_is_measured() -> None:
+def test_the_loss_function_of_the_probe_is_measured() -> None:
     model, inputs, targets = build("cnn_batchnorm", num_samples=40)
     smoothed = nn.CrossEntropyLoss(label_smoothing=0.1, weight=torch.linspace(0.5, 2, 10))
     values = measured(HessianTrace(), Probe(model, inputs, targets, loss_fn=smoothed))
@@ -216,7 +216,7 @@ def test_a_loss_function_of_one_s_own_is_measured() -> None:
 def test_chunks_bound_the_samples_that_pass_together() -> None:
     sample = probe()
     recorder = Recorder(sample.model)
-    bounded = measured(HessianTrace(), Probe(recorder, sample.inputs, sample.targets, chunk_size=35))  # of 10 classes
+    bounded = measured(HessianTrace(), Probe(recorder, sample.inputs, sample.targets, chunk_size=3))
     assert max(recorder.record.batch_sizes) == 3
     free = measured(HessianTrace(), sample)
     assert bounded["hessian_trace"] == pytest.approx(free["hessian_trace"], rel=1e-5)
@@ -229,7 +229,7 @@ def test_updates_with_another_network_are_refused() -> None:
         metric.update(probe("cnn_batchnorm"))
 
 
-def test_the_index_does_not_change_when_layers_are_rescaled_against_each_other() -> None:
+def test_the_index_is_invariant_to_rescaling_of_layers() -> None:
     model = nn.Sequential(nn.Linear(12, 20, bias=False), nn.ReLU(), nn.Linear(20, 5, bias=False))
     inputs, targets = torch.randn(30, 12, generator=torch.Generator().manual_seed(0)), torch.arange(30) % 5
     rescaled = copy.deepcopy(model)
@@ -240,6 +240,81 @@ def test_the_index_does_not_change_when_layers_are_rescaled_against_each_other()
     assert one["wci"] == pytest.approx(two["wci"], rel=1e-5)
     one, two = (measured(HessianTrace(), Probe(m, inputs, targets)) for m in (model, rescaled))
     assert two["hessian_trace"] > 3 * one["hessian_trace"]
+
+
+# --- caveats --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("trace", "noise", "num_samples"), [(1.0, 1.01, 10), (-1.0, 2.0, 256), (0.0, 1e-9, 10)])
+def test_a_trace_below_its_noise_has_a_caveat(trace: float, noise: float, num_samples: int) -> None:
+    values = {"hessian_trace": trace, "hessian_trace_stderr_probes": noise, "num_samples": num_samples}
+    (caveat,) = HessianTrace().caveats(values).items()
+    assert caveat[0] == "hessian_trace"
+    assert caveat[1].startswith("is mostly noise of random probes (`…_stderr_probes`)")
+    assert "`HessianTrace(num_probes=32)`" in caveat[1]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"hessian_trace": 1.0, "num_samples": 256},  # a single probe
+        {"hessian_trace": 1.0, "hessian_trace_stderr_probes": 1.0, "num_samples": 256},
+        {"hessian_trace": -2.0, "hessian_trace_stderr_probes": 1.0, "num_samples": 256},
+        {"hessian_trace": 1.0, "hessian_trace_stderr_probes": 9.0, "num_samples": 9},
+        {"hessian_trace": 1.0, "hessian_trace_stderr_probes": 9.0},
+        {"hessian_trace": 1.0, "hessian_trace_stderr_probes": math.nan, "num_samples": 256},
+        {"hessian_trace_gauss_newton": 1.0, "hessian_trace_gauss_newton_stderr_probes": 9.0, "num_samples": 256},
+    ],
+)
+def test_other_traces_have_none(values: dict[str, float]) -> None:
+    assert HessianTrace().caveats(values) == {}
+
+
+CLEAN, ATTACKED = WeightCurvatureIndex(), WeightCurvatureIndex(attack="pgd")
+
+
+@pytest.mark.parametrize(("metric", "key"), [(CLEAN, "wci"), (ATTACKED, "adversarial_wci")])
+def test_an_uncertain_index_with_negative_layers_has_a_caveat(metric: WeightCurvatureIndex, key: str) -> None:
+    ((name, sentence),) = metric.caveats({key: 1.0, f"{key}_negative_layers": 1.0, f"{key}_stderr": 0.51}).items()
+    assert name == key
+    assert sentence.startswith("is not to be trusted: the curvature of some layers")
+    assert "`WeightCurvatureIndex(estimator='gauss_newton')` is never negative" in sentence
+    assert ("a smaller `epsilon`" in sentence) == (metric is ATTACKED)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"wci": 1.0, "wci_negative_layers": 0.0, "wci_stderr": 9.0},
+        {"wci": 1.0, "wci_negative_layers": 3.0, "wci_stderr": 0.5},
+        {"wci": 1.0, "wci_negative_layers": 3.0},  # a single sample
+    ],
+)
+def test_other_indices_have_none(values: dict[str, float]) -> None:
+    assert CLEAN.caveats(values) == {}
+    assert ATTACKED.caveats(values) == {}
+
+
+def test_each_index_speaks_for_its_own_key() -> None:
+    values = {"wci": 1.0, "wci_negative_layers": 3.0, "wci_stderr": 9.0}
+    assert ATTACKED.caveats(values) == {}
+    assert CLEAN.caveats({f"adversarial_{key}": value for key, value in values.items()}) == {}
+
+
+def test_computed_values_fit_the_caveats() -> None:
+    sample = probe("attention", 20)
+    for metric in (HessianTrace("hutchinson"), CLEAN, ATTACKED):
+        values = measured(metric, sample) | {"num_samples": 20.0}
+        (key,) = (key.removesuffix("_stderr") for key in values if key.endswith("_stderr"))
+        metric.reset()
+        assert metric.caveats(values).keys() <= {key}
+        assert metric.caveats(values | {f"{key}_stderr_probes": math.inf, f"{key}_stderr": math.inf,
+                                        f"{key}_negative_layers": 1.0}).keys() == {key}  # fmt: skip
+
+
+# --- arguments ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The images of CIFAR-10 that networks are trained, chosen and judged on are different ones."""
+"""Networks are trained, chosen and judged on different images of CIFAR-10."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from tests.helpers.training import trainer
 
 @pytest.fixture
 def folder(tmp_path: Path) -> str:
-    """Images that are numbered in their first pixel."""
+    """A folder of images whose first pixel is their number."""
     first = 0
     for part, count in {"train_10k": 100, "test_1000": 40}.items():
         x = np.zeros((count, 32, 32, 3), dtype=np.uint8)
@@ -47,14 +47,14 @@ def test_no_image_is_in_two_sets(folder: str) -> None:
     assert (images <= 1).all()
 
 
-def test_runs_differ_in_what_they_train_on_and_not_in_what_they_choose_by(folder: str) -> None:
+def test_the_seed_changes_the_training_images_but_not_the_validation_images(folder: str) -> None:
     first, second = data(folder, seed=0), data(folder, seed=1)
     assert numbers(first.train_set) != numbers(second.train_set)
     assert numbers(first.val_set) == numbers(second.val_set)
 
 
 class Rates(Callback):
-    """Learning rates, by epoch."""
+    """Records the learning rate of each epoch."""
 
     def __init__(self) -> None:
         self.seen: list[float] = []
@@ -64,9 +64,7 @@ class Rates(Callback):
 
 
 @pytest.mark.parametrize(("decay", "rates"), [(True, [0.02, 0.02, 0.002, 0.002]), (False, [0.02] * 4)])
-def test_the_learning_rate_is_divided_midway_or_kept(
-    folder: str, tmp_path: Path, decay: bool, rates: list[float]
-) -> None:
+def test_the_learning_rate_drops_halfway_or_stays(folder: str, tmp_path: Path, decay: bool, rates: list[float]) -> None:
     seen, model = Rates(), OverfittingClassifier(0.02, 0.0, image_size=32, decay=decay)
     run = trainer(seen, root=tmp_path, max_epochs=4)
     run.fit(model, datamodule=data(folder))

@@ -1,8 +1,6 @@
-"""The predictions hold on CIFAR-10 classifiers that others have trained, where a folder of them is at hand."""
+"""Predictions hold on CIFAR-10 classifiers that others have trained; skipped without a folder of their weights."""
 
-import os
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,21 +9,17 @@ from torch import Tensor
 from lightning_robust import AdversarialAccuracy, FisherSpectralNorm, LinearizedAccuracy, Probe, ProbeMetric
 from recipes import validity
 from recipes.common import zoo
+from recipes.common.cifar import DATA
 
-FOLDER = Path(os.environ.get("LIGHTNING_ROBUST_DATA", Path(__file__).parents[3] / "shared" / "data"))
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        not (FOLDER / "models").is_dir(),
-        reason="no CIFAR-10 classifiers; set LIGHTNING_ROBUST_DATA to a folder of them",
-    ),
-]
+pytestmark = pytest.mark.skipif(
+    not (DATA / "models").is_dir(), reason="no CIFAR-10 classifiers; set LIGHTNING_ROBUST_DATA to a folder of them"
+)
 EPSILONS = (2 / 255, 8 / 255)
 
 
 def small_networks(num_samples: int) -> list[Probe]:
-    """In the order of robustness."""
-    probes = zoo.cifar_classifiers(str(FOLDER / "models"), num_samples=num_samples)
+    """Return probes of the small networks, the least robust first."""
+    probes = zoo.cifar_classifiers(DATA / "models", num_samples=num_samples)
     return [probe for name, probe in probes if name.startswith("smallcnn")]
 
 
@@ -37,7 +31,7 @@ def measure(probe: Probe, *metrics: ProbeMetric) -> dict[str, Tensor]:
     return values
 
 
-def test_predicted_accuracy_is_the_attacked_one_on_small_networks_and_both_norms_order_them() -> None:
+def test_predicted_accuracy_is_that_under_pgd_on_small_networks_and_both_norms_order_them() -> None:
     rows = [
         measure(probe, FisherSpectralNorm(), LinearizedAccuracy(EPSILONS), AdversarialAccuracy(EPSILONS))
         for probe in small_networks(200)
@@ -70,8 +64,8 @@ def test_both_orders_are_within_two_points_of_a_strong_attack_on_small_networks(
         assert abs(torch.tensor(of_order).mean()) <= 2
 
 
-def test_a_confident_resnet_is_flagged_as_saturated_and_its_median_says_nothing() -> None:
-    probe = dict(zoo.cifar_classifiers(str(FOLDER / "models"), num_samples=50))["resnet20"]
+def test_a_confident_resnet_is_flagged_as_saturated_and_its_median_norm_is_negligible() -> None:
+    probe = dict(zoo.cifar_classifiers(DATA / "models", num_samples=50))["resnet20"]
     values = measure(probe, FisherSpectralNorm(), LinearizedAccuracy((0.0, *EPSILONS)))
     assert values["linearized_accuracy_linf_0"] > 0.85
     assert values["linearized_accuracy_linf_0.007843"] < 0.05

@@ -1,4 +1,4 @@
-"""The Weight-Curvature Index sees what accuracy does not: a network that goes on training on few samples."""
+"""The Weight-Curvature Index rises while a network overfits, where robust accuracy does not change."""
 
 import math
 from pathlib import Path
@@ -15,9 +15,9 @@ from tests.helpers.training import History, robustness_warnings, trainer
 SEED = 0
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_weight_curvature_rises_while_robust_accuracy_stands_still(tmp_path: Path) -> None:
-    """The recipe of configs/digits_adversarial.yaml on 100 images instead of 1,297."""
+    """Trains as configs/digits_adversarial.yaml does, on 100 images instead of 1,297."""
     history = History()
     metrics = [
         WeightCurvatureIndex(),

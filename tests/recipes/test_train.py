@@ -1,4 +1,4 @@
-"""The configuration files are documents that run."""
+"""Every configuration file runs, by the command in its header."""
 
 import sys
 from pathlib import Path
@@ -23,9 +23,9 @@ LAUNCHES = {
 
 @pytest.fixture(autouse=True)
 def _no_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    """LightningCLI would see the arguments of pytest beside those of the test."""
+    """Hide the arguments of pytest from LightningCLI."""
     monkeypatch.setattr(sys, "argv", ["train"])
-    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # of what LightningCLI 2.6 calls
+    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # LightningCLI 2.6 calls deprecated functions
 
 
 def launch(tmp_path: Path, *args: str, configs: list[Path]) -> Any:
@@ -44,7 +44,7 @@ def columns_of(cli: Any) -> list[str]:
 
 
 def test_every_configuration_file_is_launched_here() -> None:
-    elsewhere = {"class_shielding.yaml", "class_shielding_cifar10.yaml"}  # by the tests of their recipe
+    elsewhere = {"class_shielding.yaml", "class_shielding_cifar10.yaml"}  # tests/recipes/test_class_shielding.py
     assert {path.name for path in (ROOT / "configs").iterdir()} == LAUNCHES.keys() | elsewhere
 
 
@@ -64,7 +64,7 @@ def test_configuration_files_run_and_name_their_launch_command(
     assert "–" not in row
 
 
-def test_the_table_leaves_blank_what_was_not_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_table_leaves_cells_without_a_new_value_blank(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     columns = {"accuracy": "val_acc", "λ": "robust/fim_spectral_norm", "missing": "nowhere"}
     monitor = RobustnessMonitor(["fisher_spectral_norm"], every_n_epochs=2)
     run = trainer(monitor, EpochTable(columns), root=tmp_path, max_epochs=4, num_sanity_val_steps=1)
@@ -75,7 +75,7 @@ def test_the_table_leaves_blank_what_was_not_measured(tmp_path: Path, capsys: py
     assert [row[3] for row in rows if len(row) == 6] == ["±", "±"]
 
 
-def test_the_table_shows_what_was_logged_in_training_and_no_error_of_another_epoch(
+def test_the_table_shows_training_metrics_and_no_standard_error_of_another_epoch(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     class Logging(Classifier):
@@ -93,7 +93,7 @@ def test_the_table_shows_what_was_logged_in_training_and_no_error_of_another_epo
     trainer(table, root=tmp_path, max_epochs=3, limit_train_batches=4).fit(Logging(), loader(), loader())
     rows = [line.split() for line in capsys.readouterr().out.splitlines() if line[:5].strip().isdigit()]
     assert rows == [
-        ["0", "3.000", "–", "2.000", "±", "0.500"],  # Lightning adds an epoch up after its validation
+        ["0", "3.000", "–", "2.000", "±", "0.500"],  # Lightning reduces an epoch's values after its validation
         ["1", "7.000", "0.000", "2.000"],
         ["2", "11.000", "1.000", "2.000"],
     ]
@@ -142,7 +142,7 @@ def test_metrics_by_name_and_by_class(tmp_path: Path) -> None:
     assert cli.trainer.callback_metrics["robust/num_samples"] == 20
 
 
-def test_an_unknown_metric_name_is_answered_with_the_known_ones(tmp_path: Path) -> None:
+def test_an_unknown_metric_name_raises_an_error_that_lists_the_known_ones(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match=r"names among \['adversarial_accuracy'.*'linearized_accuracy'.*\], but got 'wci'"
     ):

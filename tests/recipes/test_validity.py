@@ -1,12 +1,12 @@
-"""What the monitor predicts, against what a strong attack finds."""
+"""Predictions of the monitor agree with what a strong attack finds."""
 
 import math
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
 from torch import nn
 
 from lightning_robust import AdversarialAccuracy, LinearizedAccuracy, Probe
@@ -14,7 +14,9 @@ from recipes import validity
 from recipes.common import zoo
 from recipes.common.classifier import DigitsClassifier
 from recipes.common.digits import DigitsDataModule
+from recipes.common.statistics import interval
 from tests.helpers.networks import build, random, random_linear
+from tests.helpers.training import trainer
 
 EPSILONS = (0.02, 0.05, 0.1)
 
@@ -45,7 +47,7 @@ def test_the_strong_attack_is_exact_on_a_linear_network() -> None:
 
 
 def rows(*pairs: tuple[float, float]) -> list[validity.Row]:
-    """Classifiers with a predicted accuracy and one under attack."""
+    """Return made-up measurements of classifiers with given predicted and attacked accuracies."""
     return [
         {
             "linearized_accuracy_linf_0.1": predicted,
@@ -59,7 +61,7 @@ def rows(*pairs: tuple[float, float]) -> list[validity.Row]:
     ]
 
 
-def test_differences_are_in_points() -> None:
+def test_differences_are_in_percentage_points() -> None:
     lines = validity.differences(rows((0.5, 0.4), (0.2, 0.24), (0.9, 0.9)), [0.1])
     first = next(line for line in lines if line.startswith("linearized, ε = 0.1"))
     assert "4.7 [" in first  # (10 + 4 + 0) / 3
@@ -78,22 +80,21 @@ def test_correlations_are_those_of_ranks_with_an_interval_the_strongest_first() 
     assert "strong_accuracy_linf_0.1" not in by_name
 
 
-def test_an_interval_covers_the_truth_as_often_as_it_says() -> None:
+def test_a_95_percent_interval_covers_the_truth_that_often() -> None:
     generator = torch.Generator().manual_seed(0)
     covered = 0
     for _ in range(200):
         sample = torch.randn(30, generator=generator)
-        _, low, high = validity.interval(lambda i, s=sample: s[i].mean(), 30, resamples=200)
+        _, low, high = interval(lambda i, s=sample: s[i].mean(), 30, resamples=200)
         covered += low <= 0 <= high
     assert 0.89 <= covered / 200 <= 0.98
 
 
 def test_the_checkpoints_of_a_folder_are_found(tmp_path: Path) -> None:
     model = DigitsClassifier(width=4)
-    trainer = Trainer(max_epochs=1, accelerator="cpu", default_root_dir=tmp_path, logger=False, limit_train_batches=2,
-                      limit_val_batches=0, enable_progress_bar=False, enable_model_summary=False)  # fmt: skip
-    trainer.fit(model, datamodule=DigitsDataModule())
-    trainer.save_checkpoint(tmp_path / "deep" / "one.ckpt")
+    run = trainer(root=tmp_path, max_epochs=1, limit_train_batches=2, limit_val_batches=0)
+    run.fit(model, datamodule=DigitsDataModule())
+    run.save_checkpoint(tmp_path / "deep" / "one.ckpt")
     found = dict(zoo.digits_checkpoints(str(tmp_path), num_samples=10))
     probe = found["one"]
     assert len(probe) == 10
@@ -115,7 +116,7 @@ def test_predicted_accuracy_is_that_under_the_strong_attack_over_a_zoo_of_digits
     )
     assert gaps.abs().mean() <= 3
     assert abs(gaps.mean()) <= 2
-    for epsilon in EPSILONS[1:]:  # all are nearly perfect at the smallest
+    for epsilon in EPSILONS[1:]:  # at the smallest ε nearly all accuracies are 1
         lines = validity.correlations(measured, epsilon)
         (line,) = (line for line in lines if line.startswith(f"linearized_accuracy_linf_{epsilon:g} "))
         assert float(line.split()[1]) >= 0.95
@@ -133,6 +134,7 @@ def test_the_script_prints_tables_and_draws(
         return probes
 
     monkeypatch.setattr(zoo, "digits_zoo", few)
+    monkeypatch.setattr(validity, "interval", partial(interval, resamples=50))
     monkeypatch.setattr(validity, "strong_accuracy", lambda probe, epsilon: math.exp(-epsilon))
     monkeypatch.setattr(sys, "argv", ["validity", "--num-samples", "20", "--figure", str(tmp_path / "validity.png")])
     validity.main()

@@ -1,1 +1,1 @@
-"""RobustnessDriftStopping: what it reads, what it keeps, when it stops."""
+"""RobustnessDriftStopping: what it reads, what it records, what it reports, and when it stops."""

@@ -1,36 +1,35 @@
-"""What a drift stopper says, in plain words."""
+"""What a drift stopper tells the user: reasons, warnings and errors."""
 
 from __future__ import annotations
 
 import difflib
 import math
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from lightning_robust.callbacks.drift_stopping.record import Record, Series
 from lightning_robust.functional.drift.rule import Drift
+from lightning_robust.metrics.keys import is_accuracy, is_error_bar
 
-_CLEAN_ACCURACY = re.compile(r"(?:^|[_/])val\w*[_/](?:\w*_)?acc(?:uracy)?(?:/dataloader_idx_0)?$", re.IGNORECASE)
-_OTHER_ACCURACY = re.compile(r"adv|attack|pgd|fgsm|robust|noise|corrupt", re.IGNORECASE)
-_DETAIL = re.compile(r"_(?:stderr|lower|upper|stderr_probes)$")
+# ---- reports ---------------------------------------------------------------------------------------------------------
 
 
 def reason(record: Record, drifts: Mapping[str, Drift]) -> str:
-    """Why a run is stopped: each key that has drifted, and what became of clean accuracy meanwhile."""
+    """Why a run is stopped: each key that has drifted, and the change of clean accuracy since the best measurement."""
     said = [_of_key(key, drift, record.series[key]) for key, drift in drifts.items() if drift.drifted]
-    changes = [
-        series.accuracies[-1] - series.accuracies[drift.best]
+    pairs = [
+        (series.accuracies[drift.best], series.accuracies[-1])
         for series, drift in ((record.series[key], drift) for key, drift in drifts.items())
         if drift.drifted and drift.best is not None
     ]
-    known = [change for change in changes if math.isfinite(change)]
-    return "; ".join([*said, *(_of_accuracy(record.accuracy_key, 100 * change) for change in known[:1])]) + "."
+    known = [pair for pair in pairs if all(map(math.isfinite, pair))]
+    return "; ".join([*said, *(_of_accuracy(record.accuracy_key, *pair) for pair in known[:1])]) + "."
 
 
 def _of_key(key: str, drift: Drift, series: Series) -> str:
     verb, side = ("fell", "below") if series.higher_is_better else ("rose", "above")
     by = abs(drift.reference - drift.mean)
-    amount = f"{100 * by:.1f} points" if _is_accuracy(key, drift) else f"{100 * by / abs(drift.reference or 1):.1f} %"
+    in_points = is_accuracy(key) and 0 <= drift.reference <= 1
+    amount = f"{100 * by:.1f} points" if in_points else f"{100 * by / abs(drift.reference or 1):.1f} %"
     if drift.best is None:
         than, change = f"its reference {drift.reference:.4g}", f"{drift.mean:#.4g}"
     else:
@@ -40,30 +39,86 @@ def _of_key(key: str, drift: Drift, series: Series) -> str:
     return f"{key} {verb} {amount} {side} {than} over {over}"
 
 
-def _is_accuracy(key: str, drift: Drift) -> bool:
-    return "acc" in key.lower() and 0 <= drift.reference <= 1
-
-
-def _of_accuracy(key: str | None, points: float) -> str:
+def _of_accuracy(key: str | None, before: float, after: float) -> str:
+    before, after = _in_percent(before, after)
+    points = after - before
     verb = "stayed" if abs(points) < 0.05 else "rose" if points > 0 else "fell"
     amount = "" if verb == "stayed" else f" {abs(points):.1f} points"
     return f"clean accuracy {verb}{amount} ({key})"
 
 
-def clean_accuracy(keys: Iterable[str], *, prefixes: Iterable[str]) -> str | None:
-    """The key of clean accuracy: on the measured samples if it is logged, else one of the user's own."""
-    keys = list(keys)
-    for prefix in prefixes:
-        ours = [key for key in keys if re.fullmatch(rf"{re.escape(prefix)}linearized_accuracy_[^_]+_0", key)]
-        if ours:
-            return ours[0]
-    theirs = [key for key in keys if _CLEAN_ACCURACY.search(key) and not _OTHER_ACCURACY.search(key)]
-    return min(theirs, key=len, default=None)
+def _in_percent(*accuracies: float) -> list[float]:
+    """Accuracies in percent; values above 1 already are."""
+    return [100 * accuracy if max(accuracies) <= 1 else accuracy for accuracy in accuracies]
+
+
+def put_back(record: Record) -> str:
+    """Which weights were put back, and what that gains and costs compared with the last measurement."""
+    found = [(key, series, record.index_of_best(key)) for key, series in record.series.items()]
+    said = [
+        f"{key} {series.values[best]:#.4g} instead of {series.values[-1]:#.4g} at epoch {series.epochs[-1]}"
+        for key, series, best in found
+        if best is not None
+    ]
+    pairs = [(series.accuracies[best], series.accuracies[-1]) for _, series, best in found if best is not None]
+    known = [pair for pair in pairs if all(map(math.isfinite, pair))]
+    advice = ""
+    if known:
+        best_accuracy, last_accuracy = (f"{accuracy:.1f} %" for accuracy in _in_percent(*known[0]))
+        same = best_accuracy == last_accuracy
+        change = f"still {best_accuracy}" if same else f"{best_accuracy} instead of {last_accuracy}"
+        said.append(f"clean accuracy {change} ({record.accuracy_key})")
+        if not same and known[0][0] < known[0][1]:
+            advice = " To keep the last weights, pass `restore_best_weights=False`."
+    changes = f": {', '.join(said)}" if said else ""
+    return f"RobustnessDriftStopping put back the weights of epoch {record.best_epoch}{changes}.{advice}"
+
+
+# ---- warnings --------------------------------------------------------------------------------------------------------
+
+
+def not_finite(key: str) -> str:
+    """A followed key was logged with NaN or infinity."""
+    return (
+        f"RobustnessDriftStopping skips values of `{key}` that are not finite: they count neither as best nor as drift."
+    )
+
+
+def best_untrained(key: str) -> str:
+    """A followed key is best at initialisation, and no measurement is left out."""
+    return (
+        f"RobustnessDriftStopping follows `{key}`, which is best at initialisation and gets worse while the network"
+        " learns. It takes that for drift and may stop the run too early. Leave out the first measurements, e.g. with"
+        " `warmup=10`."
+    )
+
+
+def no_best_weights(epoch: int) -> str:
+    """The checkpoint of a resumed run holds no best weights."""
+    return (
+        f"RobustnessDriftStopping cannot put back the weights of epoch {epoch}: the run that was resumed did not keep"
+        " them. The weights of the last epoch stay. To have them kept, pass `restore_best_weights=True` from the first"
+        " run on."
+    )
+
+
+def could_not_stop(counts: Mapping[str, int], *, least: int) -> str:
+    """A run ended with too few measurements to stop it."""
+    times = {0: "never logged in a validation", 1: "measured once"}
+    seen = ", ".join(f"`{key}` was {times.get(count, f'measured {count} times')}" for key, count in counts.items())
+    return (
+        f"RobustnessDriftStopping could not have stopped this run: {seen}, but a drift takes at least {least}"
+        " measurements. Measure more often (`every_n_epochs` and `overhead_budget` of the RobustnessMonitor,"
+        " `check_val_every_n_epoch` of the Trainer), or lower `patience` or `warmup`."
+    )
+
+
+# ---- errors ----------------------------------------------------------------------------------------------------------
 
 
 def unknown(key: str, keys: Iterable[str], *, measured: bool) -> str:
-    """A key is not logged, but these are."""
-    available = sorted(other for other in keys if not _DETAIL.search(other))
+    """A followed key is not logged; names the keys that are."""
+    available = sorted(other for other in keys if not is_error_bar(other))
     close = difflib.get_close_matches(key, available, n=1)
     meant = f" Did you mean `{close[0]}`?" if close else ""
     later = "" if measured else " If it is logged later in the run, pass `strict=False`."
@@ -73,60 +128,45 @@ def unknown(key: str, keys: Iterable[str], *, measured: bool) -> str:
     )
 
 
-def no_direction(key: str, *, prefixes: list[str]) -> str:
-    """It is not known whether high values of a key are good."""
+def no_direction(key: str, *, prefixes: Sequence[str]) -> str:
+    """Nothing tells whether high values of a key are good."""
     if prefixes:
-        why = (
-            f"the RobustnessMonitor of this Trainer logs under {' and '.join(map(repr, prefixes))}, and does not log it"
-        )
+        why = f"the RobustnessMonitor of this Trainer logs under {' and '.join(map(repr, prefixes))}, but not this key"
     else:
         why = "there is no RobustnessMonitor in this Trainer"
     return (
-        f"RobustnessDriftStopping does not know whether high values of `{key}` are good: {why}. Pass `mode='max'` or"
-        " `mode='min'` if you log it yourself in validation."
-    )
-
-
-def endless_tolerance(tolerance: float) -> str:
-    """No fall is as large as what is tolerated."""
-    return (
-        "Expected argument `tolerance` to be a share of the best value, below 1 where high values are good, but got"
-        f" {tolerance:g}, so that nothing is a drift."
-    )
-
-
-def best_untrained(key: str) -> str:
-    """The best value of a quantity is that of an untrained network."""
-    return (
-        f"RobustnessDriftStopping follows `{key}`, which is best in a network that has learnt nothing, and takes what"
-        " rises with learning for a drift. `warmup` leaves out the first measurements."
-    )
-
-
-def no_best_weights(epoch: int) -> str:
-    """The weights of the best measurement were made in a run that did not keep them."""
-    return (
-        f"RobustnessDriftStopping cannot put back the weights of epoch {epoch}: the run that was resumed did not keep"
-        " them. Those of the last epoch stay."
+        f"RobustnessDriftStopping does not know whether high values of `{key}` are good: {why}. If you log it yourself"
+        " in validation, pass `mode='max'` or `mode='min'`."
     )
 
 
 def contradiction(key: str, mode: str, *, higher_is_better: bool) -> str:
     """The user's direction is not that of the metric."""
     return (
-        f"Expected argument `mode` to be None or {'max' if higher_is_better else 'min'!r} for `{key}`, of which"
+        f"Expected argument `mode` to be None or {'max' if higher_is_better else 'min'!r} for `{key}`, whose"
         f" {'higher' if higher_is_better else 'lower'} values are better, but got {mode!r}."
     )
 
 
-def could_not_stop(counts: Mapping[str, int], *, least: int) -> str:
-    """A run has ended with too few measurements to stop it."""
-    seen = ", ".join(
-        f"`{key}` was {'never logged in a validation' if not count else 'measured once' if count == 1 else many}"
-        for key, count, many in ((key, count, f"measured {count} times") for key, count in counts.items())
-    )
+def endless_tolerance(tolerance: float) -> str:
+    """No fall can exceed the tolerance."""
     return (
-        f"RobustnessDriftStopping could not have stopped this run: {seen}, and it takes {least} measurements. Measure"
-        " more often (the monitor's `every_n_epochs` and `overhead_budget`, the Trainer's `check_val_every_n_epoch`),"
-        " or lower `patience` or `warmup`."
+        "Expected argument `tolerance` to be a share of the best value, below 1 where high values are good, but got"
+        f" {tolerance:g}, which no fall exceeds."
+    )
+
+
+def sharded_weights(strategy: str) -> str:
+    """The best weights cannot be kept because no process has all weights."""
+    return (
+        f"Expected argument `restore_best_weights` to be False with {strategy}, which spreads the weights over"
+        " processes. To keep the best weights, add a `ModelCheckpoint` that monitors the same key."
+    )
+
+
+def averaged_weights() -> str:
+    """The best weights cannot be kept because another callback exchanges the weights."""
+    return (
+        "Expected argument `restore_best_weights` to be False beside weight averaging, which puts in its own weights"
+        " for validation and at the end. To keep the best weights, add a `ModelCheckpoint` that monitors the same key."
     )

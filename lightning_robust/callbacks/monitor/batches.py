@@ -1,76 +1,152 @@
-"""How a batch of an ordinary LightningModule becomes a probe."""
+"""How a batch of an ordinary LightningModule is read: its inputs, its targets, and how to make a probe of them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lightning_robust.callbacks.monitor.muted_logging import muted_logging
 from lightning_robust.functional._isolation.context import owner_of
-from lightning_robust.functional.curvature.losses import LossFn
-from lightning_robust.probe import Probe
+from lightning_robust.functional._validation.arguments import as_number, as_numbers
+from lightning_robust.probe import Probe, check_samples
 
 _INPUT_KEYS = ("x", "input", "inputs", "image", "images", "img", "pixel_values", "data", "features")
 _TARGET_KEYS = ("y", "target", "targets", "label", "labels")
+_CONSTANTS = ("input_std", "input_mean")  # which may be numbers, lists or tensors
 
 
-def make_probe(
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Samples, and what a probe of them needs besides.
+
+    Attributes:
+        inputs: ``(N, ...)``.
+        targets: ``(N, ...)``.
+        options: The other arguments of :class:`~lightning_robust.Probe`, ``model`` among them.
+    """
+
+    inputs: Tensor
+    targets: Tensor
+    options: Mapping[str, Any]
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def __getitem__(self, rows: slice) -> Batch:
+        """A part of the samples, without a copy."""
+        return Batch(self.inputs[rows], self.targets[rows], self.options)
+
+    def copied(self, rows: Sequence[int]) -> Batch:
+        """Copies of some samples, which later changes of the batch do not reach."""
+
+        def copy(tensor: Tensor) -> Tensor:
+            return tensor.detach()[torch.tensor(rows, dtype=torch.long, device=tensor.device)]
+
+        return Batch(copy(self.inputs), copy(self.targets), self.options)
+
+    def matches(self, other: Batch) -> bool:
+        """Whether the samples of both can pass through the network together."""
+        return (
+            self.options.keys() == other.options.keys()
+            and all(_same(key, value, other.options[key]) for key, value in self.options.items())
+            and all(
+                a.shape[1:] == b.shape[1:] and a.dtype == b.dtype
+                for a, b in ((self.inputs, other.inputs), (self.targets, other.targets))
+            )
+        )
+
+    def probe(self) -> Probe:
+        """A probe of all samples."""
+        return Probe(inputs=self.inputs, targets=self.targets, **self.options)
+
+    @staticmethod
+    def joined(parts: Sequence[Batch]) -> Batch:
+        """The samples of batches that match, in order."""
+        if len(parts) == 1:
+            return parts[0]
+        inputs, targets = (torch.cat([getattr(part, name) for part in parts]) for name in ("inputs", "targets"))
+        return Batch(inputs, targets, parts[0].options)
+
+
+def read_batch(
     pl_module: LightningModule,
     batch: object,
     *,
     probe_fn: Callable[[LightningModule, Any], Probe] | None,
     defaults: Mapping[str, Any],
-) -> Probe:
-    """Make a probe of a batch: by ``probe_fn``, else by the module's ``robustness_probe``, else by customary keys.
+) -> Batch:
+    """Read a batch by ``probe_fn``, else by the module's ``robustness_probe``, else by customary keys.
 
     Args:
         pl_module: The module that is trained.
         batch: What its loader yields.
-        probe_fn: Given by the user, or None.
-        defaults: Options of the probe, for those that it leaves open.
+        probe_fn: The user's function, or None.
+        defaults: Options of the probe that hold where the user's own probe leaves them open.
 
     Raises:
-        MisconfigurationException: If no probe comes of it.
+        MisconfigurationException: If the batch cannot be read, or ``probe_fn`` returns no probe.
+        TypeError: As :class:`~lightning_robust.Probe`.
+        ValueError: Likewise.
     """
     method = getattr(pl_module, "robustness_probe", None)
-    if probe_fn is not None:
-        with muted_logging(pl_module):
-            probe = probe_fn(pl_module, batch)
-    elif callable(method):
-        with muted_logging(pl_module):
-            probe = method(batch)
-    else:
-        probe = _default_probe(pl_module, batch, defaults.get("loss_fn"))
+    if probe_fn is None and not callable(method):
+        inputs, targets = _inputs_and_targets(batch)
+        check_samples(inputs, targets, loss_fn=defaults.get("loss_fn"))
+        return Batch(inputs, targets, {"model": pl_module, **defaults})
+    with muted_logging(pl_module):
+        probe: object = probe_fn(pl_module, batch) if probe_fn is not None else method(batch)  # type: ignore[misc]
     if not isinstance(probe, Probe):
         raise MisconfigurationException(
             f"Expected `probe_fn` to return a Probe(model, inputs, targets), but got {type(probe).__name__}."
         )
+    options = {field.name: getattr(probe, field.name) for field in fields(probe) if field.init}
+    inputs, targets = options.pop("inputs"), options.pop("targets")
     if probe.module is None and owner_of(probe.model) is None:
-        probe = replace(probe, module=pl_module)
-    return replace(probe, **{name: value for name, value in defaults.items() if getattr(probe, name) is None})
+        options["module"] = pl_module
+    options |= {name: value for name, value in defaults.items() if options[name] is None}
+    return Batch(inputs, targets, options)
 
 
-def _default_probe(pl_module: LightningModule, batch: object, loss_fn: LossFn | None) -> Probe:
-    """The module's ``forward`` on a batch ``(x, y)``, or on a dictionary with customary keys."""
+def callables_of(batches: Iterable[Batch]) -> list[object]:
+    """The models, modules and losses of batches, each once."""
+    names = ("model", "module", "loss_fn")
+    found = [batch.options.get(name) for batch in batches for name in names]
+    return list({id(function): function for function in found if function is not None}.values())
+
+
+def _same(name: str, a: object, b: object) -> bool:
+    if a is None or b is None or name not in _CONSTANTS:
+        return a is b or bool(a == b)
+    return _entries(a) == _entries(b)
+
+
+def _entries(constant: object) -> list[float]:
+    numbers = as_numbers(constant)
+    return [as_number(constant)] if numbers is None else numbers
+
+
+def _inputs_and_targets(batch: object) -> tuple[Tensor, Tensor]:
+    """Those of a pair ``(x, y)``, or of a dictionary with customary keys."""
     inputs, targets = None, None
     if isinstance(batch, Mapping):
         inputs = next((batch[key] for key in _INPUT_KEYS if key in batch), None)
         targets = next((batch[key] for key in _TARGET_KEYS if key in batch), None)
     elif isinstance(batch, tuple | list) and len(batch) == 2:
         inputs, targets = batch
-    if not isinstance(inputs, Tensor) or not isinstance(targets, Tensor):
-        raise MisconfigurationException(
-            "Expected batches `(inputs, targets)` of two tensors, or dictionaries with keys such as 'x' and 'y' or"
-            f" 'image' and 'label', but got {_describe(batch)}. Pass `probe_fn=lambda pl_module, batch:"
-            " Probe(pl_module, inputs, targets)` with inputs and targets taken from your batch, or define"
-            " `robustness_probe(self, batch)` on the LightningModule."
-        )
-    return Probe(pl_module, inputs, targets, loss_fn=loss_fn)
+    if isinstance(inputs, Tensor) and isinstance(targets, Tensor):
+        return inputs, targets
+    raise MisconfigurationException(
+        "Expected batches `(inputs, targets)` of two tensors, or dictionaries with keys such as 'x' and 'y' or"
+        f" 'image' and 'label', but got {_describe(batch)}. Pass `probe_fn=lambda pl_module, batch:"
+        " Probe(pl_module, inputs, targets)` with inputs and targets taken from your batch, or define"
+        " `robustness_probe(self, batch)` on the LightningModule."
+    )
 
 
 def _describe(batch: object) -> str:

@@ -1,38 +1,46 @@
-"""What the monitor says once in a run when numbers may mean something else than they seem to, with the remedy."""
+"""Warnings of the monitor: what may make numbers mean something else than they seem to, with the remedy."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 
+import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from torch import Tensor
 
 from lightning_robust.callbacks.monitor.overhead import Overhead
 from lightning_robust.callbacks.monitor.sample_selection import LoaderShare
-from lightning_robust.callbacks.monitor.status import WHOLE
-from lightning_robust.probe import Probe, find_flaws
+from lightning_robust.callbacks.monitor.status import WHOLE, Failure
+from lightning_robust.functional._isolation.context import differentiable
+from lightning_robust.functional._isolation.stand_ins import full_precision
+from lightning_robust.functional._validation.tensors import check_inputs, outputs_of
+from lightning_robust.metrics import ProbeMetric
+from lightning_robust.probe import Probe
 
 _MANY_CLASSES = 200
 _FEW_POINTS = 5  # fewer make no curve
-_FEW = 10  # fewer samples tell little by any estimator
+_EXAMINED = 8  # samples
 SHUFFLES = (
-    "The validation loader shuffles, so RobustnessMonitor measures other samples at every measurement, and its curves"
-    " carry the noise of that. Pass `shuffle=False` to the validation DataLoader."
+    "The validation loader shuffles, so RobustnessMonitor measures different samples each time, and its curves carry"
+    " that noise. Pass `shuffle=False` to the validation DataLoader."
 )
 UNSHARED = (
     "Each process sees other validation samples, without a `DistributedSampler`, so RobustnessMonitor cannot tell which"
-    " of them others see, too. In each of n processes it measures one in n of those that it would measure there alone,"
-    " so fewer than `max_samples`, maybe some of them twice. Lightning's own distributed sampler avoids it."
+    " of them other processes see, too. Each of n processes measures one in n of the samples that it would measure on"
+    " its own: fewer than `max_samples` in all, and perhaps some of them twice. Lightning's own distributed sampler"
+    " avoids this."
 )
 OTHER_SAMPLES = (
     "RobustnessMonitor found other samples in the validation loader than at the last measurement, so its curves carry"
-    " the noise of that. A loader that yields the same samples in the same order avoids it."
+    " that noise. A loader that yields the same samples in the same order avoids it."
 )
 
 
 def obstacle(trainer: Trainer) -> str | None:
-    """What keeps every measurement of a run from being made, if anything does."""
+    """The reason why no measurement of a run can be made, if there is one."""
     if trainer.barebones:
         return "`Trainer(barebones=True)` logs nothing, so RobustnessMonitor measures nothing."
     strategy, spread = trainer.strategy, None
@@ -58,15 +66,15 @@ def no_such_loader(dataloader_idx: int, *, num_loaders: int) -> str:
 
 
 def out_of_memory(samples_at_once: int) -> str:
-    """How it goes on after memory has run out."""
+    """Memory ran out, and fewer samples pass at once from now on."""
     return (
         f"RobustnessMonitor ran out of memory, and from now on measures at most {samples_at_once} samples at once. The"
-        " numbers stay the same, and take longer. A `chunk_size` chosen beforehand saves the failed attempt."
+        " numbers stay the same, but take longer. Pass `chunk_size` to avoid the failed attempt."
     )
 
 
 def before_fit(trainer: Trainer, *, prefix: str, every_n_epochs: int, budget: float | None) -> list[str]:
-    """Say it if nothing will ever be measured, or if a stopper will count what is not measured."""
+    """Nothing will ever be measured, or a stopper will count validations without a measurement."""
     if sentence := obstacle(trainer):
         return [sentence]
     if not trainer.enable_validation:
@@ -78,16 +86,15 @@ def before_fit(trainer: Trainer, *, prefix: str, every_n_epochs: int, budget: fl
         return []
     when = f"every {every_n_epochs} epochs" if budget is None else "as often as the budget allows"
     return [
-        f"EarlyStopping follows `{callback.monitor}`, which is measured {when}, and takes the old value for no"
-        " improvement in between, because its `patience` counts validations. `RobustnessDriftStopping` counts"
-        " measurements."
+        f"EarlyStopping follows `{callback.monitor}`, which is measured {when}. Its `patience` counts validations, and"
+        " a validation without a measurement counts as no improvement. `RobustnessDriftStopping` counts measurements."
         for callback in trainer.callbacks  # type: ignore[attr-defined]
         if type(callback) is EarlyStopping and callback.monitor.startswith(prefix)
     ]
 
 
 def hardly_a_curve(overhead: Overhead, *, budget: float) -> list[str]:
-    """Say it if a budget of time has left few measurements."""
+    """A budget of time has left few measurements."""
     made, due = overhead.made, overhead.made + overhead.left_out
     if made >= _FEW_POINTS:
         return []
@@ -98,61 +105,54 @@ def hardly_a_curve(overhead: Overhead, *, budget: float) -> list[str]:
 
 
 def on_loader(share: LoaderShare, *, max_samples: int) -> list[str]:
-    """Say it if the subset cannot be fixed beforehand, or changes."""
+    """The subset cannot be fixed beforehand, or changes."""
     sentences = [] if share.size is not None else [reservoir(max_samples)]
     return [*sentences, SHUFFLES] if share.shuffled else sentences
 
 
 def reservoir(max_samples: int) -> str:
-    """The rule for loaders that do not tell how many samples they yield."""
+    """The loader does not tell how many samples it yields."""
     return (
         "RobustnessMonitor cannot tell beforehand how many samples the validation loader yields, so it measures a"
-        f" uniformly random subset of {max_samples} (reservoir sampling): the same one at every measurement only as"
-        " long as the loader yields the same samples in the same order. A loader with a length, whose batches hold"
-        " `batch_size` samples each, is safer."
+        f" uniformly random subset of {max_samples} (reservoir sampling). The subset stays the same only as long as the"
+        " loader yields the same samples in the same order. A loader with a length, whose batches hold `batch_size`"
+        " samples each, is safer."
     )
 
 
-def on_values(values: Mapping[str, float], *, prefix: str) -> list[str]:
-    """Say it if curvature is worth little, being noise of probes, or the sum of layers of which most count as 0."""
-    sentences = []
-    trace, noise = values.get("hessian_trace", 0.0), values.get("hessian_trace_stderr_probes", 0.0)
-    if noise > abs(trace) and values.get("num_samples", 0) >= _FEW:
-        sentences.append(
-            f"`{prefix}hessian_trace` is mostly noise of random probes (`…_stderr_probes`), the same at every"
-            " measurement. `HessianTrace(num_probes=32)` has a quarter of it. Losses of torch (modules, functions and"
-            " `functools.partial` of them, but not lambdas) need fewer probes than one's own."
-        )
-    for key, remedy in (("wci", ""), ("adversarial_wci", " or a smaller `epsilon`")):
-        negative, stderr = values.get(f"{key}_negative_layers", 0.0), values.get(f"{key}_stderr", 0.0)
-        if negative > 0 and stderr > 0.5 * values[key]:
-            sentences.append(
-                f"`{prefix}{key}` is not to be trusted: the curvature of some layers of this network"
-                " (`…_negative_layers`) is negative, in truth or by the noise of probes, and counts as 0."
-                f" `WeightCurvatureIndex(estimator='gauss_newton')` is never negative; more `num_probes`{remedy} may"
-                " help, too."
-            )
-    return sentences
+def not_finite(values: Mapping[str, float], *, prefix: str) -> list[str]:
+    """Values that are not logged."""
+    return [
+        f"`{prefix}{key}` is not finite, and is logged only in measurements in which it is finite."
+        for key, value in values.items()
+        if not math.isfinite(value)
+    ]
 
 
-def skipped(causes: Mapping[int, str], names: Mapping[int, str], *, epoch: int) -> str:
-    """Say what was not measured and why, in one warning.
+def on_values(metrics: Iterable[ProbeMetric], values: Mapping[str, float], *, prefix: str) -> list[str]:
+    """The caveats that metrics have about their values, which are keyed without the prefix."""
+    caveats = {key: caveat for metric in metrics for key, caveat in metric.caveats(values).items()}
+    return [f"`{prefix}{key}` {caveat}" for key, caveat in caveats.items()]
+
+
+def skipped(failures: Mapping[int, Failure], names: Mapping[int, str], *, epoch: int) -> str:
+    """What was not measured and why, in one warning.
 
     Args:
-        causes: By the number of the metric, or ``WHOLE``.
-        names: Of all metrics, by their numbers.
-        epoch: Of the measurement.
+        failures: By the index of the metric, or ``WHOLE``.
+        names: Names of all metrics, by their indices.
+        epoch: In which the measurement was made.
     """
-    if WHOLE in causes or causes.keys() >= names.keys():
-        what = f"the measurement in epoch {epoch}: {_ended(causes[min(causes)])}"
+    if WHOLE in failures or failures.keys() >= names.keys():
+        what = f"the measurement in epoch {epoch}: {_ended(failures[min(failures)].message)}"
     else:
-        by_cause: dict[str, list[str]] = {}
-        for number, cause in sorted(causes.items()):
-            by_cause.setdefault(_ended(cause), []).append(names[number])
-        parts = [f"{' and '.join(metrics)}: {cause}" for cause, metrics in by_cause.items()]
+        by_message: dict[str, list[str]] = {}
+        for number, failure in sorted(failures.items()):
+            by_message.setdefault(_ended(failure.message), []).append(names[number])
+        parts = [f"{' and '.join(metrics)}: {message}" for message, metrics in by_message.items()]
         what = f"in epoch {epoch} {' '.join(parts)}"
-    ours = all(cause.partition(": ")[2].startswith("Expected ") for cause in causes.values())
-    hint = "" if ours else " If the module is not called as `pl_module(inputs)`, pass `probe_fn`."
+    raised = any(failure.kind == "raised" for failure in failures.values())
+    hint = " If the module is not called as `pl_module(inputs)`, pass `probe_fn`." if raised else ""
     return f"RobustnessMonitor skipped {what} The run goes on.{hint} `on_error='raise'` stops with a traceback instead."
 
 
@@ -161,20 +161,82 @@ def _ended(sentence: str) -> str:
 
 
 def on_probe(probe: Probe) -> list[str]:
-    """Examine the first samples of a run.
+    """Check, on the first samples of a run, what must be true for the numbers to mean anything.
+
+    Costs three forward passes and a backward pass of up to eight samples.
+
+    Returns:
+        One sentence for each flaw: outputs that are probabilities, or random; samples that influence each other's
+        outputs; very many classes; inputs in other units than the options say.
 
     Raises:
-        ValueError: If every number would be wrong, see :func:`~lightning_robust.probe.find_flaws`.
+        ValueError: If no gradient leads from the outputs to the inputs on which they depend.
     """
-    sentences = find_flaws(probe)
-    outputs = probe.outputs(probe.inputs[:1])
-    num_classes = outputs.shape[1] if outputs.ndim == 2 else 0
-    if num_classes > _MANY_CLASSES:
-        sentences.append(
-            f"The model has {num_classes} classes. An exact measurement costs one backward pass per class and sample,"
-            f" and {num_classes}² numbers of memory per sample; lower `max_samples` or raise `every_n_epochs` if it"
-            " takes too long."
+    check_inputs(probe.inputs)
+    x = full_precision(probe.inputs[:_EXAMINED])
+    outputs, has_gradient = _outputs_and_gradient(probe, x)
+    return [*_about_model(probe, x, outputs, has_gradient=has_gradient), *_about_classes(outputs), *_about_units(probe)]
+
+
+def _outputs_and_gradient(probe: Probe, x: Tensor) -> tuple[Tensor, bool]:
+    """Outputs without a graph, and whether any gradient of theirs with respect to the inputs differs from zero."""
+    with differentiable(probe.model):
+        leaf = x.clone().requires_grad_()
+        outputs = outputs_of(probe.model, leaf)
+        if not outputs.requires_grad:
+            return outputs, False
+        # random weights: outputs that always add up to the same have a gradient, too
+        weights = torch.rand(outputs.shape, generator=torch.Generator().manual_seed(0)).to(outputs)
+        (gradient,) = torch.autograd.grad((weights * outputs).sum(), leaf, materialize_grads=True)
+        return outputs.detach(), bool(gradient.any())
+
+
+def _about_model(probe: Probe, x: Tensor, outputs: Tensor, *, has_gradient: bool) -> list[str]:
+    are_logits = outputs.ndim == 2 and outputs.shape[1] > 1
+    flaws = []
+    if are_logits and outputs.min() >= 0 and torch.allclose(outputs.sum(dim=1), outputs.new_ones(()), atol=1e-3):
+        flaws.append(
+            "The model returns probabilities (non-negative rows that sum to 1), but logits are expected: softmax would"
+            " be applied twice and every number is wrong. Return the values before softmax."
         )
+    tolerance = 1e-4 * outputs.abs().max()
+    if (probe.outputs(x) - outputs).abs().max() > tolerance:
+        flaws.append(
+            "The model returns other outputs when it is called twice on the same inputs, even in eval mode, so its"
+            " numbers are partly noise. Is a dropout applied with `training=True`?"
+        )
+        return flaws
+    disturbed = x.clone()
+    disturbed[0] = x[-1]  # another sample rather than noise: some networks refuse inputs that are out of range
+    moves = (probe.outputs(disturbed) - outputs).abs().reshape(len(x), -1).amax(dim=1) > tolerance
+    if moves[1:].any():
+        flaws.append(
+            "The model mixes the samples of a batch (changing one sample changed the outputs of others), so no sample"
+            " has a robustness of its own, and the numbers depend on the batch. Is a normalisation computed over the"
+            " batch?"
+        )
+    elif are_logits and moves[0] and not has_gradient:
+        raise ValueError(
+            "Expected a model whose outputs have gradients with respect to its inputs, but they change without any, and"
+            " every number would claim perfect robustness. Does its forward pass use `torch.no_grad()`, `detach()` or"
+            " rounding?"
+        )
+    return flaws
+
+
+def _about_classes(outputs: Tensor) -> list[str]:
+    num_classes = outputs.shape[1] if outputs.ndim == 2 else 0
+    if num_classes <= _MANY_CLASSES:
+        return []
+    return [
+        f"The model has {num_classes} classes. An exact measurement costs one backward pass per class and sample, and"
+        f" {num_classes}² numbers of memory per sample; lower `max_samples` or raise `every_n_epochs` if it takes too"
+        " long."
+    ]
+
+
+def _about_units(probe: Probe) -> list[str]:
+    sentences = []
     low, high = float(probe.inputs.min()), float(probe.inputs.max())
     if probe.input_std is None and (low < 0 or high > 1):
         remedy = (
@@ -195,6 +257,6 @@ def on_probe(probe: Probe) -> list[str]:
             sentences.append(
                 f"Validation inputs range from {low:.3g} to {high:.3g} before normalisation, beyond the `valid_range`"
                 f" {tuple(probe.valid_range)}, so L∞ margins and attacks are wrong. If the inputs are normalised,"
-                " pass the `input_mean` and `input_std` with which it was done."
+                " pass the `input_mean` and `input_std` that were used."
             )
     return sentences

@@ -17,17 +17,16 @@ from torch import Tensor
 
 from lightning_robust.callbacks.monitor.muted_logging import muted_logging
 from lightning_robust.callbacks.monitor.overhead import Times
-from lightning_robust.callbacks.monitor.sample_selection import SampleCollector
-from lightning_robust.callbacks.monitor.status import WHOLE, Outcome, Verdict
+from lightning_robust.callbacks.monitor.sample_collection import SampleCollector
+from lightning_robust.callbacks.monitor.status import WHOLE, Failure, JointStatus, Status, in_words, synchronised
 from lightning_robust.functional import gathered_weights
 from lightning_robust.functional._isolation.context import differentiable
 from lightning_robust.functional._validation.arguments import class_of
 from lightning_robust.metrics import ProbeMetric
 from lightning_robust.probe import Probe
 
-Values = dict[int, dict[str, Tensor]]  # of each metric, by its number
-_LONGEST = 1000  # characters of an error that travel, and are shown in a warning
-# beside those that Lightning knows
+Values = dict[int, dict[str, Tensor]]  # of each metric, by its index
+# beside the messages that Lightning knows
 _SHORTAGE = re.compile(
     r"out of memory|not enough memory|CUBLAS_STATUS_ALLOC_FAILED|CUDNN_STATUS_ALLOC_FAILED"
     r"|could not create a (?:primitive|memory object)$"  # oneDNN; a primitive *descriptor* is missing for other reasons
@@ -37,9 +36,9 @@ _SHORTAGE = re.compile(
 class Measurement:
     """Collects samples, shows them to the metrics, and gathers the values.
 
-    Everything that may fail goes through :meth:`attempt`. A failure is kept, in words (its traceback would keep tensors
-    alive), later attempts are left out, and :meth:`update` and :meth:`conclude` issue the same collectives on every
-    process whatever happened on any. What goes wrong in one metric does not stop the others.
+    Everything that may fail goes through :meth:`attempt`, which keeps the failure and skips later attempts.
+    :meth:`update` and :meth:`conclude` issue the same collectives on every process, whatever has failed on any. A
+    failure in one metric does not stop the others.
 
     Args:
         metrics: What to measure.
@@ -47,9 +46,11 @@ class Measurement:
         samples_at_once: Bound on the samples that pass through the network together, if one is known.
 
     Attributes:
-        samples_at_once: The same, lower if memory ran out.
-        per_sample: What lies behind the values of each metric, by its number, once they are known: copies, float32 on
-            the CPU.
+        samples_at_once: The bound, lower if memory ran out.
+        per_sample: The per-sample values of each metric, by its index, after :meth:`conclude`: copies, float32 on the
+            CPU.
+        collector: The samples, once their choice is known.
+        last_batch: Index of the loader's last batch, where it is known.
     """
 
     def __init__(
@@ -61,19 +62,19 @@ class Measurement:
     ) -> None:
         self._metrics = metrics
         self._on_error = on_error
-        self._errors: dict[int, str] = {}
+        self._failures: dict[int, Failure] = {}
         self._seconds = 0.0
         self._updated = False
-        self._key: int | None = None  # of this process's samples, where all processes should see the same
+        self._key: int | None = None  # of this process's samples, where all processes should see the same ones
         self.samples_at_once = samples_at_once
         self.per_sample = Values()
         self.collector: SampleCollector | None = None
-        self.last_batch: int | None = None  # index of the loader's last batch, where it is known
+        self.last_batch: int | None = None
         self.attempt(self._reset)
 
     def attempt(self, step: Callable[[], object], *, in_any_case: bool = False) -> None:
-        """Take a step, against the clock and without a trace in the global random states, unless one has failed."""
-        if WHOLE in self._errors and not in_any_case:
+        """Take a step on the clock, without a trace in the global random states, unless an earlier one has failed."""
+        if WHOLE in self._failures and not in_any_case:
             return
         start = time.perf_counter()
         passing: BaseException | None = None
@@ -86,13 +87,13 @@ class Measurement:
             raise passing
         self._seconds += time.perf_counter() - start
 
-    def _try(self, number: int, step: Callable[[], object]) -> None:
+    def _try(self, origin: int, step: Callable[[], object]) -> None:
         try:
             step()
         except Exception as error:
             if self._on_error == "raise":
                 raise
-            self._errors.setdefault(number, in_words(error))
+            self._failures.setdefault(origin, Failure.of(error, origin=origin))
 
     def update(self, pl_module: LightningModule, device: torch.device, *, examine: Callable[[Probe], None]) -> None:
         """Show the collected samples to the metrics, once, after the first of them have been examined.
@@ -114,28 +115,31 @@ class Measurement:
         for metric in self._metrics:
             metric.to(device)
         viewers = {WHOLE: examine} | {number: metric.update for number, metric in enumerate(self._metrics)}
-        with muted_logging(pl_module), differentiable(pl_module):
-            for probe in self.collector.probes():
-                self._show(probe, viewers)
+        with muted_logging(pl_module), differentiable(pl_module, *self.collector.callables()):
+            for group in self.collector.groups():
+                self._show(group.probe(), viewers)
             if not len(self.collector):  # torchmetrics complains about a metric that is computed without an update
                 for metric in self._metrics:
                     metric.update(Probe(pl_module, torch.empty(0), torch.empty(0, dtype=torch.long)))
 
     def _show(self, probe: Probe, viewers: Mapping[int, Callable[[Probe], object]]) -> None:
-        """Show a probe, in parts for which memory lasts, to those in whom nothing has failed."""
+        """Show a probe, in parts small enough for the memory, to those viewers that have not failed."""
+        if self.samples_at_once is None or len(probe) <= self.samples_at_once:
+            self._show_at_once(probe, viewers)
+            return
         start = 0
         while start < len(probe):
-            stop = len(probe) if self.samples_at_once is None else start + self.samples_at_once
-            self._show_at_once(probe.select(slice(start, stop)), viewers)
+            stop = start + self.samples_at_once  # memory may run out again on the way
+            self._show_at_once(probe.rows(slice(start, stop)), viewers)
             start = stop
 
     def _show_at_once(self, probe: Probe, viewers: Mapping[int, Callable[[Probe], object]]) -> None:
-        """Show a probe as a whole, and smaller parts from the viewer on whom memory runs out."""
+        """Show a probe as a whole, and in smaller parts from the viewer on whom memory runs out."""
         remaining = dict(viewers)
         for number, view in viewers.items():
-            if WHOLE in self._errors:
+            if WHOLE in self._failures:
                 return
-            if number not in self._errors and not self._fits(probe, number, view):
+            if number not in self._failures and not self._fits(probe, number, view):
                 self.samples_at_once = -(-len(probe) // 2)
                 self._show(probe, remaining)
                 return
@@ -144,7 +148,7 @@ class Measurement:
     def _fits(self, probe: Probe, number: int, view: Callable[[Probe], object]) -> bool:
         """Show a probe; False if memory ran out and may last for half of the samples.
 
-        A metric is then as before: metrics change their states at the end of an update.
+        The metric is then unchanged: metrics change their states at the end of an update.
         """
         fits = True
 
@@ -160,19 +164,19 @@ class Measurement:
         self._try(number, attempt)
         return fits
 
-    def conclude(self, device: torch.device, *, times: Callable[[], Times]) -> tuple[Verdict, Values]:
-        """Agree with the other processes; the values of those metrics in which nothing failed on any of them.
+    def conclude(self, *, times: Callable[[], Times]) -> tuple[JointStatus, Values]:
+        """Agree with the other processes; the values of those metrics that failed on none of them.
 
         The metrics are empty afterwards: some hold much memory.
         """
-        verdict, values = self._agree(device, times()), Values()
-        if WHOLE not in verdict.causes:
+        status, values = self._agree(times()), Values()
+        if WHOLE not in status.failures:
             for number, metric in enumerate(self._metrics):
-                if number not in verdict.causes:  # the same ones on every process, because computing is a collective
+                if number not in status.failures:  # the same ones on every process, because computing is a collective
                     self._try(number, functools.partial(self._compute, number, metric, values))
-            verdict = self._agree(device, times())
+            status = self._agree(times())
         self._try(WHOLE, self._reset)
-        return verdict, {number: value for number, value in values.items() if number not in verdict.causes}
+        return status, {number: value for number, value in values.items() if number not in status.failures}
 
     def _compute(self, number: int, metric: ProbeMetric, values: Values) -> None:
         computed = metric.compute()
@@ -184,12 +188,10 @@ class Measurement:
         self.per_sample[number] = _kept(metric.per_sample)
         values[number] = computed
 
-    def _agree(self, device: torch.device, times: Times) -> Verdict:
-        outcome = Outcome().to(device)
+    def _agree(self, times: Times) -> JointStatus:
         num_samples = 0 if self.collector is None else len(self.collector)
-        outcome.update(errors=self._errors, num_samples=num_samples, seconds=self._seconds, key=self._key, times=times)
-        verdict: Verdict = outcome.compute()
-        return verdict
+        status = Status(tuple(self._failures.values()), num_samples, self._seconds, self._key, times)
+        return JointStatus.of(synchronised(status))
 
     def _reset(self) -> None:
         for metric in self._metrics:
@@ -200,19 +202,9 @@ def _kept(per_sample: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Copies: metrics may go on writing to their tensors, and views keep all that lies behind them."""
     for key, found in per_sample.items():
         if not isinstance(found, Tensor) or found.ndim != 1 or not len(found):
-            came = f"of shape {tuple(found.shape)}" if isinstance(found, Tensor) else class_of(found)
-            raise ValueError(f"Expected `per_sample` of a metric to hold tensors (N,), but {key!r} is {came}.")
+            got = f"of shape {tuple(found.shape)}" if isinstance(found, Tensor) else class_of(found)
+            raise ValueError(f"Expected `per_sample` of a metric to hold tensors (N,), but {key!r} is {got}.")
     return {key: found.detach().to("cpu", torch.float32, copy=True) for key, found in per_sample.items()}
-
-
-def in_words(error: Exception) -> str:
-    """An error on one line of reasonable length."""
-    try:
-        message = str(error)
-    except Exception:
-        message = "its message cannot be written"
-    text = " ".join(f"{type(error).__name__}: {message.strip() or 'no message'}".split())
-    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} …"
 
 
 def ran_out_of_memory(error: Exception) -> bool:

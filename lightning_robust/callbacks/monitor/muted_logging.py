@@ -1,4 +1,4 @@
-"""Keeps what a forward pass of the user's module does besides returning logits out of the user's own records."""
+"""Keeps what the user's module logs during a measurement out of the user's own records."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ A measurement is made if the share would be within the budget after it, were it 
 
     (spent + cost) / (elapsed + cost) ≤ budget.
 
-The first one is always made, since without it nothing is known. Processes have clocks of their own and must decide
+The first one is always made, because nothing is known without it. Processes have their own clocks and must decide
 alike, so the largest of their times counts on all of them.
 
 Source: ours.
@@ -13,38 +13,39 @@ Source: ours.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor
-
 from lightning_robust.functional._validation.arguments import as_number, expected_but_got
-from lightning_robust.metrics.base import Float64Metric
 
 
 class Times(NamedTuple):
     """Seconds of wall time of one process, or the largest of all.
 
     Attributes:
-        elapsed: Since the beginning of the run, with what it took before it was resumed.
-        spent: Of these, on measuring.
-        cost: Of these, on the last measurement; 0 before the first.
+        elapsed: Since the beginning of the run, including the time before it was resumed.
+        spent: The part of it that went into measuring.
+        cost: The part that went into the last measurement; 0 before the first.
     """
 
     elapsed: float = 0.0
     spent: float = 0.0
     cost: float = 0.0
 
+    @classmethod
+    def largest(cls, parts: Sequence[Times]) -> Times:
+        """The largest of each over all processes."""
+        return cls(*map(max, zip(*parts, strict=True)))
+
     @property
     def nothing_measured(self) -> bool:
-        """Whether nothing is known of what a measurement costs."""
+        """Whether the cost of a measurement is still unknown."""
         return self.cost == 0
 
     @property
     def share(self) -> float:
-        """Of the wall time that was spent on measuring."""
+        """Share of the wall time that was spent on measuring."""
         return self.spent / self.elapsed if self.elapsed else 0.0
 
     def affords(self, budget: float) -> bool:
@@ -53,14 +54,19 @@ class Times(NamedTuple):
 
 
 class Overhead:
-    """The clocks of one process."""
+    """The clocks of one process.
+
+    Attributes:
+        made: Measurements made under a budget.
+        left_out: Measurements that the budget left out.
+    """
 
     def __init__(self) -> None:
         self._begun: float | None = None
         self._before = 0.0  # seconds of the run before it was resumed
         self._spent = self._cost = 0.0
         self._counting_since: float | None = None
-        self.made = self.left_out = 0  # measurements under a budget
+        self.made = self.left_out = 0
 
     def begin(self) -> None:
         """Start the clock of a run."""
@@ -72,12 +78,12 @@ class Overhead:
         self._begun = None
 
     def begin_measurement(self) -> None:
-        """Start to count what one measurement costs, if the clock runs."""
+        """Start to count the cost of one measurement, if the clock runs."""
         self._cost = self._cost if self._begun is None else 0.0
 
     @contextmanager
     def counted(self, *, as_cost: bool = True) -> Iterator[None]:
-        """Count what happens inside as measuring, and as a part of what one measurement costs, while the clock runs."""
+        """Count the time inside as spent on measuring, and as part of one measurement's cost, while the clock runs."""
         if self._begun is None:
             yield
             return
@@ -106,32 +112,6 @@ class Overhead:
         state = dict(state_dict)
         self.made, self.left_out = state.pop("made", 0), state.pop("left_out", 0)
         self._before, self._spent, self._cost = Times(**state)
-
-
-class SlowestClock(Float64Metric):
-    """The largest times over all processes."""
-
-    times: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.add_float64_state("times", len(Times._fields), reduce="max")
-
-    def update(self, times: Times) -> None:
-        """Report those of this process."""
-        self.times = torch.tensor(times, dtype=torch.float64).to(self.times)
-
-    def compute(self) -> Times:
-        """Return the largest."""
-        return Times(*self.times.tolist())
-
-
-def largest(times: Times, device: torch.device) -> Times:
-    """The largest times over all processes: all of them have to call this."""
-    clock = SlowestClock().to(device)
-    clock.update(times)
-    agreed: Times = clock.compute()
-    return agreed
 
 
 def check_budget(budget: float | None) -> float | None:

@@ -1,58 +1,93 @@
-"""How the values of a measurement reach Lightning: callback metrics, loggers, progress bar."""
+"""How the values of a measurement reach Lightning: callback metrics, loggers, progress bar, TensorBoard's layout."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Sequence
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
 from torchmetrics import SumMetric
 
 from lightning_robust.callbacks.monitor.measurement import Values
-from lightning_robust.callbacks.monitor.status import Verdict
+from lightning_robust.callbacks.monitor.status import JointStatus
+from lightning_robust.dashboard.tensorboard_layout import write_layout
+from lightning_robust.metrics import ProbeMetric
 
 
-def flattened(values: Values, verdict: Verdict) -> dict[str, float]:
-    """The values of all metrics, then what is known of the measurement itself."""
-    flat = {key: float(value) for computed in values.values() for key, value in computed.items()}
-    flat |= {"num_samples": float(verdict.num_samples), "seconds": verdict.seconds}
-    return flat | {"overhead": verdict.overhead} if verdict.overhead else flat
+class Reporter:
+    """Logs the values of one monitor, and remembers what it logged.
 
+    Args:
+        prefix: Beginning of the logged keys.
+        prog_bar: Whether headlines go into the progress bar, and a line of text above it.
 
-def headlines(values: Values) -> list[str]:
-    """The most telling key of each metric."""
-    return [next(iter(computed)) for computed in values.values() if computed]
-
-
-def log(pl_module: LightningModule, values: Mapping[str, float], *, prefix: str, in_bar: list[str]) -> dict[str, float]:
-    """Log those of the values that are finite, and return them by the keys under which they are logged.
-
-    All processes hold the same values already, so none travels: a metric that does not synchronise is what Lightning
-    takes for that without a warning. It asks for the attribute that holds it, and looks at it nowhere.
+    Attributes:
+        values: The last values logged in this run, by logged key.
+        directions: Whether higher values are better, by logged key.
+        best_untrained: Logged keys whose best values are those of a network at initialisation.
     """
-    finite = {prefix + key: value for key, value in values.items() if math.isfinite(value)}
-    shown = {prefix + key for key in in_bar}
-    for key, value in finite.items():
-        agreed = SumMetric(sync_on_compute=False)
-        agreed.update(value)
-        LightningModule.log(  # whatever the module makes of its own
-            pl_module,
-            key,
-            agreed,
-            metric_attribute=key,
-            prog_bar=key in shown,
-            on_step=False,
-            on_epoch=True,
-            batch_size=1,
-        )
-    return finite
 
+    def __init__(self, prefix: str, *, prog_bar: bool) -> None:
+        self.prefix, self._prog_bar = prefix, prog_bar
+        self._laid_out: set[str] = set()  # directories that have a layout
+        self.values: dict[str, float] = {}
+        self.directions: dict[str, bool | None] = {}
+        self.best_untrained: set[str] = set()
 
-def print_line(trainer: Trainer, values: Mapping[str, float], *, keys: list[str]) -> None:
-    """Print a line of text above the progress bar, if there is one."""
-    if trainer.progress_bar_callback is not None:
-        summary = ", ".join(f"{key} {values[key]:.4g}" for key in keys)
-        trainer.progress_bar_callback.print(
-            f"robustness in epoch {trainer.current_epoch}, on {values['num_samples']:.0f} samples: {summary}"
-            f" ({values['seconds']:.1f} s)"
-        )
+    def report(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        metrics: Sequence[ProbeMetric],
+        values: Values,
+        status: JointStatus,
+    ) -> dict[str, float]:
+        """Log the values of a measurement, and return them by key, without the prefix."""
+        for number, computed in values.items():
+            metric, keys = metrics[number], {key: self.prefix + key for key in computed}
+            self.directions |= {logged: metric.direction(key) for key, logged in keys.items()}
+            if metric.best_untrained:
+                self.best_untrained.update(keys.values())
+        flat = {key: float(value) for computed in values.values() for key, value in computed.items()}
+        flat |= {"num_samples": float(status.num_samples), "seconds": status.seconds}
+        flat |= {"overhead": status.overhead} if status.overhead else {}
+        headlines = [next(iter(computed)) for computed in values.values() if computed]  # the most telling key of each
+        self.log(pl_module, flat, in_bar=headlines if self._prog_bar else ())
+        if self._prog_bar and trainer.progress_bar_callback is not None:
+            summary = ", ".join(f"{key} {flat[key]:.4g}" for key in headlines)
+            trainer.progress_bar_callback.print(
+                f"robustness in epoch {trainer.current_epoch}, on {status.num_samples} samples: {summary}"
+                f" ({status.seconds:.1f} s)"
+            )
+        return flat
+
+    def log(self, pl_module: LightningModule, values: dict[str, float], *, in_bar: Sequence[str] = ()) -> None:
+        """Log the finite values.
+
+        All processes hold the same values already, so nothing needs to travel. Lightning accepts that without a warning
+        from a metric that does not synchronise; it asks for the attribute that holds the metric, and never looks at it.
+        """
+        finite = {key: value for key, value in values.items() if math.isfinite(value)}
+        for key, value in finite.items():
+            agreed = SumMetric(sync_on_compute=False)
+            agreed.update(value)
+            LightningModule.log(  # the module may override its own
+                pl_module,
+                self.prefix + key,
+                agreed,
+                metric_attribute=self.prefix + key,
+                prog_bar=key in in_bar,
+                on_step=False,
+                on_epoch=True,
+                batch_size=1,
+            )
+        self.values |= {self.prefix + key: value for key, value in finite.items()}
+
+    def lay_out(self, trainer: Trainer, reporters: Sequence[Reporter]) -> None:
+        """Write TensorBoard's Custom Scalars layout of all reporters' keys, once per directory of logs."""
+        keys = {reporter.prefix: list(reporter.values) for reporter in reporters if reporter.values}
+        for logger in trainer.loggers if keys else ():
+            if isinstance(logger, TensorBoardLogger) and logger.log_dir not in self._laid_out:
+                self._laid_out.add(logger.log_dir)
+                write_layout(logger, keys)

@@ -1,10 +1,10 @@
-"""Which validation samples are measured: a fixed subset, spread over the whole loader.
+"""How samples are chosen: a fixed subset of the validation samples, spread over the whole loader.
 
-Loaders are often sorted by class, so the first samples will not do; and some repeat the classes in turn, so neither
-will every n-th. With the number of samples known, the loader is cut into as many stretches as samples are wanted, and
-one is drawn from each (stratified sampling). With it unknown, every sample draws a random number and the smallest ones
-stay, a uniformly random subset of a stream of any length (reservoir sampling). Both depend on the seed and the order of
-the samples alone: not on the batch size, the epoch, or the number of processes.
+Loaders are often sorted by class, so the first samples will not do; some repeat the classes in turn, so every n-th will
+not do either. If the number of samples is known, the loader is cut into as many stretches as samples are wanted, and
+one sample is drawn from each (stratified sampling). If it is unknown, every sample draws a random number and the
+smallest ones stay, a uniformly random subset of a stream of any length (reservoir sampling). Both depend on the seed
+and the order of the samples alone: not on the batch size, the epoch, or the number of processes.
 """
 
 from __future__ import annotations
@@ -12,12 +12,11 @@ from __future__ import annotations
 import math
 import random
 from bisect import insort
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterable, Sized
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Protocol
 
-import torch
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -28,10 +27,6 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from lightning_robust.functional._isolation.context import full_precision
-from lightning_robust.functional.curvature.signs import keys_of
-from lightning_robust.probe import Probe, merge
-
 _SHUFFLING = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 
 
@@ -39,10 +34,10 @@ class Selection(Protocol):
     """A choice among samples that are offered in order."""
 
     def offer(self, position: int) -> bool:
-        """Whether the sample at this position is wanted, as far as is known."""
+        """Whether the sample at this position is wanted, as far as is known so far."""
 
     def revoked(self) -> int | None:
-        """Position of a sample that the last offer has pushed out, if any."""
+        """Position of the sample that the last offer pushed out, if any."""
 
 
 class StratifiedSelection:
@@ -63,7 +58,7 @@ class StratifiedSelection:
 
 
 class ReservoirSelection:
-    """``count`` samples, uniformly at random, from a stream whose length nobody knows."""
+    """``count`` samples, uniformly at random, from a stream of unknown length."""
 
     def __init__(self, count: int, *, seed: int) -> None:
         self._draw = random.Random(seed)
@@ -85,15 +80,15 @@ class ReservoirSelection:
 
 @dataclass(frozen=True)
 class LoaderShare:
-    """What one of several processes sees of a validation loader.
+    """The part of a validation loader that one of several processes sees.
 
     Attributes:
         size: Number of samples, or None if it is not known beforehand.
-        first: Position, among the samples of all processes, of this one's first.
+        first: Position of this process's first sample among the samples of all processes.
         stride: Distance between the positions of two successive samples of this process.
         shuffled: Whether the order of the samples changes from one pass to the next.
-        distributed: Whether this process sees samples that no other one does; then positions and size, if known, are
-            those of all processes together. If not, they are this one's.
+        distributed: Whether this process sees samples that no other one does. Positions and size, if known, are then
+            those of all processes together; otherwise they are this process's own.
         batch_size: Number of samples in all batches but the last.
     """
 
@@ -133,83 +128,3 @@ class LoaderShare:
         A distributed sampler repeats samples to fill up its last round; their positions lie beyond ``size``.
         """
         return self.first + self.stride * index
-
-
-class SampleCollector:
-    """Gathers the selected samples of one pass over a loader, batch by batch.
-
-    Args:
-        share: What this process sees of the loader.
-        max_samples: How many samples are wanted over all processes.
-        rank: Number of this process.
-        num_processes: Number of processes. Where no distributed sampler shares the samples out among them, each takes
-            every ``num_processes``-th of those selected: all of them together, if they see the same loader. Where one
-            does, but positions are not known, each selects its share of ``max_samples``.
-        seed: Chooses the samples.
-
-    Attributes:
-        irregular: Whether batches turned out not to be made of the loader's samples one by one (a collate function may
-            join or split them), so that positions are not known beforehand.
-    """
-
-    def __init__(
-        self, share: LoaderShare, *, max_samples: int, rank: int = 0, num_processes: int = 1, seed: int
-    ) -> None:
-        self._share = share
-        own = len(range(rank, max_samples, num_processes)) if share.distributed else max_samples
-        self._reservoir = ReservoirSelection(own, seed=seed)
-        self._selection: Selection = self._reservoir
-        if share.size is not None:
-            self._selection = StratifiedSelection(share.size, max_samples, seed=seed)
-        self._rank, self._num_processes = rank, num_processes
-        self.irregular = False
-        self._seen = 0
-        self._largest_batch = 1
-        self._rows: dict[int, Probe] = {}  # single samples, by position
-
-    def __len__(self) -> int:
-        return len(self._chosen())
-
-    def add(self, batch: Probe) -> None:
-        """Take what is wanted of the next batch."""
-        if self._seen == 0 and len(batch) != self._expected(len(batch)):
-            self.irregular = True
-            self._selection = self._reservoir
-        self._largest_batch = max(self._largest_batch, len(batch))
-        for row in range(len(batch)):
-            position = self._share.position(self._seen)
-            self._seen += 1
-            if self._selection.offer(position):
-                self._rows[position] = batch.select(slice(row, row + 1))
-            revoked = self._selection.revoked()
-            if revoked is not None:
-                self._rows.pop(revoked, None)
-
-    def _expected(self, otherwise: int) -> int:
-        """Number of samples in the first batch, if it can be known."""
-        if self._share.size is None or self._share.batch_size is None:
-            return otherwise
-        return min(self._share.batch_size, -(-self._share.size // self._share.stride))
-
-    def _chosen(self) -> list[int]:
-        positions = sorted(self._rows)
-        return positions if self._share.distributed else positions[self._rank :: self._num_processes]
-
-    @property
-    def presumes(self) -> bool:
-        """Whether the choice presumes that all processes see the same samples."""
-        return not self._share.distributed and self._num_processes > 1
-
-    def key(self) -> int:
-        """A number that depends on the contents of the first sample that was offered and is kept; -1 without one."""
-        first = min(self._rows, default=None)
-        return -1 if first is None else keys_of(full_precision(self._rows[first].inputs))[0]
-
-    def targets(self) -> list[int]:
-        """Classes of the samples, in order: another list at another time means other samples."""
-        rows = [self._rows[position].targets for position in self._chosen()]
-        return torch.cat(rows).tolist() if rows else []
-
-    def probes(self) -> Iterator[Probe]:
-        """The samples in the order of their positions, never more together than the largest batch held."""
-        return merge((self._rows[position] for position in self._chosen()), max_samples=self._largest_batch)

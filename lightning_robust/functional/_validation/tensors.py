@@ -7,7 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lightning_robust.functional._isolation.context import full_precision
+from lightning_robust.functional._isolation.side_effects import call
+from lightning_robust.functional._isolation.stand_ins import full_precision
 from lightning_robust.functional._validation.arguments import check_floating, class_of
 
 _WRAP = "Wrap the model so that it does (in a callback, through `probe_fn`)."
@@ -88,12 +89,21 @@ def check_outputs(outputs: object, *, num_samples: int) -> None:
     check_finite(outputs, "outputs")
 
 
-def outputs_of(model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Call a network on samples ``(N, ...)``, on a copy that it may change, and check what it returns."""
-    outputs = model(x.clone())
+def outputs_of(
+    model: Callable[[Tensor], Tensor], x: Tensor, *, check: Callable[..., None] | None = check_outputs
+) -> Tensor:
+    """Call a network on samples ``(N, ...)``, on a copy that it may change, and check what it returns.
+
+    Args:
+        model: Maps inputs to outputs.
+        x: ``(N, ...)``.
+        check: :func:`check_outputs` or :func:`check_logits`; None skips the check, which waits for the device.
+    """
+    outputs = call(model, x.clone())
     if isinstance(outputs, Tensor) and len(x) == 1 and outputs.ndim > 0 and len(outputs) != 1:
         outputs = outputs[None]  # a network that squeezes its outputs loses the dimension of a single sample
-    check_outputs(outputs, num_samples=len(x))
+    if check is not None:
+        check(outputs, num_samples=len(x))
     return outputs
 
 

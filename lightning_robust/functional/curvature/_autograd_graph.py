@@ -1,4 +1,4 @@
-"""Reading the graph that autograd records of a computation."""
+"""Walks the graph that autograd records during a forward pass."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Node = torch.autograd.graph.Node
 
 
 def in_order_of_computation(start: Node | None) -> Iterator[Node]:
-    """All nodes below, each after those that it depends on."""
+    """Yield every node that ``start`` depends on and ``start`` itself, each after its own dependencies."""
     stack, entered, done = [start], set[Node](), set[Node]()
     while stack:
         node = stack[-1]
@@ -28,24 +28,24 @@ def in_order_of_computation(start: Node | None) -> Iterator[Node]:
 
 
 def leaf_of(node: Node) -> Tensor | None:
-    """The tensor whose gradient a node accumulates, if it is such a one."""
+    """The tensor whose gradient a leaf node accumulates; None for any other node."""
     variable: Tensor | None = getattr(node, "variable", None) if node.name() == _LEAF else None
     return variable
 
 
 def is_custom(node: Node) -> bool:
-    """Whether it is a ``torch.autograd.Function``, whose backward pass somebody wrote."""
+    """Whether the node is a user-defined ``torch.autograd.Function``."""
     return hasattr(node, "_forward_cls")
 
 
 def is_differentiable_once(node: Node) -> bool:
-    """Whether a function is marked with ``once_differentiable``."""
+    """Whether the node is a function whose backward pass is marked with ``@once_differentiable``."""
     backward: Any = getattr(getattr(node, "_forward_cls", None), "backward", None)
     return hasattr(backward, "__wrapped__") and backward.__code__.co_filename == torch.autograd.function.__file__
 
 
 def kind_of(node: Node | None) -> str:
-    """What a node differentiates; nothing for a function of somebody's own, whatever its name."""
+    """Name of the operation that a node differentiates; empty for user-defined functions, whatever their name."""
     if node is None or is_custom(node):
         return ""
     return node.name().rstrip("0123456789").removesuffix("Backward")

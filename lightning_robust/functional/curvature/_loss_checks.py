@@ -1,6 +1,6 @@
-"""What must be true of a loss function of somebody's own before its curvature means anything.
+"""Checks that a custom loss is a mean over samples and has a second derivative, without which curvature is wrong.
 
-Cost: a few calls of the loss, none of the network.
+Cost: a few calls of the loss, no forward pass of the network.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from lightning_robust.functional.curvature._autograd_graph import (
 
 _NUM_SAMPLES = 32
 _SLOPE_SLACK = 2e-2  # a loss may be computed in half precision
-_STEP = 1e-2  # of differences, in units of the outputs' size: a loss may round to single precision
+_STEP = 1e-2  # of finite differences, relative to the size of the outputs: a loss may round to single precision
 _MEAN = "Expected argument `loss_fn` to return a mean over samples"
 _REMEDY = (
     "Class weights or an ignored class go into `nn.CrossEntropyLoss(weight=..., ignore_index=...)`; any other loss may"
@@ -28,11 +28,13 @@ _TWICE = "Expected argument `loss_fn` to be a loss that can be differentiated tw
 
 
 def check_mean(of_batch: Tensor, of_samples: Tensor) -> None:
-    """Raise unless a loss is the mean of what it gives on single samples: class weights, for one, cancel there.
+    """Raise unless the loss of a batch is the mean of the losses of its samples.
+
+    A counterexample is a weighted mean: class weights cancel on a single sample.
 
     Args:
-        of_batch: 0-d, the loss of N samples together.
-        of_samples: ``(N,)``, the losses of each alone.
+        of_batch: 0-d, loss of N samples together.
+        of_samples: ``(N,)``, loss of each sample alone.
     """
     slack = max(3e-3, 4 * torch.finfo(of_batch.dtype).eps) * float(of_samples.abs().mean())
     if not abs(float(of_samples.mean() - of_batch)) <= slack:
@@ -43,13 +45,13 @@ def check_mean(of_batch: Tensor, of_samples: Tensor) -> None:
 
 
 def check_weights(of_batch: Tensor, of_samples: Tensor) -> None:
-    """Raise unless all samples weigh the same in a loss.
+    """Raise unless all samples have the same weight in a loss.
 
-    An untrained network has about the same loss on all of them, whatever they weigh, and the mean does not tell.
+    :func:`check_mean` cannot tell for an untrained network, which has about the same loss on every sample.
 
     Args:
         of_batch: ``(N, ...)``, gradient of the loss of N samples together with respect to the outputs.
-        of_samples: ``(N, ...)``, gradients of the losses of each alone with respect to its own.
+        of_samples: ``(N, ...)``, gradient of each sample's own loss with respect to its outputs.
     """
     size, apart = float(of_samples.norm()), float((of_batch * len(of_samples) - of_samples).norm())
     if apart > _SLOPE_SLACK * size:
@@ -60,16 +62,17 @@ def check_weights(of_batch: Tensor, of_samples: Tensor) -> None:
 
 
 def check_second_derivative(loss: Callable[[Tensor, Tensor], Tensor], outputs: Tensor, targets: Tensor) -> None:
-    """Raise if a backward pass written by hand hides the second derivative.
+    """Raise if a custom backward pass hides the second derivative.
 
-    Many save the gradient in the forward pass, and hand it out as a constant. The second derivative is compared with
-    differences of the first: beside the outputs, which may lie at a kink, and in most elements, as some may cross one.
-    Where the loss cannot be had beside the outputs, it is trusted.
+    Many fused losses compute the gradient in the forward pass and return it as a constant. This check compares the
+    second derivative with finite differences of the first, at a point near the outputs, which may themselves lie at a
+    kink. It asks for agreement in most elements only, as a difference may cross a kink. If the loss fails near the
+    outputs, its derivatives are trusted.
 
     Args:
-        loss: Losses of single samples, ``(N,)``.
+        loss: Maps outputs and targets to the loss of each sample, ``(N,)``.
         outputs: ``(N, ...)``.
-        targets: As the loss takes them.
+        targets: Targets as the loss takes them.
     """
     z, y = outputs[:_NUM_SAMPLES].detach(), targets[:_NUM_SAMPLES]
 
@@ -93,7 +96,7 @@ def check_second_derivative(loss: Callable[[Tensor, Tensor], Tensor], outputs: T
         at, there = slope(z + 0.1 * size * noise)
         step = _STEP * size * direction
         differences = (slope(at + step)[1] - slope(at - step)[1]).detach() / 2
-    except Exception:  # whatever a loss of probabilities raises where there are none
+    except Exception:  # a loss of probabilities may raise anything outside [0, 1]
         return
     product = torch.zeros_like(at)
     try:
@@ -107,6 +110,6 @@ def check_second_derivative(loss: Callable[[Tensor, Tensor], Tensor], outputs: T
     wrong = (product - differences).abs() > 0.1 * both
     if counted.any() and wrong[counted].double().mean() > 0.5:
         raise ValueError(
-            f"{_TWICE}, but {custom[0].name()} has another second derivative than differences of its first show. Does"
-            " it save its gradient in the forward pass?"
+            f"{_TWICE}, but {custom[0].name()} has another second derivative than finite differences show. Does it save"
+            " its gradient in the forward pass?"
         )

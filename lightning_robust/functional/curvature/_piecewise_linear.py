@@ -1,17 +1,22 @@
-"""In which layers are the outputs of a network piecewise linear, and has it second derivatives at all?
+"""Finds the parameter tensors in which a network's outputs are piecewise linear, from the graph of a forward pass.
 
-Where they are, the Hessian of the loss and its Gauss–Newton matrix have the same diagonal block. It is read off the
-graph that autograd records of a forward pass. Outputs are piecewise linear in a parameter tensor if every operation
-between them is linear or piecewise linear (sums, views, ReLU, pooling), or linear in each factor while the tensor
-stands behind one of them only (products, convolutions, normalisation by running statistics). Whatever is not known to
-be so counts as curved, which costs time but is never wrong: the second derivatives, once taken, are zero.
+In those tensors the Hessian of the loss and its Gauss–Newton matrix have the same diagonal block. The outputs are
+piecewise linear in a tensor if every operation between the two is
 
-So the answer does not depend on how large weights and inputs are, nor on which samples a gate lets through. Comparing
-Hessian-vector products with zero does: functions saturate, and a branch that is masked out for the samples that were
-tried looks linear.
+- linear or piecewise linear (sums, views, ReLU, pooling), or
+- linear in each factor, with the tensor behind one factor only (products, convolutions, normalisation by running
+  statistics).
+
+Every other operation, known or unknown, counts as curved. That costs time but is never wrong: the second derivatives,
+once taken, are zero.
+
+The answer depends neither on the size of weights and inputs nor on which samples a gate lets through. A comparison of
+Hessian-vector products with zero does: functions saturate, and a branch that is masked out for the samples at hand
+looks linear. To teach it another operation, add the name of its autograd node to a table below and a line to
+``tests/functional/curvature/test_piecewise_linear.py``, which checks that the second derivative vanishes.
 
 Source: ours.
-Cost: a forward pass.
+Cost: one walk through the graph of a forward pass.
 """
 
 from __future__ import annotations
@@ -19,20 +24,12 @@ from __future__ import annotations
 import functools
 import itertools
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lightning_robust.functional._isolation.context import Weights, differentiable_weights, full_precision
-from lightning_robust.functional._validation.tensors import outputs_of
-from lightning_robust.functional.curvature._autograd_graph import (
-    Node,
-    in_order_of_computation,
-    is_differentiable_once,
-    kind_of,
-    leaf_of,
-)
+from lightning_robust.functional._isolation.weights import Weights
+from lightning_robust.functional.curvature._autograd_graph import Node, in_order_of_computation, kind_of, leaf_of
 
 # Names of autograd's nodes, without "Backward" and a number.
 _SUMS_AND_PIECES = """
@@ -56,119 +53,73 @@ _PIECEWISE_LINEAR = frozenset(_SUMS_AND_PIECES.split())
 _PRODUCTS = "Mul Div Mm Bmm Mv Dot Linear MkldnnLinear PreluKernel Convolution"
 _SUMS_WITH_PRODUCTS = "Addmm Baddbmm Addbmm Addmv Addr Addcmul"
 _NORMALISATIONS = "NativeBatchNorm CudnnBatchNorm MiopenBatchNorm NativeLayerNorm NativeGroupNorm"
-# Operands of which each enters linearly while the others are held; what comes besides them is added.
+# Operands that each enter linearly while the others are held fixed; any further operand is added.
 _FACTORS = {
     **dict.fromkeys(_PRODUCTS.split(), slice(0, 2)),
     **dict.fromkeys(_NORMALISATIONS.split(), slice(0, 2)),
     **dict.fromkeys(_SUMS_WITH_PRODUCTS.split(), slice(1, 3)),
     "Trilinear": slice(0, 3),
 }
-_CURVED_IN = {"Div": 1, "NativeLayerNorm": 0, "NativeGroupNorm": 0}  # but for this operand
-_SAMPLES = 32  # that pass together by default
+_CURVED_IN = {"Div": 1, "NativeLayerNorm": 0, "NativeGroupNorm": 0}  # except in this operand
 
 
-def curved_layers(
-    model: Callable[[Tensor], Tensor],
-    inputs: Tensor,
-    *,
-    module: nn.Module | None = None,
-    up_to_a_constant: bool = True,
-    chunk_size: int | None = None,
-) -> frozenset[str]:
-    """Find the parameter tensors in which the outputs are not piecewise linear, or not known to be.
+class CurvedLayers:
+    """The parameter tensors in which outputs are not known to be piecewise linear, found chunk by chunk of samples.
 
     Args:
-        model: See :func:`hessian_trace`.
-        inputs: ``(N, ...)``.
-        module: See :func:`hessian_trace`.
-        up_to_a_constant: Whether a number added to all outputs of a sample makes no difference, as for cross-entropy:
-            then log-probabilities are as good as logits.
-        chunk_size: How many samples pass together.
-
-    Returns:
-        The names of the tensors; those that the outputs do not depend on are among them.
-
-    Raises:
-        ValueError: If the network computes with a trained parameter itself, behind the back of its module.
+        weights: Parameters of the network inside :func:`differentiable_weights`.
+        up_to_a_constant: Whether adding a number to all outputs of a sample makes no difference to the loss, as for
+            cross-entropy. Log-probabilities then count as logits.
     """
-    linear: set[str] = set()
-    curved: set[str] = set()
-    with differentiable_weights(model, module=module) as weights:
-        for x in torch.split(full_precision(inputs), chunk_size or _SAMPLES):
-            found = _classified(outputs_of(model, x), weights, up_to_a_constant=up_to_a_constant)
-            linear |= found[0]
-            curved |= found[1]
-        return frozenset(name for name in weights.tensors if name in curved or name not in linear)
 
+    def __init__(self, weights: Weights, *, up_to_a_constant: bool) -> None:
+        self._weights = weights
+        self._up_to_a_constant = up_to_a_constant
+        self._bits = {id(tensor): 1 << k for k, tensor in enumerate(weights.tensors.values())}
+        self._reached = self._curved = 0  # sets of tensors, as bits
 
-def _classified(outputs: Tensor, weights: Weights, *, up_to_a_constant: bool) -> tuple[set[str], set[str]]:
-    """Names of the tensors in which the outputs are piecewise linear, and of those in which they are curved."""
-    names = list(weights.tensors)
-    bits = {id(tensor): 1 << k for k, tensor in enumerate(weights.tensors.values())}
-    start = outputs.grad_fn
-    if up_to_a_constant and kind_of(start) == "LogSoftmax" and outputs.ndim == 2:
-        start = start.next_functions[0][0]  # type: ignore[union-attr]
-    curved = 0
-    behind: dict[Node | None, int] = {None: 0}  # which tensors stand behind a node, as bits
-    for node in in_order_of_computation(start):
-        leaf = leaf_of(node)
-        if leaf is not None:
-            _refuse_original(leaf, weights)
-            behind[node] = bits.get(id(leaf), 0)
-            continue
-        operands = [behind[below] for below, _ in node.next_functions]
-        behind[node] = _union(operands)
-        kind = kind_of(node)
-        if kind in _FACTORS:
-            factors = operands[_FACTORS[kind]]
-            curved |= _union(a & b for a, b in itertools.combinations(factors, 2))
-            if kind in _CURVED_IN:
-                curved |= operands[_CURVED_IN[kind]]
-            elif getattr(node, "_saved_training", False):  # normalised by the batch itself
-                curved |= operands[0]
-        elif kind not in _PIECEWISE_LINEAR:
-            curved |= behind[node]
+    def names(self) -> tuple[str, ...]:
+        """Names of the tensors, including those that no outputs so far depend on: other samples may reach them."""
+        linear = self._reached & ~self._curved
+        return tuple(name for k, name in enumerate(self._weights.tensors) if not linear >> k & 1)
 
-    def named(which: int) -> set[str]:
-        return {name for k, name in enumerate(names) if which >> k & 1}
+    def read(self, outputs: Tensor) -> None:
+        """Classify the operations between weights and outputs ``(N, ...)`` of a forward pass.
 
-    return named(behind[start] & ~curved), named(curved)
+        Raises:
+            ValueError: If the network uses the original of a trained parameter, past the module that owns it.
+        """
+        start = outputs.grad_fn
+        if self._up_to_a_constant and kind_of(start) == "LogSoftmax" and outputs.ndim == 2:
+            start = start.next_functions[0][0]  # type: ignore[union-attr]
+        behind: dict[Node | None, int] = {None: 0}  # the tensors that each node depends on
+        for node in in_order_of_computation(start):
+            leaf = leaf_of(node)
+            if leaf is not None:
+                self._refuse_original(leaf)
+                behind[node] = self._bits.get(id(leaf), 0)
+                continue
+            operands = [behind[below] for below, _ in node.next_functions]
+            behind[node] = _union(operands)
+            kind = kind_of(node)
+            if kind in _FACTORS:
+                self._curved |= _union(a & b for a, b in itertools.combinations(operands[_FACTORS[kind]], 2))
+                if kind in _CURVED_IN:
+                    self._curved |= operands[_CURVED_IN[kind]]
+                elif getattr(node, "_saved_training", False):  # normalised by the batch itself
+                    self._curved |= operands[0]
+            elif kind not in _PIECEWISE_LINEAR:
+                self._curved |= behind[node]
+        self._reached |= behind[start]
 
-
-def _refuse_original(leaf: Tensor, weights: Weights) -> None:
-    if weights.is_original(leaf):
-        raise ValueError(
-            "Expected a network that takes its weights from attributes of its modules in every forward pass, but it"
-            f" keeps one of shape {tuple(leaf.shape)} elsewhere, such as in a list, where no second derivative reaches"
-            " it: its trace would be wrong."
-        )
+    def _refuse_original(self, leaf: Tensor) -> None:
+        if self._weights.is_original(leaf):
+            raise ValueError(
+                "Expected a network that takes its weights from attributes of its modules in every forward pass, but it"
+                f" keeps one of shape {tuple(leaf.shape)} elsewhere, such as in a list, where no second derivative"
+                " reaches it: its trace would be wrong."
+            )
 
 
 def _union(masks: Iterable[int]) -> int:
     return functools.reduce(operator.or_, masks, 0)
-
-
-def refuse_missing_derivatives(outputs: Tensor, weights: Weights) -> None:
-    """Raise if a function that can be differentiated only once stands between weights and outputs.
-
-    ``once_differentiable`` promises an error when such a function is differentiated twice, but keeps it only where
-    something else asks for a derivative of its incoming gradient: otherwise the second derivative is silently zero.
-
-    Raises:
-        ValueError: If there is one.
-    """
-    names = {id(tensor): name for name, tensor in weights.tensors.items()}
-    for node in in_order_of_computation(outputs.grad_fn):
-        if is_differentiable_once(node):
-            for below in in_order_of_computation(node):
-                name = names.get(id(leaf_of(below)))
-                if name is not None:
-                    raise no_second_derivative(f"in layer {name!r}: {node.name()} is marked with @once_differentiable")
-
-
-def no_second_derivative(cause: object) -> ValueError:
-    """The error to raise where a second derivative is needed and fails."""
-    return ValueError(
-        "Expected a model that can be differentiated twice with respect to its weights, but that failed"
-        f" {str(cause).rstrip('.')}. Use estimator='gauss_newton', which needs first derivatives only."
-    )

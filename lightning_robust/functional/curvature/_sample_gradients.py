@@ -1,11 +1,12 @@
-"""Squared norms of the gradients of single samples, one for each parameter tensor.
+"""Squared norms of per-sample gradients, one for each parameter tensor.
 
-A batch gives the gradient of a sum. Its squared norm has the same mean as the sum of squared norms if each sample has
-signs of its own, but also the products of different samples, which are noise: on a CIFAR ResNet-20 and 128 samples an
-error of 15 % per probe, where single samples leave 2 to 5 %. That is worth nine probes or more, for twice the time of
-one: samples are always taken singly. ``torch.func.vmap`` does it for many at once; a network that it does not support
-(recurrent layers, checkpointing, custom functions), or of which it gives another result for the first sample, sees one
-sample at a time.
+The gradient of a whole batch would be cheaper. If each sample has random signs of its own, its squared norm has the
+same mean as the sum of per-sample squared norms, but products of different samples add noise: on a CIFAR ResNet-20 and
+128 samples the error per probe is 15 %, against 2 to 5 % for per-sample gradients. One per-sample probe is thus worth
+nine probes or more, at twice the time of one.
+
+``torch.func.vmap`` computes many per-sample gradients at once. If it does not support a network (recurrent layers,
+checkpointing, custom functions), or differs from a plain backward pass on the first sample, samples pass one at a time.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from lightning_robust.functional._isolation.context import Weights
 from lightning_robust.functional._isolation.side_effects import side_effects_reverted
+from lightning_robust.functional._isolation.weights import Weights
 
-# Elements of sample gradients held at once when the user sets no bound: 16 MiB in float32 where more would only leave
-# the caches, 256 MiB elsewhere.
+# Elements of per-sample gradients held at once when the user sets no bound: 16 MiB in float32 on a CPU, where more
+# would only leave the caches, and 256 MiB elsewhere.
 _DEFAULT_CPU_ELEMENTS = 2**22
 _DEFAULT_ELEMENTS = 2**26
 _DEFAULT_CPU_SAMPLES = 32
@@ -30,28 +31,28 @@ class SampleGradients:
 
     Args:
         model: Maps inputs ``(N, ...)`` to outputs ``(N, ...)``.
-        weights: Of the network.
-        names: Of the parameter tensors that are wanted, L of them.
+        weights: Parameters of the network inside :func:`differentiable_weights`.
+        names: Names of the L parameter tensors that are wanted.
     """
 
     def __init__(self, model: Callable[[Tensor], Tensor], weights: Weights, names: tuple[str, ...]) -> None:
         self._model = model
         self._weights = weights
         self._tensors = {name: weights.tensors[name] for name in names}
-        # torch has no vectorised rule for its recurrent kernels, would run them one by one itself, and say so
+        # torch has no vectorised rule for its recurrent kernels: it would loop over samples itself, with a warning
         self._vectorised = not any(isinstance(module, nn.RNNBase) for module in weights.modules)
         self._trusted = False
 
     def samples_at_once(self, inputs: Tensor) -> int:
-        """How many samples should pass together."""
+        """How many samples should pass together by default."""
         size = max(1, sum(tensor.numel() for tensor in self._tensors.values()))
-        samples = -(-len(inputs) // 2)  # one takes about twice the memory that it takes in training
+        samples = -(-len(inputs) // 2)  # each takes about twice its memory in training
         if inputs.device.type == "cpu":
             samples = min(samples, _DEFAULT_CPU_ELEMENTS // size, _DEFAULT_CPU_SAMPLES)
         return max(1, min(samples, _DEFAULT_ELEMENTS // size))
 
     def squared_norms(self, inputs: Tensor, cotangents: Tensor) -> Tensor:
-        """``‖∂(wᵀz)/∂W_k‖²`` of each sample.
+        """Compute ``‖∂(wᵀz)/∂W_k‖²`` of each sample.
 
         Args:
             inputs: ``(N, ...)``.
@@ -65,7 +66,7 @@ class SampleGradients:
                 norms = self._all_at_once(inputs, cotangents)
             except torch.OutOfMemoryError:
                 raise
-            except Exception:  # whatever it is, if it is not vmap's limits it comes again
+            except Exception:  # unless vmap's limits caused it, the plain pass raises it again
                 self._vectorised = False
             else:
                 self._trusted = self._trusted or _near(norms[:, :1], self._one_by_one(inputs[:1], cotangents[:, :1]))
@@ -84,7 +85,7 @@ class SampleGradients:
                 return torch.stack([torch.linalg.vector_norm(g).square() for g in pull_back(cotangent)[0].values()])
 
             _, pull_back = torch.func.vjp(outputs, tensors)  # type: ignore[misc]
-            with torch.no_grad():  # otherwise the backward pass is recorded for a second one
+            with torch.no_grad():  # or autograd records the backward pass for a second derivative
                 return torch.stack([norms(cotangent) for cotangent in cotangents.unbind()])
 
         with side_effects_reverted(self._weights.modules):

@@ -5,24 +5,26 @@ the Hessian of the loss with respect to the outputs ``z``; and ``R``, the Hessia
 constant.
 
 - ``tr G_k = E‖∂(wᵀz)/∂W_k‖²`` with ``w`` a root of ``A`` times random signs: one first-order backward pass per probe
-  for all layers, never negative. Signs are independent for each sample and samples are taken singly, which leaves
-  little noise (see ``_losses.py`` for the root, ``_sample_gradients.py`` for why singly).
-- ``tr R_k = E[v_kᵀ(Rv)_k]`` with ``v`` random signs, one Hessian-vector product per probe for all layers. It is exactly
-  zero for every parameter tensor in which ``z`` is piecewise linear: all of a ReLU network with batch normalisation in
-  eval mode, the last layer of any. Which those are is read off autograd's graph (see ``_piecewise_linear.py``), so that
-  no second derivative is ever taken of a piecewise linear network.
+  for all layers, never negative. Each sample has signs and a gradient of its own, which leaves little noise (see
+  ``_gauss_newton_root.py`` for the root, ``_sample_gradients.py`` for gradients of single samples).
+- ``tr R_k = E[v_kᵀ(Rv)_k]`` with ``v`` random signs: one Hessian-vector product per probe for all layers. It is exactly
+  zero for every parameter tensor in which ``z`` is piecewise linear: every tensor of a ReLU network with batch
+  normalisation in eval mode, and the last layer of any network. Autograd's graph tells which tensors these are (see
+  ``_piecewise_linear.py``), so no second derivative is ever taken of a piecewise linear network.
 
-So the Gauss–Newton trace serves as a control variate, exactly known but for little noise, and only the rest is left to
-Hutchinson's estimator. The plain one, ``E[v_kᵀ(Hv)_k]``, is there for comparison and for losses with an unknown root.
+The Gauss–Newton trace thus serves as a control variate that is known with little noise, and only the residual is left
+to Hutchinson's estimator. Plain Hutchinson, ``E[v_kᵀ(Hv)_k]``, is there for comparison and for losses without a known
+root.
 
 Sources: Hutchinson 1989; PyHessian (arXiv 1912.07145); Schraudolph 2002; Dangel et al. 2020 (arXiv 1912.10985). The
 decomposition into an exact test of linearity, single-sample Gauss–Newton probes and a residual is ours.
 
-Cost in forward passes of the batch, on a CIFAR ResNet-20: 9 for two Gauss–Newton probes of every layer, and one to find
-out which are piecewise linear. A Hessian-vector product, where layers are not, costs 8 to 17 more per probe.
+Cost in forward passes of the batch, on a CIFAR ResNet-20: 9 for two Gauss–Newton probes of every layer, including one
+that also finds the piecewise linear layers. Where layers are curved, each probe adds a Hessian-vector product, 8 to 17
+passes.
 
-Second derivatives of functions with a backward pass of their own (``torch.autograd.Function``) are taken on trust,
-unless it is marked with ``once_differentiable``: ``torch.autograd.gradgradcheck`` tells.
+Second derivatives of a custom ``torch.autograd.Function`` are trusted unless its backward pass is marked with
+``@once_differentiable``; ``torch.autograd.gradgradcheck`` checks them.
 """
 
 from __future__ import annotations
@@ -42,12 +44,13 @@ from lightning_robust.functional._validation.arguments import (
     expected_but_got,
 )
 from lightning_robust.functional.curvature.losses import LossFn
-from lightning_robust.functional.curvature.plan import Estimator, Plan, check_estimator, make_plan
-from lightning_robust.functional.curvature.probes import ProbeSeeds, curvature_sums
+from lightning_robust.functional.curvature.plan import Estimator, Plan, check_estimator
+from lightning_robust.functional.curvature.problem import CurvatureProblem
+from lightning_robust.functional.curvature.signs import ProbeSeeds
 from lightning_robust.functional.curvature.sums import CurvatureSums, joined
 
-_ENOUGH = 256  # probes of single samples for an error bar to be trusted
-_COSTS = (1.0, 3.0)  # of a Gauss–Newton and of a Hutchinson probe, against each other
+_ENOUGH = 256  # single-sample probes that make an error bar trustworthy
+_COSTS = (1.0, 3.0)  # relative, of a Gauss–Newton and a Hutchinson probe
 
 
 @dataclass(frozen=True)
@@ -56,16 +59,16 @@ class TraceEstimate:
 
     Attributes:
         layers: Trace of the diagonal block of each trained parameter tensor, by its name; 0-d, float64.
-        stderr: Standard error of each from the choice of probes on these samples; NaN for a single probe.
-        sample_stderr: Standard error of each as an estimate for all samples of their kind: from the choice of samples,
-            probes included. NaN for fewer than two blocks of samples.
+        stderr: Standard error of each trace on these samples, from the choice of probes; NaN for a single probe.
+        sample_stderr: Standard error of each trace as an estimate for the population, from the choice of samples and
+            probes; NaN if all samples are in one block.
         total: Trace of the whole Hessian.
-        total_stderr: Its standard error from probes.
-        total_sample_stderr: Its standard error from samples and probes.
-        estimator: How each number was made: ``"gauss_newton"`` without second derivatives, ``"hutchinson"`` with.
-        matrix: Which matrix each number is the trace of: ``"hessian"``, or ``"gauss_newton"`` where that estimator was
-            asked for and nobody knows whether the two are equal.
-        num_probes: How many probes were taken, of the kind of which there were more.
+        total_stderr: Standard error of the total from probes.
+        total_sample_stderr: Standard error of the total from samples and probes.
+        estimator: How each trace was estimated: ``"gauss_newton"`` without second derivatives, ``"hutchinson"`` with.
+        matrix: Whose trace each number is: ``"hessian"``, or ``"gauss_newton"`` with that estimator, which does not
+            check whether the two are equal.
+        num_probes: Number of probes, of the kind that took more.
     """
 
     layers: dict[str, Tensor]
@@ -95,42 +98,42 @@ def hessian_trace(
 ) -> TraceEstimate:
     """Estimate the trace of the Hessian of the mean loss over samples, for each trained parameter tensor.
 
-    The network runs in eval mode and float32, or float64 if it is in float64; nothing of it is changed. Parameters with
-    ``requires_grad=False`` are left out, tied ones count once, and a parameter that does not matter has trace 0.
+    The network runs in eval mode and float32, or float64 if it is in float64; it is left unchanged. Parameters with
+    ``requires_grad=False`` are left out, tied parameters count once, and unused parameters have trace 0.
 
     Args:
         model: Maps inputs ``(N, ...)`` to logits ``(N, C)``, sample by sample: a module, or a method of one.
         inputs: ``(N, ...)``, floating point.
-        targets: As the loss takes them, ``(N,)`` class indices for cross-entropy. The Gauss–Newton matrix of
-            cross-entropy without class weights does not depend on them.
-        estimator: ``"gauss_newton"`` takes the Gauss–Newton matrix for the Hessian in every layer; ``"hutchinson"``
-            multiplies the Hessian with random signs; ``"auto"`` finds out in which layers the two matrices are equal,
-            and for the others adds the trace of their difference.
-        num_probes: Probes to begin with; at least two for an error bar. By default two, or so many that all samples
-            together see 256: of a trained network a few uncertain samples make most of the trace, and two probes of 40
-            samples may agree by chance (their error bar was too small in one case of three). As many as the loss has
-            degrees of freedom, one less than classes, leave no error.
-        rtol: Go on until the standard error of the total from probes is below this share of it; None takes just
-            ``num_probes``.
-        max_probes: Never take more.
-        loss_fn: Maps outputs and targets to a loss, cross-entropy by default. Gauss–Newton knows
-            ``CrossEntropyLoss`` (with class weights and label smoothing), ``MSELoss`` and ``BCEWithLogitsLoss`` of
-            torch, as modules, functions or ``functools.partial`` of those; others are left to Hutchinson. Means over
-            a batch are taken apart by calling it on single samples.
-        module: Whose parameters are meant, by default those of the module that ``model`` is or belongs to.
-        chunk_size: Largest number of samples that pass through the network together; by default so many that a
-            measurement takes no more than twice the memory of a training step, or 16 MiB (256 MiB on a GPU) for
-            gradients of samples.
-        generator: Draws the probes. By default they follow from the contents of each sample, so that the same samples
-            always give the same numbers, however they are batched.
+        targets: Targets as the loss takes them, ``(N,)`` class indices for cross-entropy. They may be None where the
+            Gauss–Newton matrix suffices and does not depend on them (cross-entropy without class weights).
+        estimator: ``"gauss_newton"`` measures the Gauss–Newton matrix instead of the Hessian in every layer;
+            ``"hutchinson"`` multiplies the Hessian with random signs; ``"auto"`` finds the layers in which the two
+            matrices are equal, and adds the trace of their difference in the others.
+        num_probes: Number of probes to begin with; an error bar takes at least two. By default two, or as many as give
+            256 single-sample probes in total: in a trained network a few uncertain samples make most of the trace, and
+            two probes of 40 samples may agree by chance (their error bar was too small in one case of three). With as
+            many probes as the loss has degrees of freedom, one less than classes, the Gauss–Newton part has no error.
+        rtol: Take probes until the standard error of the total from probes is below this share of the total; None takes
+            exactly ``num_probes``.
+        max_probes: Largest number of probes, unless ``num_probes`` asks for more and ``rtol`` is None.
+        loss_fn: Maps outputs and targets to a loss, cross-entropy by default. Gauss–Newton roots are known for torch's
+            ``CrossEntropyLoss`` (with class weights and label smoothing), ``MSELoss`` and ``BCEWithLogitsLoss``, as
+            modules, functions or ``functools.partial`` of either. Any other loss is measured by Hutchinson probes; if
+            it returns the mean over a batch, it is called on single samples.
+        module: The module whose parameters are meant, by default the one that ``model`` is or belongs to.
+        chunk_size: Largest number of samples that pass through the network together. By default a measurement takes at
+            most twice the memory of a training step, and 16 MiB (256 MiB on a GPU) for gradients of samples.
+        generator: Draws the probes. By default the probes of a sample are a function of its contents, so the same
+            samples always give the same numbers, however they are batched.
 
     Returns:
         A :class:`TraceEstimate`.
 
     Raises:
         TypeError: If ``inputs`` are not floating point.
-        ValueError: If an argument has a wrong value, targets or a root of the loss are missing for the estimator, the
-            model has no trained weights or no second derivative where one is needed, or a number is not finite.
+        ValueError: If an argument has a wrong value, the estimator needs targets or a Gauss–Newton root of the loss
+            that are missing, the model has no trained weights or lacks a second derivative that is needed, or a number
+            is not finite.
 
     Source: see the module's docstring.
     """
@@ -145,34 +148,24 @@ def hessian_trace(
     check_kind("targets", targets, Tensor)
     check_kind("module", module, nn.Module)
     check_kind("generator", generator, torch.Generator)
-    plan = make_plan(model, inputs, targets, estimator=estimator, loss_fn=loss_fn, module=module, chunk_size=chunk_size)
+    problem = CurvatureProblem(
+        model, inputs, targets, estimator=estimator, loss_fn=loss_fn, module=module, chunk_size=chunk_size
+    )
     rtol = None if rtol is None else as_number(rtol)
-    seeds = ProbeSeeds.of(inputs) if generator is None else ProbeSeeds.random(len(inputs), generator)
-
-    def measured(probes: tuple[range, range]) -> CurvatureSums:
-        return curvature_sums(
-            model,
-            inputs,
-            targets,
-            plan=plan,
-            seeds=seeds,
-            probes=probes,
-            loss_fn=loss_fn,
-            module=module,
-            chunk_size=chunk_size,
-        )
-
+    seeds = ProbeSeeds.from_contents(inputs) if generator is None else ProbeSeeds.random(len(inputs), generator)
     first = min(max(2, -(-_ENOUGH // len(inputs))), max_probes) if num_probes is None else num_probes
-    sums = measured(plan.probes(0, first if rtol is None else min(first, max_probes)))
-    while rtol is not None and any(more := _more_probes(sums, rtol=rtol, max_probes=max_probes)):
-        sums = joined(sums, measured(more))
+    with problem.examined() as examined:
+        plan = examined.plan
+        sums = examined.sums(seeds, plan.probes(0, first if rtol is None else min(first, max_probes)))
+        while rtol is not None and any(more := _more_probes(sums, rtol=rtol, max_probes=max_probes)):
+            sums = joined(sums, examined.sums(seeds, more))
     return _estimate(sums, plan)
 
 
 def _more_probes(sums: CurvatureSums, *, rtol: float, max_probes: int) -> tuple[range, range]:
-    """Which probes are missing, as far as the error so far tells, and at most as many again as there are.
+    """Numbers of the further probes of each kind that the error so far asks for, at most as many as there are already.
 
-    The two kinds share the allowed error so that the time is least: numbers of probes in the ratio of the roots of
+    The two kinds share the allowed error at the least cost: their numbers are in the ratio of the square roots of
     variance over cost.
     """
     total = sums.total()
@@ -180,7 +173,7 @@ def _more_probes(sums: CurvatureSums, *, rtol: float, max_probes: int) -> tuple[
     variances = [float(variance) for variance in total.probe_variances()]
     allowed = (rtol * float(total.means())) ** 2
     stops = there
-    if not sum(variances) <= allowed:  # also if they are unknown, after a single probe
+    if not sum(variances) <= allowed:  # or they are NaN, after a single probe
         of_one = [variance * m for variance, m in zip(variances, there, strict=True)]
         scale = sum(math.sqrt(v * cost) for v, cost in zip(of_one, _COSTS, strict=True)) / max(allowed, 1e-300)
 

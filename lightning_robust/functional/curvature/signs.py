@@ -1,19 +1,50 @@
-"""Random signs that belong to a sample, whatever batch, process or epoch it is met in.
+"""Random signs of probes, as functions of a sample's contents, whatever its batch, process or epoch.
 
-Averages over samples then do not depend on how the samples were batched or spread over processes, and a curve over
-epochs carries the same noise at every point: differences along it are known better than the error bars say.
+Averages over samples then do not depend on how samples are batched or spread over processes. A curve over epochs
+carries the same noise at every point, so differences along it are known better than the error bars say.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-_BITS = 32  # of a key: torch's generator on the CPU looks at no more of a seed
+from lightning_robust.functional._isolation.stand_ins import full_precision
+from lightning_robust.functional.curvature.sums import NUM_BLOCKS
+
+_BITS = 32  # of a key: torch's CPU generator ignores all further bits of a seed
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int32}
+
+
+@dataclass(frozen=True)
+class ProbeSeeds:
+    """Seeds of the random signs of all probes of some samples.
+
+    Attributes:
+        keys: Seed of each sample, for signs of its outputs (Gauss–Newton probes).
+        blocks: Block of each sample, below ``NUM_BLOCKS``; a block shares signs of weights (Hutchinson probes).
+        seed: Seed of the signs of weights, together with the block and the number of the probe.
+    """
+
+    keys: list[int]
+    blocks: list[int]
+    seed: int = 0
+
+    @classmethod
+    def from_contents(cls, inputs: Tensor) -> ProbeSeeds:
+        """Seeds that are a function of each sample of ``(N, ...)``."""
+        keys = keys_of(full_precision(inputs))
+        return cls(keys, [key % NUM_BLOCKS for key in keys])
+
+    @classmethod
+    def random(cls, num_samples: int, generator: torch.Generator) -> ProbeSeeds:
+        """Seeds drawn by a generator."""
+        keys, seed = random_keys(num_samples, generator), random_keys(1, generator)[0]
+        return cls(keys, [row % NUM_BLOCKS for row in range(num_samples)], seed)
 
 
 def keys_of(inputs: Tensor) -> list[int]:
@@ -25,12 +56,12 @@ def keys_of(inputs: Tensor) -> list[int]:
 
 
 def random_keys(count: int, generator: torch.Generator) -> list[int]:
-    """The same, drawn at random."""
+    """Random numbers in the range of :func:`keys_of`."""
     return torch.randint(2**_BITS, (count,), generator=generator, device=generator.device).tolist()
 
 
 def _mixed(*numbers: int) -> int:
-    """A key of which every bit depends on all bits of all numbers."""
+    """A key whose every bit depends on all bits of all numbers."""
     return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=_BITS // 8).digest())
 
 
@@ -46,7 +77,7 @@ def sample_signs(keys: Sequence[int], probes: range, size: int) -> Tensor:
 
 
 def weight_signs(tensors: Sequence[Tensor], *keys: int) -> list[Tensor]:
-    """Independent random signs of the shapes of these tensors, as a function of all keys together."""
+    """Independent random signs in the shapes of these tensors, as a function of all keys together."""
     if not tensors:
         return []
     generator = torch.Generator(tensors[0].device).manual_seed(_mixed(*keys))

@@ -1,15 +1,18 @@
 """Per-layer traces as sums over samples, and what their spread says about the error.
 
-Samples fall into blocks, and each probe has signs of its own in every block. What is summed, ``(M, B, L)`` for M
-probes, B blocks and L layers, is all that any of the estimates and error bars depends on, and it adds up over batches
-and processes. Two errors follow from it:
+Samples fall into blocks, and each probe has signs of its own in every block. All estimates and error bars depend on
+nothing but the sums over each block, ``(M, B, L)`` for M probes, B blocks and L layers, which add up over batches and
+processes. There are two errors:
 
-- from *probes*: had other signs been drawn on the same samples. Blocks are independent, so that the variances between
-  probes within each of them add up: even two probes give B degrees of freedom. In a trained network a few uncertain
-  samples may make most of the noise, and leave fewer: as many as Welch and Satterthwaite count. The error is widened as
-  Student's distribution demands, so that ± 2 standard errors are still 95 % (without: 85 % on 256 samples of a small
-  trained network, two probes; with: 90 %);
-- from *samples*: had other samples been drawn (and other signs): the spread between blocks.
+- from *probes*: the spread of the estimate over other signs on the same samples. Blocks are independent, so the
+  variances between probes within each block add up, and even two probes give B degrees of freedom. In a trained network
+  a few uncertain samples may make most of the noise, which leaves fewer: the Welch–Satterthwaite number. The error is
+  widened by the matching quantile of Student's distribution, so that ± 2 standard errors come close to 95 % (on 256
+  samples of a small trained network and two probes: 90 %, instead of 85 % without);
+- from *samples*: the spread of the estimate over other samples and other signs, from the spread between blocks. Over
+  1000 draws of 128 samples, ± 2 standard errors covered the population's traces (total and single layers) in 91 to
+  93 % (ReLU network, digits) and 94 to 98 % (tanh network, normal inputs); Student's distribution says 94 % for 16
+  blocks.
 """
 
 from __future__ import annotations
@@ -28,11 +31,11 @@ class CurvatureSums:
     """Sums over the samples of each block, for each probe.
 
     Attributes:
-        names: Of the L parameter tensors.
-        parts: Independent terms of which each trace is the sum, ``(M, B, L)`` each, float64: traces summed over
-            samples. Each may have taken another number M of probes; one without any counts as 0.
-        weights: ``(B,)``, what the samples count in the mean, summed.
-        exact: Whether the first part was not left to chance: its probes are all equal, and no more are needed.
+        names: Names of the L parameter tensors.
+        parts: Independent terms that add up to each trace, ``(M, B, L)`` each, float64, summed over samples. Their
+            numbers M of probes may differ; a part without probes counts as 0.
+        weights: ``(B,)``, sum of the weights of samples in the mean.
+        exact: Whether the first part is free of noise: its probes are all equal, and no more are needed.
     """
 
     names: tuple[str, ...]
@@ -41,11 +44,11 @@ class CurvatureSums:
     exact: bool = False
 
     def combined(self, coefficients: Tensor) -> CurvatureSums:
-        """Linear combinations of layers, with coefficients ``(L, K)``; they have no names."""
+        """Linear combinations of layers with coefficients ``(L, K)``, without names."""
         return CurvatureSums((), tuple(part @ coefficients.to(part) for part in self.parts), self.weights, self.exact)
 
     def total(self) -> CurvatureSums:
-        """The sum of all layers, as one."""
+        """The sum of all layers, as a single layer without a name."""
         return CurvatureSums((), tuple(part.sum(dim=2, keepdim=True) for part in self.parts), self.weights, self.exact)
 
     def means(self) -> Tensor:
@@ -57,7 +60,7 @@ class CurvatureSums:
         return torch.stack(self.probe_variances()).sum(dim=0).sqrt()
 
     def probe_variances(self) -> list[Tensor]:
-        """What each part contributes to the squares of these, ``(L,)``."""
+        """Contribution of each part to the squares of :meth:`probe_stderr`, ``(L,)``."""
         of_blocks = [_variance_of_mean(part) for part in self.parts]  # (B, L)
         if self.exact:
             of_blocks[0] = torch.zeros_like(of_blocks[0])
@@ -69,7 +72,7 @@ class CurvatureSums:
     def sample_stderr(self) -> Tensor:
         """Standard errors from the choice of samples and probes, ``(L,)``; NaN if all samples are in one block.
 
-        Never below that of probes alone, which is a part of it.
+        Never below the standard error from probes, which is part of it.
         """
         used = self.weights > 0
         num_blocks = int(used.sum())
@@ -84,7 +87,7 @@ class CurvatureSums:
 
 
 def joined(earlier: CurvatureSums, more: CurvatureSums) -> CurvatureSums:
-    """The same samples with more probes."""
+    """Append more probes of the same samples."""
     first, *others = (torch.cat(pair) for pair in zip(earlier.parts, more.parts, strict=True))
     if more.exact:
         first = more.parts[0][:1].expand_as(first)
@@ -92,13 +95,13 @@ def joined(earlier: CurvatureSums, more: CurvatureSums) -> CurvatureSums:
 
 
 def student_t_factor(freedom: Tensor) -> Tensor:
-    """97.5 % quantile of Student's distribution over that of the normal one, to 1 %; 1 where there is no error."""
+    """Ratio of the 97.5 % quantiles of Student's and the normal distribution, to 1 %; 1 where there is no error."""
     x = 1 / freedom.clamp_min(1)
     return (x * (1.21 + 0.73 * x - 0.07 * x**2)).exp().nan_to_num(nan=1.0)
 
 
 def _variance_of_mean(part: Tensor) -> Tensor:
-    """Over probes, for each block and layer, ``(B, L)``."""
+    """Variance of the mean over probes, for each block and layer, ``(B, L)``."""
     if len(part) == 0:
         return part.new_zeros(part.shape[1:])
     return part.var(dim=0) / len(part) if len(part) > 1 else torch.full_like(part[0], math.nan)

@@ -1,12 +1,12 @@
-"""The Weight-Curvature Index: how much the loss can rise when weights move by a share of their size.
+"""The Weight-Curvature Index: how much the loss can rise when each layer's weights move by a share of their norm.
 
 ``WCI = Σ_k √(‖W_k‖_F² tr H_k)`` over weight tensors with at least two dimensions (biases and normalisation are left
-out). It does not change when the weights of one layer of a piecewise linear network are multiplied by a constant and
-those of the next divided by it; the trace does.
+out). Multiplying the weights of one layer of a piecewise linear network by a constant and dividing those of the next
+layer by it does not change the index, but changes the trace.
 
-Its error bar is that of the delta method: the root of a noisy trace is a little too small, on average by
-``‖W_k‖ Var(tr H_k) / 8 tr H_k^{3/2}``, which at the probe errors of a few percent that two probes leave is a share of a
-few 10⁻⁴.
+The standard error is that of the delta method. The root of a noisy trace is biased downwards by
+``‖W_k‖ Var(tr H_k) / 8 tr H_k^{3/2}`` on average: a few 10⁻⁴ of the index at the error of a few percent that two probes
+leave.
 
 Source: arXiv 2410.07719. The standard error is ours.
 """
@@ -19,14 +19,14 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from lightning_robust.functional._isolation.context import differentiable_weights
+from lightning_robust.functional._isolation.weights import differentiable_weights
 from lightning_robust.functional._validation.arguments import FLOATING, as_numbers, expected_but_got
 
 
 def weight_curvature_index(weight_norms: Tensor | Sequence[float], traces: Tensor | Sequence[float]) -> Tensor:
     """Sum of ``‖W_k‖_F √(tr H_k)`` over layers.
 
-    A trace below 0, which happens by noise and, on smooth networks, in truth, counts as 0.
+    A negative trace counts as 0. Noise can make a trace negative; on smooth networks the true trace can be, too.
 
     Args:
         weight_norms: ``(L,)``, Frobenius norms ``‖W_k‖_F``.
@@ -51,7 +51,7 @@ def weight_curvature_index(weight_norms: Tensor | Sequence[float], traces: Tenso
 
 
 def weight_norms(model: Callable[[Tensor], Tensor], *, module: nn.Module | None = None) -> dict[str, Tensor]:
-    """Frobenius norm, 0-d, of each trained parameter tensor with at least two dimensions, by its name.
+    """Frobenius norm, 0-d, of each trained parameter tensor with at least two dimensions, by name.
 
     Args:
         model: See :func:`~lightning_robust.functional.hessian_trace`.
@@ -71,20 +71,20 @@ def _of_layers(name: str, values: Tensor | Sequence[float], expected: str, *, at
 
 
 def curvature_terms(weight_norms: Tensor, traces: Tensor) -> Tensor:
-    """``‖W_k‖_F √(tr H_k)`` of each layer, ``(L,)``."""
+    """``‖W_k‖_F √(tr H_k)`` of each layer, ``(L,)``; 0 where the trace is negative."""
     return weight_norms * traces.clamp_min(0).sqrt()
 
 
 def curvature_slopes(weight_norms: Tensor, traces: Tensor, stderr: Tensor) -> Tensor:
     """Derivatives of the terms with respect to the traces, for the delta method, ``(L,)``.
 
-    The square root has no derivative at 0. Its secant over one standard error is the derivative where the error is
-    small, and stays finite where it is not.
+    The square root has no derivative at 0. Its secant over one standard error approaches the derivative for small
+    errors, and stays finite for large ones.
 
     Args:
         weight_norms: ``(L,)``.
         traces: ``(L,)``.
-        stderr: ``(L,)``, of the traces.
+        stderr: ``(L,)``, standard errors of the traces.
     """
     there = traces.clamp_min(0)
     rise = (there + stderr).sqrt() - there.sqrt()

@@ -1,1 +1,1 @@
-"""The drift rule: has a series of measurements fallen below its best, beyond chance?"""
+"""The drift rule: has a series of measurements fallen below its best by more than chance explains?"""

@@ -1,4 +1,4 @@
-"""Errors of measurements that are made on the same samples: how well is their difference known?"""
+"""Errors of measurements on the same samples: how precisely is their difference known?"""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from torch import Tensor
 
 
 def covariances(stderrs: Sequence[float], per_sample: Sequence[Tensor | None]) -> Tensor:
-    """Of the errors of several measurements, from what each of them found on each sample.
+    """Covariance matrix of the errors of several measurements, estimated from their values per sample.
 
-    Whatever luck the choice of the samples had in one measurement it had in the next, too, and their difference is
-    known better than either. Measurements of equally many samples are taken to be made on the same ones, in the same
-    order; where they were not, their values do not go together, and the errors come out as independent.
+    Measurements on the same samples share the luck of the draw, so their difference is more precise than either of
+    them. Measurements with equally many samples are assumed to use the same samples in the same order. If they do not,
+    their values per sample are uncorrelated, and so are the errors returned.
 
     Args:
         stderrs: Standard errors of T measurements.
-        per_sample: Finite values, (N,) for each measurement, or None where they are not known. Its error is independent
-            of the others then, as that of equal values, whose mean has none.
+        per_sample: Finite values, (N,), for each measurement, or None where they are not known. Without values, or with
+            N equal values, the error of a measurement counts as independent of the others.
 
     Returns:
         (T, T), float64, positive semi-definite, with the squares of ``stderrs`` on the diagonal.
@@ -31,7 +31,7 @@ def covariances(stderrs: Sequence[float], per_sample: Sequence[Tensor | None]) -
     for size in {len(values) for values in known.values()}:
         paired = torch.tensor([t for t, values in known.items() if len(values) == size])
         values = torch.stack([known[int(t)] for t in paired])
-        values = _rescaled(values)  # squares of very large or small numbers are none
+        values = _rescaled(values)  # squares of very large or very small numbers would overflow or vanish
         centred = _rescaled(values - values.mean(dim=1, keepdim=True))
         norms = centred.norm(dim=1, keepdim=True)
         units = torch.where(norms > 0, centred / norms, 0.0)
@@ -41,6 +41,6 @@ def covariances(stderrs: Sequence[float], per_sample: Sequence[Tensor | None]) -
 
 
 def _rescaled(values: Tensor) -> Tensor:
-    """Each row divided by its largest entry; zeros stay."""
+    """Divide each row by its largest absolute entry; rows of zeros stay."""
     largest = values.abs().amax(dim=1, keepdim=True)
     return torch.where(largest > 0, values / largest, 0.0)

@@ -1,16 +1,17 @@
-"""The damped natural gradient of a contrast of logits, by two ways to solve the same D × D system.
+"""The damped natural gradient of a contrast of logits, by two methods for the same D × D system.
 
-At an input with Jacobian ``J`` (C, D) and probabilities ``p`` the Fisher information is ``G = Jᵀ S J`` with
-``S = diag(p) − p pᵀ``, the gradient of ``aᵀ z`` is ``g = Jᵀ a``, and wanted is ``v = (G + λI)⁻¹ g``.
+At an input with Jacobian ``J`` (C, D) and probabilities ``p``, the Fisher information is ``G = Jᵀ S J`` with
+``S = diag(p) − p pᵀ``, the gradient of ``aᵀ z`` is ``g = Jᵀ a``, and the natural gradient is ``v = (G + λI)⁻¹ g``.
 
-- **gram**: ``v = Jᵀ w`` with ``(λI + S K) w = a`` and ``K = J Jᵀ`` (the push-through identity), so that a C × C system
-  is solved exactly, in float64, and D appears in products only.
-- **cg**: conjugate gradients on the D × D system, which need no more of it than ``J p`` and ``Jᵀ u``. G has rank C − 1,
-  so that C steps would be exact without rounding; with many classes few of which matter, far fewer do.
+- **gram**: ``v = Jᵀ w`` with ``(λI + S K) w = a`` and ``K = J Jᵀ`` (the push-through identity). This solves a C × C
+  system exactly, in float64; D appears in products only.
+- **cg**: conjugate gradients on the D × D system, from products ``J p`` and ``Jᵀ u`` alone. G has rank C − 1, so C
+  steps would be exact without rounding. If only a few of many classes matter, far fewer suffice.
 
-Nothing here knows a network.
+The solvers know no network; ``natural_gradient_by_…`` apply them to one.
 
 Source: De & Säfken, "The Myth of Robust Classes" (conjugate gradients); the exact solution is ours.
+Cost: one forward pass, and C − 1 backward passes (gram) or two per step (cg).
 """
 
 from __future__ import annotations
@@ -21,19 +22,28 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_robust.functional.input_space.jacobian import combination, float64_dtype, products
+from lightning_robust.functional.fisher_rao._state import Paths, other_classes
+from lightning_robust.functional.input_space.float64 import widened
+from lightning_robust.functional.input_space.jacobian import (
+    combination,
+    gram_matrix,
+    input_gradient,
+    jacobian_rows,
+    leaf_and_logits,
+)
+from lightning_robust.functional.input_space.units import Units
 
-# Conjugate gradients end when the residual is below this share of the gradient, or after so many steps.
+# Conjugate gradients end when the residual falls below this share of the gradient, or after this many steps per class.
 _TOLERANCE = 1e-8
 _STEPS_PER_CLASS = 4
 
 
 class NaturalGradient(NamedTuple):
-    """What ``n`` systems have given.
+    """Solutions of ``n`` systems.
 
     Attributes:
         direction: ``v``, (n, D).
-        change: ``J v``, (n, C): how the logits change along it.
+        change: ``J v``, (n, C): change of the logits along ``v``.
         squared_norm: ``gᵀ v = vᵀ (G + λI) v``, (n,).
     """
 
@@ -42,28 +52,61 @@ class NaturalGradient(NamedTuple):
     squared_norm: Tensor
 
 
-def softmax_metric(probs: Tensor, change: Tensor) -> Tensor:
-    """``S u`` for ``u`` (n, C), at probabilities (n, C)."""
-    return probs * (change - (probs * change).sum(dim=1, keepdim=True))
+def natural_gradient_by_gram(
+    model: Callable[[Tensor], Tensor], units: Units, paths: Paths, x: Tensor, *, some: Tensor, which: Tensor
+) -> tuple[Tensor, NaturalGradient]:
+    """Probabilities (m, C) and natural gradients of paths at points ``x`` (m, ...), from whole Jacobians.
+
+    The distinct points are ``x[some]``, and path i is at ``x[some[which[i]]]``: shared points are linearised once.
+    """
+    leaf, logits = leaf_and_logits(model, x[some], check=None)
+    source = paths.source[some]
+    probs = widened(logits.detach()).softmax(dim=1)[which]
+    # S ignores what is common to all logits, so logits relative to the source save one backward pass
+    others = other_classes(source, logits.shape[1])
+    relative = logits.gather(1, others) - logits.gather(1, source[:, None])
+    rows = jacobian_rows(relative, leaf, units.std)
+    others = others[which]
+    natural = solve_by_gram(probs.gather(1, others), rows, paths.contrast.gather(1, others), paths.damping, which=which)
+    return probs, natural._replace(change=torch.zeros_like(probs).scatter(1, others, natural.change))
 
 
-def fisher_rao_speed(probs: Tensor, change: Tensor) -> Tensor:
-    """``√(uᵀ S u)``, (n,): how fast the prediction moves on the simplex while the logits change by ``u``."""
-    centred = change - (probs * change).sum(dim=1, keepdim=True)
-    return (probs * centred.square()).sum(dim=1).sqrt()
+def natural_gradient_by_cg(
+    model: Callable[[Tensor], Tensor], units: Units, paths: Paths, x: Tensor
+) -> tuple[Tensor, NaturalGradient]:
+    """Probabilities (m, C) and natural gradients of paths at points ``x`` (m, ...), without Jacobians."""
+    leaf, logits = leaf_and_logits(model, x, check=None)
+    probs = widened(logits.detach()).softmax(dim=1)
+    cotangent = torch.zeros_like(logits, requires_grad=True)
+    pulled = torch.zeros_like(leaf)
+    if logits.requires_grad:  # the logits depend on the input
+        (pulled,) = torch.autograd.grad(logits, leaf, cotangent, create_graph=True, materialize_grads=True)
+
+    def push(rows: Tensor) -> Tensor:
+        """``J p``: the derivative of ``Jᵀ u``, which is linear in ``u``, along ``p``."""
+        if not pulled.requires_grad:
+            return torch.zeros_like(logits)
+        along = units.change(rows.to(leaf).reshape(leaf.shape))
+        (pushed,) = torch.autograd.grad(pulled, cotangent, along, retain_graph=True, materialize_grads=True)
+        return pushed
+
+    def pull(changes: Tensor) -> Tensor:
+        return input_gradient((changes.to(logits) * logits).sum(dim=1), leaf, units.std)
+
+    return probs, solve_by_conjugate_gradients(probs, push, pull, paths.contrast, paths.damping)
 
 
 def solve_by_gram(probs: Tensor, rows: Tensor, contrast: Tensor, damping: Tensor, *, which: Tensor) -> NaturalGradient:
     """Solve exactly, from whole Jacobians.
 
     Args:
-        probs: (n, C), float64; all classes, or all but one if rows and contrast are relative to that one.
+        probs: (n, C), float64; all classes, or all but one if ``rows`` and ``contrast`` are relative to that one.
         rows: ``J``, (m, C, D), which systems may share.
         contrast: ``a``, (n, C), float64.
         damping: ``λ``, (n,), float64, positive.
-        which: (n,), which of them each system has.
+        which: (n,), index of each system's Jacobian.
     """
-    gram = products(rows, rows).to(probs)[which]
+    gram = gram_matrix(rows).to(probs)[which]
     information = probs[:, :, None] * (gram - (probs[:, None] @ gram))  # S K
     identity = torch.eye(probs.shape[1], dtype=probs.dtype, device=probs.device)
     weights: Tensor = torch.linalg.solve(information + damping[:, None, None] * identity, contrast)
@@ -78,7 +121,7 @@ def solve_by_conjugate_gradients(
     contrast: Tensor,
     damping: Tensor,
 ) -> NaturalGradient:
-    """Solve step by step; all systems advance together, and those that have ended wait.
+    """Solve iteratively. All systems advance together, and those that have converged stay as they are.
 
     Args:
         probs: (n, C), float64.
@@ -87,8 +130,7 @@ def solve_by_conjugate_gradients(
         contrast: ``a``, (n, C), float64.
         damping: ``λ``, (n,), float64, positive.
     """
-    gradient = pull(contrast)
-    gradient = gradient.to(float64_dtype(gradient))
+    gradient = widened(pull(contrast))
     direction, change = torch.zeros_like(gradient), torch.zeros_like(contrast)
     residual = search = gradient
     squared = squared_before = residual.square().sum(dim=1)
@@ -98,7 +140,8 @@ def solve_by_conjugate_gradients(
         if not going.any():
             break
         moved = push(search).to(contrast)
-        image = pull(softmax_metric(probs, moved)).to(search) + damping.to(search)[:, None] * search
+        centred = moved - (probs * moved).sum(dim=1, keepdim=True)
+        image = pull(probs * centred).to(search) + damping.to(search)[:, None] * search  # (Jᵀ S J + λI) p
         length = torch.where(going, squared / (search * image).sum(dim=1), 0)
         direction = direction + length[:, None] * search
         change = change + length.to(change)[:, None] * moved

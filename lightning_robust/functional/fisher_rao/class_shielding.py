@@ -1,9 +1,10 @@
-"""Which classes stand in the way of Fisher–Rao paths.
+"""Class shielding: which classes stand in the way of Fisher–Rao paths.
 
-A path that leaves class A, aims at B and first enters another class C is *shielded*: C is the shield. How often,
-between which classes, and whether robust classes are merely well shielded, is read off many traced paths.
+A path that leaves class A, aims at B and first enters another class C is *shielded*: C is the shield. Many traced paths
+show how often this happens, between which classes, and whether robust classes are merely well shielded.
 
-All shares and means are over paths, with standard errors over samples: paths of one sample are no independent draws.
+All shares and means are over paths, with standard errors over samples, because paths of one sample are not independent
+draws.
 
 Source: De & Säfken, "The Myth of Robust Classes"; the standard errors are ours.
 Cost: counting; no forward or backward pass.
@@ -21,9 +22,9 @@ from lightning_robust.functional._validation.arguments import check_integer, cla
 from lightning_robust.functional.fisher_rao.paths import FisherRaoPaths
 from lightning_robust.functional.fisher_rao.ratios import Estimate, ratio_of_sums, ratio_sums
 
-# Of what is estimated these are means; the others are shares.
+# Estimates that are means; all others are shares.
 MEANS = ("margin", "bound", "excess", "l2", "linf")
-# Elements of tables of one sample each that are held at once.
+# Elements of per-sample tables held at once.
 _ELEMENTS = 2**22
 
 
@@ -31,29 +32,29 @@ _ELEMENTS = 2**22
 class ClassShielding:
     """Counts, shares and means over paths between C classes.
 
-    Paths of misclassified samples count in means of margins and distances, as 0, and nowhere else. Paths that did not
+    Paths of misclassified samples count as 0 in means of margins and distances, and nowhere else. Paths that did not
     leave their class count in ``success`` alone.
 
     Attributes:
-        hits: ``(P, 3)``, source, target and class that was entered first, of each path that left its class.
-        path_matrix: ``(C, C)``, of the paths that left class A (row) the share that first entered B (column), wherever
-            they aimed.
-        landscape: ``(C, C)``, of the paths that aimed at B (row), from other classes than C, the share that was
-            shielded by C (column).
-        shielding: ``(C,)``, of the paths that first entered a class the share that aimed elsewhere: how much of what
-            arrives at it was meant for others.
-        interception: ``(C,)``, of the paths neither from a class nor aimed at it the share that it shielded.
-        shielded: ``(C,)``, of the paths from a class the share that was shielded.
-        success: ``(C,)``, of the paths from a class the share that left it.
+        hits: ``(P, 3)``, source, target and first class entered, of each path that left its class.
+        path_matrix: ``(C, C)``, share of the paths leaving class A (row) that first entered B (column), whatever their
+            target.
+        landscape: ``(C, C)``, share of the paths aimed at B (row) from classes other than C that were shielded by C
+            (column).
+        shielding: ``(C,)``, share of the paths that first entered a class but aimed at another one: how much of the
+            class's arrivals it has intercepted.
+        interception: ``(C,)``, share shielded by a class among the paths that neither left it nor aimed at it.
+        shielded: ``(C,)``, share of the paths from a class that were shielded.
+        success: ``(C,)``, share of the paths from a class that left it.
         margin: ``(C,)``, mean margin of the paths from a class.
-        excess: ``(C,)``, the same divided by the mean of their bounds: the detour that they take.
-        l2: ``(C,)``, mean Euclidean length from samples of a class to the ends of their paths.
-        linf: ``(C,)``, mean largest change of a feature, likewise.
-        vulnerability_rank: ``(C,)``, 1 for the class of the largest mean margin, 0 for those without paths.
+        excess: ``(C,)``, mean margin divided by mean bound: the detour that the paths take.
+        l2: ``(C,)``, mean Euclidean distance from samples of a class to the ends of their paths.
+        linf: ``(C,)``, mean largest change of a feature between samples of a class and the ends of their paths.
+        vulnerability_rank: ``(C,)``, 1 for the class with the largest mean margin; 0 for classes without paths.
         robust_to_fragile: ``()``, share of shielded paths among those from the half of the classes with the larger mean
-            margins to the other half (an odd one in the middle is left out).
-        fragile_to_robust: ``()``, likewise in the opposite direction.
-        asymmetry: ``()``, the first of these less the second.
+            margins to the other half. With an odd number of classes the middle one is left out.
+        fragile_to_robust: ``()``, share of shielded paths in the opposite direction.
+        asymmetry: ``()``, ``robust_to_fragile`` minus ``fragile_to_robust``.
     """
 
     hits: Tensor
@@ -74,35 +75,33 @@ class ClassShielding:
 
     @property
     def first_hits(self) -> Tensor:
-        """``(C, C, C)``, number of paths from A aimed at B that first entered C."""
+        """``(C, C, C)``, number of paths from A, aimed at B, that first entered C."""
         c = len(self.vulnerability_rank)
         flat = (self.hits * self.hits.new_tensor([c * c, c, 1])).sum(dim=1)
         return torch.bincount(flat, minlength=c**3).view(c, c, c)
 
 
 def class_shielding(paths: FisherRaoPaths, num_classes: int) -> ClassShielding:
-    """Count which classes paths enter first, and what they cost.
+    """Count which classes paths enter first, and average their margins and lengths.
 
     Args:
         paths: From :func:`~lightning_robust.functional.trace_fisher_rao_paths`.
-        num_classes: C, that of the logits.
+        num_classes: C, the number of classes of the logits.
 
     Returns:
         :class:`ClassShielding`.
 
     Raises:
-        TypeError: If ``paths`` are none.
+        TypeError: If ``paths`` is not a :class:`~lightning_robust.functional.FisherRaoPaths`.
         ValueError: If ``num_classes`` is not the number of classes of the paths.
 
     Source: De & Säfken, "The Myth of Robust Classes". The poster does not define the denominators of its shielding
-    rates; those here are ours.
+    rates; those used here are ours.
     """
     if not isinstance(paths, FisherRaoPaths):
         raise TypeError(f"Expected argument `paths` to be FisherRaoPaths, but got {class_of(paths)}.")
     if check_integer("num_classes", num_classes, at_least=2) != paths.logits.shape[-1]:
-        raise ValueError(
-            expected_but_got("num_classes", f"{paths.logits.shape[-1]}, as the paths have them", num_classes)
-        )
+        raise ValueError(expected_but_got("num_classes", f"{paths.logits.shape[-1]}, like the paths", num_classes))
     estimates = _estimates(paths, num_classes)
     ranks = _ranks(estimates["margin"].value)
     there, back = _between_halves(paths, ranks)
@@ -113,13 +112,13 @@ def class_shielding(paths: FisherRaoPaths, num_classes: int) -> ClassShielding:
         vulnerability_rank=ranks,
         robust_to_fragile=there,
         fragile_to_robust=back,
-        # of other samples, and so independent
+        # the two shares come from different samples, and so are independent
         asymmetry=Estimate(there.value - back.value, there.stderr.hypot(back.stderr)),
     )
 
 
 def _estimates(paths: FisherRaoPaths, num_classes: int) -> dict[str, Estimate]:
-    """Everything that is a ratio of sums over all samples."""
+    """Estimates that are ratios of sums over all samples."""
     size = max(1, _ELEMENTS // num_classes**2)
     sums: dict[str, Tensor] = {}
     for start in range(0, len(paths.source), size):
@@ -129,7 +128,7 @@ def _estimates(paths: FisherRaoPaths, num_classes: int) -> dict[str, Estimate]:
 
 
 def sums_of_samples(paths: FisherRaoPaths) -> dict[str, tuple[Tensor, Tensor]]:
-    """Numerators and denominators of what is estimated of the paths from a class: sums over each sample's, (N,)."""
+    """Numerators and denominators of the estimates per source class, summed over the paths of each sample (N,)."""
     ended = paths.success.double()
     left = paths.has_left.double()
     terms = {
@@ -146,7 +145,7 @@ def sums_of_samples(paths: FisherRaoPaths) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 def _terms(paths: FisherRaoPaths, num_classes: int) -> dict[str, tuple[Tensor, Tensor]]:
-    """Numerator and denominator of each ratio, for each sample: (n, C), or (n, C, C)."""
+    """Numerator and denominator of each ratio, per sample: (n, C) or (n, C, C)."""
     left, shielded = paths.has_left.double(), paths.shielded.double()
     source, target, hit = (
         F.one_hot(classes.clamp_min(0), num_classes).double()
@@ -158,7 +157,7 @@ def _terms(paths: FisherRaoPaths, num_classes: int) -> dict[str, tuple[Tensor, T
     past = elsewhere * torch.einsum("nk,nkc->nc", left, 1 - target)
 
     of_samples = sums_of_samples(paths)
-    by_source = {}  # in the column of each sample's class
+    by_source = {}  # values go to the column of each sample's class
     for name in ("shielded", "success", "margin", "excess", "l2", "linf"):
         top, bottom = of_samples[name]
         by_source[name] = source * top[:, None], source * bottom[:, None]
@@ -175,14 +174,14 @@ def _terms(paths: FisherRaoPaths, num_classes: int) -> dict[str, tuple[Tensor, T
 
 
 def _ranks(margins: Tensor) -> Tensor:
-    """1 for the largest, and so on; 0 for those that are NaN."""
+    """Rank margins from the largest, 1, downwards; 0 for NaN."""
     order = margins.nan_to_num(nan=-1.0).argsort(descending=True, stable=True)
     ranks = torch.empty_like(order).scatter_(0, order, torch.arange(1, len(order) + 1, device=order.device))
     return ranks.where(margins.isfinite(), 0)
 
 
 def _between_halves(paths: FisherRaoPaths, ranks: Tensor) -> tuple[Estimate, Estimate]:
-    """Share of shielded paths from the upper half of the ranked classes to the lower one, and back."""
+    """Share of shielded paths from the more robust half of the ranked classes to the other half, and back."""
     num_ranked = int((ranks > 0).sum())
     robust = (ranks > 0) & (ranks <= num_ranked // 2)
     fragile = ranks > num_ranked - num_ranked // 2

@@ -1,64 +1,49 @@
-"""Fisher–Rao geometry of predictions: distances on the simplex, and how far it is along a path to another class.
+"""Fisher–Rao paths: how far a prediction travels on the simplex until its class changes.
 
-Predictions ``p`` are points of the probability simplex. With the Fisher information as its metric, ``√p`` turns it into
-a part of a sphere of radius 2, and distances are
+An input moves through input space along the path that closes the gap ``log p_y − log p_k`` to a class k fastest for the
+distance that its prediction covers: ``ẋ ∝ −(G + λI)⁻¹ ∇(log p_y − log p_k)``, where G is the Fisher information with
+respect to the input. The **Fisher–Rao margin** towards k is the length ``∫ √(ẋᵀ G ẋ)`` of that path until the class
+changes, to k or to another class in between.
 
-    d(p, q) = 2 arccos Σ_c √(p_c q_c),    at most π.
+No path into class k is shorter than the bound (:mod:`~lightning_robust.functional.fisher_rao.geometry`). The bound
+depends on the prediction alone and is close to π/2 for every confident one. A margin divided by its bound measures the
+detour that the network forces on the path.
 
-An input moves through the network's input space on the path that descends the gap ``log p_y − log p_k`` to a class k
-fastest for the way that its prediction makes, ``ẋ ∝ −(G + λI)⁻¹ ∇(log p_y − log p_k)``, G the Fisher information with
-respect to the input. The **Fisher–Rao margin** towards k is the length of that way, ``∫ √(ẋᵀ G ẋ)``, until the class
-changes, to k or to another class that stands in the way.
+The poster takes steps of length 1 until the class changes and counts them (``mode="unit_steps"``). By default, steps
+here are short and of second order: the midpoint rule, with a midpoint extrapolated from the previous step, so that each
+step takes one linearisation. They are also bounded in Euclidean length, because at confident predictions ``G ≈ 0``, and
+a step of length 1 would leave the data. The length is summed on the simplex, and the crossing is located within the
+last step. A step that would not close the gap to the target is shortened until it does, so that no path goes round in
+circles. The poster's formula has a step along ``+v``, which would widen the gap; paths here descend in both modes.
 
-On the sphere the points with ``q_y = q_k`` lie on a hyperplane at the distance ``(√p_y − √p_k)/√2`` from ``√p``, so
-that no path into class k is shorter than
-
-    2 arccos √(1 − (√p_y − √p_k)²/2),
-
-the bound. It depends on the prediction alone, and is close to π/2 for every confident one: margins divided by it tell
-what detour the network makes the path take.
-
-Where the poster takes steps of length 1 until the class changes and counts them, here steps are short and of second
-order (the midpoint rule; the step before says where about the middle is, so that each takes one linearisation). They
-are bounded in Euclidean length, too: at confident predictions ``G ≈ 0``, and a step of length 1 leaves the data. The
-length is summed up on the simplex, and the crossing is located within the last step. A step that would not close the
-gap to the target is shortened until it does, lest a path go round in circles. The poster has the step along ``+v``,
-which would to_float64 the gap; paths here descend it in both modes.
-
-Source: Rao 1945 and Amari 2016 (distance); De & Säfken, "The Myth of Robust Classes" (margins, shielding); bound, path
-length, step control and the exact solution of each step are ours.
-Cost: per step of a path, two forward passes and C − 1 backward passes with respect to the input, on as many paths at
-once as memory is meant for; as much again for each sample where its paths begin, and a few forward passes where they
-end.
+Source: De & Säfken, "The Myth of Robust Classes" (margins, shielding); bound, path length, step control and the exact
+solution of each step are ours.
+Cost: one forward pass of all samples. Per step of a path, two forward passes and C − 1 backward passes with respect to
+the input, on as many paths at once as memory allows. As much again per sample where its paths begin, and a few forward
+passes where they end.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
-from lightning_robust.functional._isolation.context import differentiable, full_precision
-from lightning_robust.functional._validation.arguments import (
-    check_floating,
-    check_function,
-    check_positive_integer,
-    class_of,
-)
-from lightning_robust.functional._validation.tensors import (
-    check_inputs,
-    check_logits,
-    check_targets,
-)
-from lightning_robust.functional.fisher_rao._tracing import Paths, Tracer, distance_of_roots, flat, other_classes
+from lightning_robust.functional._isolation.context import differentiable
+from lightning_robust.functional._isolation.stand_ins import full_precision
+from lightning_robust.functional._validation.arguments import check_function, check_positive_integer, class_of
+from lightning_robust.functional._validation.tensors import check_inputs, check_logits, check_targets, outputs_of
+from lightning_robust.functional.fisher_rao._state import Paths, flat, other_classes
+from lightning_robust.functional.fisher_rao._tracing import Tracer
+from lightning_robust.functional.fisher_rao.geometry import class_indices, margin_bound
 from lightning_robust.functional.fisher_rao.path_options import Mode, Solver, check_path_options
-from lightning_robust.functional.input_space.jacobian import count_classes, float64_dtype, largest_chunk
+from lightning_robust.functional.input_space.float64 import float64_dtype, widened
+from lightning_robust.functional.input_space.jacobian import largest_chunk
 from lightning_robust.functional.input_space.units import Units, changes_within
 
-# Vectors of the size of an input that conjugate gradients hold for a path, those in the graph of J p among them.
+# Vectors of the size of an input that conjugate gradients hold per path, including those in the graph of J p.
 _VECTORS_OF_CG = 8
 
 
@@ -68,19 +53,19 @@ class FisherRaoPaths:
 
     Attributes:
         source: ``(N,)``, class that each sample's paths leave.
-        targets: ``(N, K)``, classes aimed at.
-        margins: ``(N, K)``, length of each path in nats, from 0 to where the class changes; 0 where the sample is
-            misclassified. In mode ``"poster"`` the number of steps.
-        l2: ``(N, K)``, Euclidean distance of the end of each path from the sample, in units of the un-normalised input.
-        linf: ``(N, K)``, largest change of a feature, likewise.
-        first_hit: ``(N, K)``, class that the path entered first, −1 where it entered none.
-        success: ``(N, K)``, bool, whether the class has changed. Where it has not, length and distances are those of
-            the path so far.
-        steps: ``(N, K)``, number of steps; 0 where the sample is misclassified.
-        bound: ``(N, K)``, what no path from the sample into the class that was hit can fall short of; where none was
-            hit, into the class aimed at.
-        start_logits: ``(N, C)``, of the samples.
-        logits: ``(N, K, C)``, at the ends of the paths.
+        targets: ``(N, K)``, classes that the paths aim at.
+        margins: ``(N, K)``, length of each path in nats until the class changes; 0 if the sample is misclassified. In
+            mode ``"unit_steps"`` it is the number of steps.
+        l2: ``(N, K)``, Euclidean distance from the sample to the end of each path, in units of the un-normalised input.
+        linf: ``(N, K)``, largest change of a feature, in the same units.
+        first_hit: ``(N, K)``, class that the path entered first, −1 if it entered none.
+        success: ``(N, K)``, bool, whether the class has changed. If not, lengths and distances are those of the path so
+            far.
+        steps: ``(N, K)``, number of steps; 0 if the sample is misclassified.
+        bound: ``(N, K)``, lower bound of the length of any path from the sample into the class that was hit, or into
+            the class aimed at if none was hit.
+        start_logits: ``(N, C)``, logits of the samples.
+        logits: ``(N, K, C)``, logits at the ends of the paths.
     """
 
     source: Tensor
@@ -97,82 +82,28 @@ class FisherRaoPaths:
 
     @property
     def traced(self) -> Tensor:
-        """``(N, K)``, bool: all but those of misclassified samples."""
+        """``(N, K)``, bool: paths of correctly classified samples."""
         return (self.steps > 0) | ~self.success
 
     @property
     def has_left(self) -> Tensor:
-        """``(N, K)``, bool: those of them that have left their class."""
+        """``(N, K)``, bool: traced paths that left their class."""
         return self.traced & self.success
 
     @property
     def shielded(self) -> Tensor:
-        """``(N, K)``, bool: those of them that entered a class that they did not aim at."""
+        """``(N, K)``, bool: traced paths that entered a class other than the one aimed at."""
         return self.has_left & (self.first_hit != self.targets)
 
     def rows(self, chosen: slice | Tensor) -> FisherRaoPaths:
-        """Paths of some of the samples."""
+        """Select the paths of some samples."""
         return FisherRaoPaths(**{field.name: getattr(self, field.name)[chosen] for field in fields(self)})
 
     @staticmethod
     def joined(parts: Sequence[FisherRaoPaths]) -> FisherRaoPaths:
-        """Paths of several groups of samples, in order."""
+        """Join the paths of several groups of samples, in order."""
         names = [field.name for field in fields(FisherRaoPaths)]
         return FisherRaoPaths(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
-
-
-def fisher_rao_distance(p: Tensor, q: Tensor) -> Tensor:
-    """Distance of predictions on the simplex.
-
-    Args:
-        p: ``(..., C)``, probabilities: not negative, with sum 1.
-        q: ``(..., C)``, likewise, of a shape that broadcasts.
-
-    Returns:
-        ``(...)``, in nats, between 0 and π, which is reached by predictions without a common class.
-
-    Raises:
-        TypeError: If one of them is not a floating-point tensor.
-        ValueError: If one of them is not made of probabilities, or their shapes do not go together.
-
-    Source: Rao 1945; Amari 2016. Computed from the chord of the sphere, because ``arccos`` of almost 1 says nothing.
-    """
-    for name, probs in (("p", p), ("q", q)):
-        _check_probabilities(name, probs)
-    if p.shape[-1] != q.shape[-1]:
-        raise ValueError(f"Expected as many classes in `p` as in `q`, but got {p.shape[-1]} and {q.shape[-1]}.")
-    pairs = zip(reversed(p.shape), reversed(q.shape), strict=False)
-    if any(a != b and 1 not in (a, b) for a, b in pairs):
-        raise ValueError(f"Expected shapes of `p` and `q` that broadcast, got {tuple(p.shape)} and {tuple(q.shape)}.")
-    distance = distance_of_roots(*(probs.to(float64_dtype(probs)).sqrt() for probs in (p, q)))
-    return distance.clamp_max(math.pi).to(torch.promote_types(p.dtype, q.dtype))
-
-
-def fisher_rao_margin_bound(probs: Tensor, source: Tensor, target: Tensor) -> Tensor:
-    """Distance on the simplex from each prediction to the nearest one with ``q_source = q_target``.
-
-    Args:
-        probs: ``(N, C)``, probabilities: not negative, with sum 1.
-        source: ``(N,)``, class indices, of the class that is left.
-        target: ``(N,)``, class indices, of the one that is entered.
-
-    Returns:
-        ``(N,)``, in nats, between 0 and π/2; 0 where the target is at least as probable as the source already.
-
-    Raises:
-        TypeError: If ``probs`` is not a floating-point tensor.
-        ValueError: If shapes do not match, ``probs`` are no probabilities, or a class index is none.
-
-    Source: ours.
-    """
-    _check_probabilities("probs", probs)
-    if probs.ndim != 2:
-        raise ValueError(f"Expected argument `probs` to be of shape (N, C), but got shape {tuple(probs.shape)}.")
-    before, after = (
-        probs.gather(1, _class_indices(name, classes, probs)[:, None])[:, 0]
-        for name, classes in (("source", source), ("target", target))
-    )
-    return _bound(before, after)
 
 
 def trace_fisher_rao_paths(
@@ -199,47 +130,48 @@ def trace_fisher_rao_paths(
     Args:
         model: Maps inputs ``(N, ...)`` to logits ``(N, C)``, sample by sample.
         inputs: ``(N, ...)``, floating point.
-        targets: ``(N, K)``, or ``(K,)`` for all samples alike: class indices that are aimed at; by default all classes
-            but the one that is left, in order, K = C − 1.
-        labels: ``(N,)``, true classes, which are left; a sample of which another class is predicted has margin 0. By
-            default the predicted ones.
-        damping: ``λ``, in squared nats per squared unit of the un-normalised input, as the Fisher information is. By
+        targets: ``(N, K)``, or ``(K,)`` for all samples: class indices to aim at. By default all classes except the one
+            to leave, in order, so that K = C − 1.
+        labels: ``(N,)``, true classes, which the paths leave. A sample that is predicted as another class has margin 0.
+            By default the predicted classes.
+        damping: ``λ``, in squared nats per squared unit of the un-normalised input, like the Fisher information. By
             default a hundredth of the largest eigenvalue that the gradient at the start would have at even odds,
-            ``‖∇(log p_y − log p_k)‖²/400``, which follows the units of the input.
-        step_length: Fisher–Rao length of a step, to first order, where the Euclidean bound is not smaller; 0.4 by
-            default. With both defaults margins of trained networks are within 1 % of those of much shorter steps in
-            the median, and 1 to 5 % in the mean, because single paths bend elsewhere.
-        max_euclidean_step: Bound of a step in units of the un-normalised input. By default a quarter of the way to the
-            boundary of the network linearised at the sample, were that one nat further: it follows the units of the
-            input.
-        max_steps: After so many steps a path is given up. So it is where it can go no further: where no gradient
-            leads on, a valid range is in the way, or logits are not finite.
-        solver: ``"gram"`` takes the whole Jacobian, of C rows, and solves each step exactly; ``"cg"`` conjugate
+            ``‖∇(log p_y − log p_k)‖²/400``, which scales with the units of the input.
+        step_length: Fisher–Rao length of a step, to first order, unless the Euclidean bound is smaller; 0.4 by default.
+            With both defaults, margins of trained networks are within 1 % of those of much shorter steps in the median,
+            and within 1 to 5 % in the mean, because single paths bend differently.
+        max_euclidean_step: Euclidean bound of a step, in units of the un-normalised input. By default a quarter of the
+            way to the boundary of the network linearised at the sample, if that boundary were one nat further away. It
+            scales with the units of the input.
+        max_steps: Number of steps after which a path is given up. A path also ends where it cannot go on: where the
+            gradient vanishes, the valid range blocks it, or logits are not finite.
+        solver: ``"gram"`` takes the whole Jacobian of C rows and solves each step exactly. ``"cg"`` takes conjugate
             gradients, which need second derivatives of the network with respect to its input, and less memory than the
-            Jacobian if there are very many classes; in single precision they fall short where the damping is a
-            millionth of the Fisher information and less.
-        mode: ``"poster"`` takes steps ``v / √(gᵀv)``, of length 1 in the damped metric, without bounds unless
-            ``max_euclidean_step`` is given; margins are numbers of steps.
+            Jacobian if there are very many classes. In single precision they are inaccurate if the damping is a
+            millionth of the Fisher information or less.
+        mode: ``"path"``, or ``"unit_steps"`` for the poster's steps ``v / √(gᵀv)``, of length 1 in the damped metric,
+            unbounded unless ``max_euclidean_step`` is given; margins are then numbers of steps.
         input_std: Standard deviation by which the inputs were divided, one number or one per channel (dimension 1).
-            With it all results are in units of the un-normalised input.
-        input_mean: What was subtracted from them before that, likewise; 0 by default. Only ``valid_range`` needs it.
+            If given, all results are in units of the un-normalised input.
+        input_mean: Mean that was subtracted before the division, one number or one per channel; 0 by default. Only
+            ``valid_range`` needs it.
         valid_range: Smallest and largest value of an un-normalised input, e.g. ``(0, 1)``, to which each step is
-            clamped. By default there is none.
-        chunk_size: Largest number of Jacobian rows held in memory at once, C for each path (8 vectors of the size of an
-            input with ``"cg"``): that many paths advance together. By default as in
+            clamped; unbounded by default.
+        chunk_size: Largest number of paths that advance through the network together. Each holds its Jacobian, C
+            gradients of the size of an input, or 8 such vectors with ``"cg"``. By default as in
             :func:`~lightning_robust.functional.linearize`.
 
     Returns:
-        :class:`FisherRaoPaths` of N samples and K targets.
+        :class:`FisherRaoPaths` of N samples and K targets each.
 
     Raises:
         TypeError: If ``inputs`` are not floating point or the model does not return a tensor.
         ValueError: If an argument has a wrong shape or value, a path aims at the class that it is to leave, or inputs
             or their logits are not finite.
 
-    Source: De & Säfken, "The Myth of Robust Classes"; what differs is in the module's docstring.
+    Source: De & Säfken, "The Myth of Robust Classes"; see the module's docstring for the differences.
     """
-    settings = check_path_options(
+    options = check_path_options(
         damping=damping,
         step_length=step_length,
         max_euclidean_step=max_euclidean_step,
@@ -254,14 +186,15 @@ def trace_fisher_rao_paths(
     units = Units.of(inputs, std=input_std, mean=input_mean, valid_range=valid_range)
     with differentiable(model, twice=solver == "cg"):
         x = full_precision(inputs)
-        num_classes = count_classes(model, x)
-        at_once = largest_chunk(x, num_classes if solver == "gram" else _VECTORS_OF_CG, chunk_size)
-        tracer = Tracer(model, units, settings)
-        start_logits = torch.cat([tracer.logits(part) for part in torch.split(x, at_once)])
-        check_logits(start_logits, num_samples=len(x))
+        parts = torch.split(x, largest_chunk(x, chunk_size))
+        with torch.no_grad():
+            start_logits = torch.cat([outputs_of(model, part, check=check_logits) for part in parts])
+        num_classes = start_logits.shape[1]
         predicted = start_logits.argmax(dim=1)
-        source = predicted if labels is None else _class_indices("labels", labels, start_logits)
+        source = predicted if labels is None else class_indices("labels", labels, start_logits)
         aims = _aims(targets, source, num_classes)
+        num_rows = num_classes if solver == "gram" else _VECTORS_OF_CG
+        at_once = largest_chunk(x, chunk_size, num_rows=num_rows)
         samples, columns = (predicted == source)[:, None].expand_as(aims).nonzero(as_tuple=True)
 
         def begin(numbers: Tensor) -> Paths:
@@ -284,12 +217,12 @@ def trace_fisher_rao_paths(
                 longest=zeros,
             )
 
-        # as they are for misclassified samples
+        # the values of misclassified samples
         success = torch.ones_like(aims, dtype=torch.bool)
         steps = torch.zeros_like(aims)
         margins, l2, linf = (x.new_zeros(aims.shape) for _ in range(3))
         logits = start_logits[:, None].repeat(1, aims.shape[1], 1)
-        for paths, has_left in tracer.trace(begin, len(samples), at_once=at_once):
+        for paths, has_left in Tracer(model, units, options).trace(begin, len(samples), at_once=at_once):
             place = samples[paths.number], columns[paths.number]
             way = units.raw_change(paths.x - paths.start)
             l2[place] = torch.linalg.vector_norm(flat(way), dim=1)
@@ -298,8 +231,8 @@ def trace_fisher_rao_paths(
             success[place], logits[place] = has_left, paths.logits
     first_hit = torch.where(success, logits.argmax(dim=2), -1)
     entered = torch.where(success, first_hit, aims)
-    probs = start_logits.to(float64_dtype(x)).softmax(dim=1)
-    bound = _bound(probs.gather(1, source[:, None]), probs.gather(1, entered))
+    probs = widened(start_logits).softmax(dim=1)
+    bound = margin_bound(probs.gather(1, source[:, None]), probs.gather(1, entered))
     return FisherRaoPaths(
         source=source,
         targets=aims,
@@ -315,14 +248,8 @@ def trace_fisher_rao_paths(
     )
 
 
-def _bound(before: Tensor, after: Tensor) -> Tensor:
-    """The bound, for probabilities of the class that is left and of the one that is entered."""
-    half_chord = (before.sqrt() - after.sqrt()).clamp_min(0) / math.sqrt(2)
-    return 2 * half_chord.clamp_max(1 / math.sqrt(2)).asin()  # arccos √(1 − s²) = arcsin s, exact for small s
-
-
 def _aims(targets: Tensor | None, source: Tensor, num_classes: int) -> Tensor:
-    """Classes aimed at, (N, K)."""
+    """Classes (N, K) to aim at."""
     if targets is None:
         return other_classes(source, num_classes)
     if not isinstance(targets, Tensor):
@@ -345,32 +272,9 @@ def _aims(targets: Tensor | None, source: Tensor, num_classes: int) -> Tensor:
 
 
 def _box(start: Tensor, units: Units) -> tuple[Tensor, Tensor]:
-    """Smallest and largest values that normalised inputs may take; one that is outside already may stay there."""
+    """Smallest and largest values that normalised inputs may take; an input outside the range may stay."""
     if units.valid_range is None:
         edge = start.new_full((len(start), *(1,) * (start.ndim - 1)), torch.inf)
         return -edge, edge
     down, up = changes_within(units.raw(start), units.valid_range)
     return start + units.change(down), start + units.change(up)
-
-
-def _class_indices(name: str, classes: Tensor, scores: Tensor) -> Tensor:
-    """Class indices (N,) beside scores (N, C), in int64 and on their device; raise with the argument's name."""
-    labels = check_targets(classes, num_samples=len(scores), num_classes=scores.shape[1], name=name)
-    return labels.to(scores.device)
-
-
-def _check_probabilities(name: str, probs: Tensor) -> None:
-    check_floating(name, probs, "(..., C)")
-    if probs.ndim == 0 or probs.shape[-1] < 2 or probs.numel() == 0:
-        raise ValueError(
-            f"Expected argument `{name}` to be of shape (..., C) with C ≥ 2 classes, got shape {tuple(probs.shape)}."
-        )
-    error = float((probs.detach().sum(dim=-1, dtype=float64_dtype(probs)) - 1).abs().max())
-    smallest = float(probs.detach().min())
-    tolerance = probs.shape[-1] * torch.finfo(probs.dtype).eps
-    if not (smallest >= 0 and error <= 10 * tolerance):
-        raise ValueError(
-            f"Expected argument `{name}` to hold probabilities, not negative and with sum 1 (`softmax(dim=-1)` of"
-            f" logits), but got shape {tuple(probs.shape)} with values from {smallest:.4g} on, and sums that are off by"
-            f" up to {error:.4g}."
-        )

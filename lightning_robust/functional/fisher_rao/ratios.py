@@ -1,15 +1,17 @@
-"""Means and shares over paths, with the error of the choice of samples: paths of one sample are no independent draws.
+"""Means and shares with standard errors over samples, also where a sample has several paths.
 
-A mean or a share over paths is a ratio ``r = Σ_n a_n / Σ_n b_n`` of sums over samples, ``b_n`` the number of a sample's
-paths that count and ``a_n`` what they add up to. To first order its variance is
+A mean or share over paths is a ratio ``r = Σ_n a_n / Σ_n b_n`` of sums over samples, where ``b_n`` is the number of
+paths of a sample that count and ``a_n`` the sum of their values. Paths of one sample are not independent draws, so the
+error is over samples. To first order the variance is
 
     n / (n − 1) · Σ_n (a_n − r b_n)² / (Σ_n b_n)²,
 
-n the number of samples with paths that count. All of it follows from six sums, which may be added up over batches and
-processes.
+where n is the number of samples with paths that count. All of this follows from six sums, which can be added up over
+batches and processes.
 
-For shares two samples all of whose paths count and two of which none does are added for the error, not for the share
-(Agresti & Coull 1998, for clusters ours): the plain formula says that a share of 0 or 1 is known exactly.
+The plain formula gives a share of 0 or 1 no error at all. Errors of shares are therefore those of Agresti & Coull
+(1998): two samples whose paths all count as hits and two without a hit are added for the error, not for the share. For
+samples with several paths this is ours.
 """
 
 from __future__ import annotations
@@ -25,8 +27,8 @@ class Estimate:
     """Estimates of any shape, and their standard errors.
 
     Attributes:
-        value: ``(...)``, float64; NaN where there is nothing to estimate from.
-        stderr: ``(...)``, over samples; NaN where fewer than two of them tell.
+        value: ``(...)``, float64; NaN if there is nothing to estimate from.
+        stderr: ``(...)``, standard error over samples; NaN if fewer than two samples count.
     """
 
     value: Tensor
@@ -34,11 +36,11 @@ class Estimate:
 
 
 def ratio_sums(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """What a ratio and its error follow from.
+    """Sums from which a ratio and its error follow.
 
     Args:
-        numerator: ``a``, (n, ...), one row for each sample.
-        denominator: ``b``, likewise, of a shape that broadcasts.
+        numerator: ``a``, (n, ...), one row per sample.
+        denominator: ``b``, of a shape that broadcasts against ``a``.
 
     Returns:
         (6, ...), float64: the number of samples with ``b > 0``, and the sums of a, b, a², a b and b².
@@ -48,15 +50,25 @@ def ratio_sums(numerator: Tensor, denominator: Tensor) -> Tensor:
 
 
 def ratio_of_sums(sums: Tensor, *, share: bool) -> Estimate:
-    """The ratio of sums (6, ...), with its error; ``share`` says that ``0 ≤ a ≤ b`` in every sample."""
+    """Ratio of sums (6, ...) with its error; ``share`` says that ``0 ≤ a ≤ b`` in every sample."""
     n, a, b, *_ = sums
-    centre = sums
-    if share:
-        each = b / n  # of an average sample
-        extra = (4 + 0 * n, 2 * each, 4 * each, 2 * each.square(), 2 * each.square(), 4 * each.square())
-        centre = sums + torch.stack(extra)
-    count, top, bottom, a_a, a_b, b_b = centre
+    count, top, bottom, a_a, a_b, b_b = _agresti_coull(sums) if share else sums
     ratio = top / bottom
     scatter = (a_a - 2 * ratio * a_b + ratio.square() * b_b).clamp_min(0)
     stderr = (count / (count - 1) * scatter).sqrt() / bottom
     return Estimate(a / b, torch.where(n > 1, stderr, torch.nan))
+
+
+def share_of_hits(hits: Tensor) -> Estimate:
+    """Share of hits among N samples, 0 or 1 each (N,), with the error of a binomial share, also for N = 1."""
+    sums = ratio_sums(hits, torch.ones_like(hits))
+    _, top, bottom, *_ = _agresti_coull(sums)
+    smoothed = top / bottom
+    return Estimate(sums[1] / sums[2], (smoothed * (1 - smoothed) / bottom).sqrt())
+
+
+def _agresti_coull(sums: Tensor) -> Tensor:
+    """Add two samples full of hits and two without any, each of average size."""
+    n, _, b, *_ = sums
+    each = b / n
+    return sums + torch.stack([4 + 0 * n, 2 * each, 4 * each, 2 * each.square(), 2 * each.square(), 4 * each.square()])

@@ -1,4 +1,4 @@
-"""Projected gradient descent: the attack that the estimators are compared with, and never depend on.
+"""Projected gradient descent (PGD): the attack with which the estimators are compared. None of them depends on it.
 
 Source: Madry et al. 2018, arXiv 1706.06083.
 Cost: one forward and one backward pass with respect to the input per step.
@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_robust.functional._isolation.context import differentiable, full_precision
+from lightning_robust.functional._isolation.context import differentiable
+from lightning_robust.functional._isolation.stand_ins import full_precision
 from lightning_robust.functional._validation.arguments import (
     as_number,
     check_choice,
@@ -23,11 +24,7 @@ from lightning_robust.functional._validation.arguments import (
     check_positive_integer,
     expected_but_got,
 )
-from lightning_robust.functional._validation.tensors import (
-    check_inputs,
-    check_logits,
-    check_targets,
-)
+from lightning_robust.functional._validation.tensors import check_inputs, check_logits, check_targets, outputs_of
 from lightning_robust.functional.input_space.units import Units, changes_within
 
 Norm = Literal["linf", "l2"]
@@ -53,8 +50,8 @@ def pgd(
 ) -> Tensor:
     """Attack each input by projected gradient ascent on its loss.
 
-    The perturbation lives in the units of the un-normalised input ``x · std + mean``: ``epsilon``, ``step_size`` and
-    ``valid_range`` are in those. The model runs as in :func:`~lightning_robust.functional.linearize`.
+    ``epsilon``, ``step_size`` and ``valid_range`` are in units of the un-normalised input ``x · std + mean``. The model
+    runs as in :func:`~lightning_robust.functional.linearize`.
 
     Args:
         model: Maps inputs ``(N, ...)`` to logits ``(N, C)``, sample by sample.
@@ -64,15 +61,15 @@ def pgd(
         steps: Number of gradient steps, ≥ 1. One step of size ``epsilon`` is the fast gradient sign method.
         norm: ``"linf"`` or ``"l2"``, over all features of a sample.
         loss: ``"cross_entropy"``, or ``"dlr"``, the difference of logits ratio (Croce & Hein 2020, arXiv 2003.01690),
-            whose gradient does not vanish where the network is confident; it needs three classes.
-        step_size: Length of a step; 2.5 · epsilon / steps by default, as in the source.
-        schedule: ``"constant"``, or ``"cosine"``, which lets the steps decay to zero from ``step_size``, by default
-            epsilon / 2 then.
-        valid_range: Smallest and largest value of an un-normalised input, to which the result is clamped; by default
-            there is no clamping. An input that lies outside it, by rounding say, may stay but not move further out.
-        input_mean: What was subtracted from the inputs, a number or one per channel (dimension 1); 0 by default.
-        input_std: By what they were divided, likewise; 1 by default.
-        generator: Draws a starting point uniformly from the ball. Without one the attack starts at the input itself
+            whose gradient does not vanish when the network is confident; it needs at least three classes.
+        step_size: Length of a step. By default 2.5 · epsilon / steps, as in the source, or epsilon / 2 with the cosine
+            schedule.
+        schedule: ``"constant"``, or ``"cosine"``, which lets the steps decay from ``step_size`` to zero.
+        valid_range: Smallest and largest value of an un-normalised input, to which the result is clamped; no clamping
+            by default. An input outside the range, e.g. by rounding, may stay but not move further out.
+        input_mean: Mean that was subtracted from the inputs, one number or one per channel (dimension 1); 0 by default.
+        input_std: Standard deviation by which they were divided, one number or one per channel; 1 by default.
+        generator: Draws the starting point uniformly from the ball. Without it the attack starts at the input itself
             and is deterministic.
 
     Returns:
@@ -110,11 +107,10 @@ def pgd(
             delta = into_ball_and_range(_uniform_in_ball(clean, epsilon, norm, generator))
         for step in range(steps):
             leaf = delta.detach().clone().requires_grad_()
-            logits = model(clean + units.change(leaf))
-            if step == 0:  # checks wait for the device
-                check_logits(logits, num_samples=len(clean))
+            logits = outputs_of(model, clean + units.change(leaf), check=check_logits if step == 0 else None)
+            if step == 0:  # later checks would only wait for the device
                 check_targets(labels, num_samples=len(clean), num_classes=logits.shape[1])
-            if not logits.requires_grad:  # they do not depend on the input: there is nowhere to go
+            if not logits.requires_grad:  # the logits do not depend on the input: there is nowhere to go
                 break
             total = _total(loss, logits, labels)
             (gradient,) = torch.autograd.grad(total, leaf, materialize_grads=True)
@@ -130,7 +126,7 @@ def check_norm(norm: Norm) -> Norm:
 
 
 def _total(loss: Loss, logits: Tensor, labels: Tensor) -> Tensor:
-    """The loss that the attack increases, as a sum, which keeps samples independent."""
+    """Sum of the losses that the attack increases. A sum keeps the samples independent."""
     if loss == "cross_entropy":
         return F.cross_entropy(logits, labels, reduction="sum")
     if logits.shape[1] < 3:
@@ -143,7 +139,7 @@ def _total(loss: Loss, logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def _steepest(gradient: Tensor, norm: Norm) -> Tensor:
-    """Unit step that increases the loss most."""
+    """Unit step that increases the loss the most."""
     if norm == "linf":
         return gradient.sign()
     return gradient / _norms(gradient).clamp_min(torch.finfo(gradient.dtype).tiny)

@@ -1,16 +1,16 @@
-"""Fisher information of a classifier with respect to its input: spectral norm, trace, and both after calibration.
+"""Fisher information of a classifier with respect to its input: spectral norm, trace, and temperature calibration.
 
 For one input with logits ``z``, ``p = softmax(z)`` and Jacobian ``J`` the information matrix is
 
     G(x) = Σ_c p_c g_c g_cᵀ = Jᵀ (diag(p) − p pᵀ) J,    g_c = ∇_x log p_c = Jᵀ(e_c − p)          (arXiv 2606.04767)
 
 Its non-zero eigenvalues are those of the C × C matrix ``F K Fᵀ`` with ``K = J Jᵀ`` and rows ``F_c = √p_c (e_c − p)ᵀ``,
-because ``Fᵀ F = diag(p) − p pᵀ``. So everything here is algebra on a linearisation: no pass through the network. At
-temperature ``T`` the logits are ``z/T`` and the Jacobian ``J/T``.
+because ``Fᵀ F = diag(p) − p pᵀ``. Everything here is therefore algebra on a linearisation and takes no pass through the
+network. At temperature ``T`` the logits are ``z/T`` and the Jacobian is ``J/T``.
 
-Why calibrate: confident networks saturate the softmax, so that λ → 0 on most samples and explodes on the rest, and
-multiplying all logits by a constant, which changes no decision, moves every statistic by orders of magnitude. Dividing
-by a temperature fitted to the same samples (Guo et al. 2017, arXiv 1706.04599) removes exactly that freedom.
+Why calibrate: confident networks saturate the softmax, so λ tends to 0 on most samples and explodes on the rest.
+Multiplying all logits by a constant changes no decision, yet moves every statistic by orders of magnitude. Dividing by
+a temperature fitted to the same samples (Guo et al. 2017, arXiv 1706.04599) removes exactly that freedom.
 
 Cost: N eigenvalue problems of size C; no forward or backward pass.
 """
@@ -26,14 +26,14 @@ from torch import Tensor
 
 from lightning_robust.functional._validation.arguments import as_number, expected_but_got
 from lightning_robust.functional._validation.tensors import check_given_logits, check_gram, check_targets
-from lightning_robust.functional.input_space.linearization import to_float64
+from lightning_robust.functional.input_space.float64 import to_float64
 
-# A sample counts as saturated above this probability of its predicted class: there λ is at least 250 times smaller than
-# the same gradients give at even odds.
+# A sample counts as saturated if its predicted class is more probable than this. Its λ is then at least 250 times
+# smaller than the same gradients would give at even odds.
 _SATURATED_ABOVE = 0.999
 # Weight, in samples, of the smoothing that keeps a fitted temperature finite.
 _PSEUDO_SAMPLES = 0.5
-# Elements of C × C matrices that are worked on at once: 32 MiB.
+# Elements of C × C matrices processed at once: 32 MiB.
 _MATRIX_ELEMENTS = 2**22
 # Temperatures are searched between these multiples of the root mean square of the class-centred logits.
 _TEMPERATURE_RANGE = (1e-4, 1e4)
@@ -41,12 +41,12 @@ _TEMPERATURE_RANGE = (1e-4, 1e4)
 
 @dataclass(frozen=True)
 class CalibratedSpectralNorm:
-    """Spectral norms at the fitted temperature, and the error bar of their mean.
+    """Spectral norms at the fitted temperature, with the error bar of their mean.
 
     Attributes:
         value: ``(N,)``, spectral norm of each sample at ``temperature``.
-        mean: ``()``, their mean.
-        stderr: ``()``, standard error of the mean over samples, including that of the temperature; NaN for N = 1.
+        mean: ``()``, mean over samples.
+        stderr: ``()``, standard error of the mean, including the error of the temperature; NaN for N = 1.
         temperature: ``()``, from :func:`fit_temperature`.
     """
 
@@ -62,10 +62,10 @@ def fim_spectral_norm(logits: Tensor, gram: Tensor, *, temperature: float | Tens
     Args:
         logits: ``(N, C)``.
         gram: ``(N, C, C)``, ``J Jᵀ``, as given by :func:`~lightning_robust.functional.linearize`.
-        temperature: Divides the logits, and with them the Jacobian.
+        temperature: Divides the logits, and thus the Jacobian.
 
     Returns:
-        ``(N,)``, in squared nats per squared input unit; never negative; 0 where the prediction is exactly one-hot.
+        ``(N,)``, in squared nats per squared input unit; never negative; 0 if the prediction is exactly one-hot.
 
     Raises:
         ValueError: If shapes do not match or ``temperature`` is not positive.
@@ -80,12 +80,20 @@ def fim_spectral_norm(logits: Tensor, gram: Tensor, *, temperature: float | Tens
 def fim_trace(logits: Tensor, gram: Tensor, *, temperature: float | Tensor = 1.0) -> Tensor:
     """Trace of each sample's input Fisher information matrix: the expected squared norm of the score.
 
-    Arguments, units and errors as for :func:`fim_spectral_norm`. Lies between λ and ``(C − 1) λ``.
+    It lies between λ and ``(C − 1) λ``.
+
+    Args:
+        logits: ``(N, C)``.
+        gram: ``(N, C, C)``, ``J Jᵀ``, as given by :func:`~lightning_robust.functional.linearize`.
+        temperature: Divides the logits, and thus the Jacobian.
 
     Returns:
-        ``(N,)``.
+        ``(N,)``, in squared nats per squared input unit; never negative.
 
-    Source: arXiv 2606.04767, exact where the paper estimates.
+    Raises:
+        ValueError: If shapes do not match or ``temperature`` is not positive.
+
+    Source: arXiv 2606.04767, which estimates it; here it is exact.
     """
     check_gram(logits, gram)
     traces = [
@@ -95,10 +103,16 @@ def fim_trace(logits: Tensor, gram: Tensor, *, temperature: float | Tensor = 1.0
 
 
 def saturated(logits: Tensor) -> Tensor:
-    """Whether each sample's prediction is so confident that its Fisher information says little: ``max_c p_c > 0.999``.
+    """Mark predictions so confident that their Fisher information says little: ``max_c p_c > 0.999``.
+
+    Args:
+        logits: ``(N, C)``.
 
     Returns:
         ``(N,)``, bool.
+
+    Raises:
+        ValueError: If ``logits`` are not ``(N, C)`` or not finite.
 
     Source: ours.
     """
@@ -109,12 +123,13 @@ def saturated(logits: Tensor) -> Tensor:
 def fit_temperature(logits: Tensor, targets: Tensor) -> Tensor:
     """Temperature at which ``logits / T`` have the smallest negative log-likelihood.
 
-    The likelihood is convex in ``1/T``, so the minimiser is found by bisection to rounding. Where every sample is
-    classified correctly it has none (``T → 0``), and where one is missed by a hair it hangs on that hair. So, in the
-    manner of Platt (1999), half a pseudo-sample is spread evenly over samples and classes, less as errors add up to
-    one, where an error counts in full if it misses by the root mean square of the class-centred logits. That keeps the
-    result finite, continuous in the data and proportional to the scale of the logits. Logits that say less than nothing
-    get the upper end of the range, 10⁴ times their root mean square: even odds.
+    The negative log-likelihood is convex in ``1/T``, so bisection finds its minimiser to rounding error. If every
+    sample is classified correctly there is no minimiser (``T → 0``), and if a single sample is barely misclassified the
+    minimiser depends on that sample alone. Therefore, in the manner of Platt (1999), half a pseudo-sample is spread
+    evenly over samples and classes. Its weight falls to zero as the errors add up to one; an error counts in full once
+    it misses by the root mean square of the class-centred logits. The result is then finite, continuous in the data and
+    proportional to the scale of the logits. Logits that do worse than even odds get the upper end of the range, 10⁴
+    times their root mean square, which makes the odds even.
 
     Args:
         logits: ``(N, C)``.
@@ -138,14 +153,18 @@ def fit_temperature(logits: Tensor, targets: Tensor) -> Tensor:
 def calibrated_fim_spectral_norm(logits: Tensor, gram: Tensor, targets: Tensor) -> CalibratedSpectralNorm:
     """Spectral norms at the temperature that fits these samples, with the standard error of their mean.
 
-    The temperature is fitted to the same samples, so the mean depends on each of them twice. The standard error takes
-    both into account by its influence function: sample i moves the inverse temperature ``β = 1/T`` by ``−ℓ'_i(β)/Σℓ''``
-    (``ℓ`` the negative log-likelihood), and the mean by its derivative in β times that.
+    The temperature is fitted to the same samples, so the mean depends on each sample in two ways. The standard error
+    covers both through the influence function: sample i shifts the inverse temperature ``β = 1/T`` by
+    ``−ℓ'_i(β)/Σℓ''``, where ``ℓ`` is the negative log-likelihood, and thereby the mean by its derivative in β times
+    that shift.
 
     Args:
         logits: ``(N, C)``.
-        gram: ``(N, C, C)``.
-        targets: ``(N,)``.
+        gram: ``(N, C, C)``, ``J Jᵀ``.
+        targets: ``(N,)``, class indices.
+
+    Returns:
+        A :class:`CalibratedSpectralNorm`.
 
     Raises:
         ValueError: As :func:`fim_spectral_norm` and :func:`fit_temperature`.
@@ -164,11 +183,11 @@ def calibrated_fim_spectral_norm(logits: Tensor, gram: Tensor, targets: Tensor) 
     expected = (probs * z).sum(dim=1)
     slope = expected - favoured  # ℓ'_i(β)
     curvature = (probs * (z - expected[:, None]).square()).sum(dim=1).mean()  # mean ℓ''
-    # an eigenvalue changes as its matrix does along the eigenvector
+    # to first order an eigenvalue changes as the quadratic form of its eigenvector does
     up, down = (_rayleigh(z, wide_gram, temperature / (1 + s), vectors) for s in (step, -step))
     sensitivity = (up - down).mean() / (2 * step) * temperature  # derivative of the mean with respect to β
     influence = value - value.mean()
-    fitted = slope.mean().abs() <= 1e-6 * slope.abs().mean()  # not at an end of the range, where it does not move
+    fitted = slope.mean().abs() <= 1e-6 * slope.abs().mean()  # an end of the range would not move
     if fitted and curvature > 0:
         influence = influence - sensitivity * slope / curvature
     stderr = influence.square().sum().div(n * (n - 1)).sqrt() if n > 1 else value.new_tensor(math.nan)
@@ -189,7 +208,7 @@ def _class_information(logits: Tensor, gram: Tensor, temperature: float | Tensor
 
 
 def _largest_eigenpairs(z: Tensor, gram: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
-    """Largest eigenvalue (N,) of each information matrix, and its eigenvector (N, C)."""
+    """Largest eigenvalue (N,) of each information matrix, with its eigenvector (N, C)."""
     values, vectors = [], []
     for part, part_gram in _chunks(z, gram):
         eigenvalues, eigenvectors = torch.linalg.eigh(_class_information(part, part_gram, temperature))
@@ -207,13 +226,13 @@ def _rayleigh(z: Tensor, gram: Tensor, temperature: Tensor, vectors: Tensor) -> 
 
 
 def _chunks(logits: Tensor, gram: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Samples in parts whose C × C matrices stay small together."""
+    """Split samples into parts whose C × C matrices together stay small."""
     size = max(1, _MATRIX_ELEMENTS // logits.shape[1] ** 2)
     return zip(torch.split(logits, size), torch.split(gram, size), strict=True)
 
 
 def _fit_temperature(z: Tensor, favoured: Tensor) -> Tensor:
-    """Temperature at which the expected logits equal the ``favoured`` ones, on average."""
+    """Temperature at which the expected logits equal the ``favoured`` logits on average."""
     spread = _spread(z)
     if spread == 0:
         return z.new_ones(())
@@ -226,7 +245,7 @@ def _fit_temperature(z: Tensor, favoured: Tensor) -> Tensor:
 
 
 def _favoured(z: Tensor, y: Tensor) -> Tensor:
-    """Logit of each target, (N,), smoothed as :func:`fit_temperature` says."""
+    """Logit of each target (N,), smoothed as in :func:`fit_temperature`."""
     own = z.gather(1, y[:, None])
     missed_by = z.scatter(1, y[:, None], -torch.inf).amax(dim=1) - own[:, 0]
     errors = (missed_by / _spread(z).clamp_min(torch.finfo(z.dtype).tiny)).clamp(0, 1).sum()

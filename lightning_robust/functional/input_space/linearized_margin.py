@@ -4,7 +4,7 @@ The distance from ``x`` to the nearest decision boundary of the linearised netwo
 
     r(x) = min_{k≠y} (z_y − z_k) / ‖∇_x(z_y − z_k)‖_q,    q dual to the norm of the perturbation (L2: 2, L∞: 1),
 
-is 0 where the sample is misclassified. The share of samples with ``r(x) > ε`` predicts the accuracy under attacks of
+and 0 if the sample is misclassified. The share of samples with ``r(x) > ε`` predicts the accuracy under attacks of
 size ε, for every ε at once. A linearisation with a valid range gives L∞ margins within that range.
 
 Source: DeepFool, arXiv 1511.04599 (the linearised distance); Hein & Andriushchenko, arXiv 1705.08475 (dual norms); the
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lightning_robust.functional._validation.arguments import as_numbers, check_floating, expected_but_got
 from lightning_robust.functional._validation.tensors import check_finite, check_given_logits, check_gram, check_targets
-from lightning_robust.functional.input_space.linearization import to_float64
+from lightning_robust.functional.input_space.float64 import to_float64
 
 
 def linearized_margin(logits: Tensor, gram: Tensor, targets: Tensor) -> Tensor:
@@ -33,7 +33,7 @@ def linearized_margin(logits: Tensor, gram: Tensor, targets: Tensor) -> Tensor:
         targets: ``(N,)``, class indices.
 
     Returns:
-        ``(N,)``, in input units; 0 where misclassified or tied, infinity where no gradient leads to another class.
+        ``(N,)``, in input units; 0 if misclassified or tied, infinity if no gradient leads to another class.
 
     Raises:
         ValueError: If shapes do not match or a target is not a class.
@@ -42,11 +42,8 @@ def linearized_margin(logits: Tensor, gram: Tensor, targets: Tensor) -> Tensor:
     """
     y = _check(logits, targets)
     check_gram(logits, gram)
-    wide = to_float64(gram)
-    y = y.to(wide.device)
-    squared = wide.diagonal(dim1=1, dim2=2)
-    distances = squared.gather(1, y[:, None]) - 2 * wide.take_along_dim(y[:, None, None], dim=1)[:, 0] + squared
-    return _smallest_ratio(logits, distances.clamp_min(0).sqrt().to(logits), y.to(logits.device))
+    y = y.to(logits.device)
+    return _smallest_ratio(logits, gap_l2(gram, y).to(logits), y)
 
 
 def linearized_margin_linf(logits: Tensor, gap_l1: Tensor, targets: Tensor) -> Tensor:
@@ -54,12 +51,12 @@ def linearized_margin_linf(logits: Tensor, gap_l1: Tensor, targets: Tensor) -> T
 
     Args:
         logits: ``(N, C)``.
-        gap_l1: ``(N, C)``, L1 norms of the gradient gaps to the predicted class. (Where the predicted class is not the
-            target the margin is 0, so no other reference is needed.)
+        gap_l1: ``(N, C)``, L1 norms of the gradient gaps to the predicted class. (If the predicted class is not the
+            target, the margin is 0, so no other reference is needed.)
         targets: ``(N,)``, class indices.
 
     Returns:
-        ``(N,)``, in input units; 0 where misclassified or tied, infinity where no gradient leads to another class.
+        ``(N,)``, in input units; 0 if misclassified or tied, infinity if no gradient leads to another class.
 
     Raises:
         ValueError: If shapes do not match or a target is not a class.
@@ -70,10 +67,28 @@ def linearized_margin_linf(logits: Tensor, gap_l1: Tensor, targets: Tensor) -> T
     check_floating("gap_l1", gap_l1, "(N, C)")
     if gap_l1.shape != logits.shape:
         raise ValueError(
-            f"Expected argument `gap_l1` of shape {tuple(logits.shape)}, as the logits, got {tuple(gap_l1.shape)}."
+            f"Expected argument `gap_l1` of shape {tuple(logits.shape)}, like the logits, but got"
+            f" {tuple(gap_l1.shape)}."
         )
     check_finite(gap_l1, "entries of `gap_l1`")
     return _smallest_ratio(logits, gap_l1, y)
+
+
+def gap_l2(gram: Tensor, classes: Tensor) -> Tensor:
+    """L2 norms ``‖∇(z_y − z_k)‖₂`` of the gradient gaps, from inner products: ``K_yy − 2 K_yk + K_kk``.
+
+    Args:
+        gram: ``(N, C, C)``, ``K = J Jᵀ``.
+        classes: ``(N,)``, the class ``y`` of each sample.
+
+    Returns:
+        ``(N, C)``, in float64, as :func:`to_float64`.
+    """
+    wide = to_float64(gram)
+    y = classes.to(wide.device)
+    squared = wide.diagonal(dim1=1, dim2=2)
+    distances = squared.gather(1, y[:, None]) - 2 * wide.take_along_dim(y[:, None, None], dim=1)[:, 0] + squared
+    return distances.clamp_min(0).sqrt()
 
 
 def linearized_accuracy(margins: Tensor, epsilons: Sequence[float] | Tensor) -> Tensor:
@@ -109,7 +124,7 @@ def _check(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def _smallest_ratio(logits: Tensor, distances: Tensor, targets: Tensor) -> Tensor:
-    """Smallest (z_y − z_k)/distance_k over k ≠ y, 0 unless all gaps are positive."""
+    """Smallest (z_y − z_k)/distance_k over k ≠ y; 0 unless all gaps are positive."""
     gaps = logits.gather(1, targets[:, None]) - logits
     others = torch.ones_like(logits, dtype=torch.bool).scatter(1, targets[:, None], value=False)
     correct = (gaps > 0).logical_or(~others).all(dim=1)

@@ -1,4 +1,4 @@
-"""The units of inputs: how they were normalised, and which values they may take before that."""
+"""Units of inputs: how they were normalised, and the range of their un-normalised values."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_robust.functional._isolation.context import full_precision
+from lightning_robust.functional._isolation.stand_ins import full_precision
 from lightning_robust.functional._validation.arguments import as_number, as_numbers, expected_but_got, plain
 
 
 class Units(NamedTuple):
-    """How inputs ``(N, channels, ...)`` were normalised: ``(raw − mean) / std``, raw in the valid range.
+    """Normalisation of inputs ``(N, channels, ...)``: ``(raw − mean) / std``, with ``raw`` in the valid range.
 
     Attributes:
-        std: What they were divided by, of a shape that broadcasts against them; None for 1.
-        mean: What was subtracted from them before that, likewise; None for 0.
-        valid_range: Smallest and largest value before that; None for any.
+        std: Divisor, of a shape that broadcasts against the inputs; None for 1.
+        mean: Mean subtracted before the division, of such a shape, too; None for 0.
+        valid_range: Smallest and largest un-normalised value; None if unbounded.
     """
 
     std: Tensor | None
@@ -35,11 +35,11 @@ class Units(NamedTuple):
         mean: float | Sequence[float] | Tensor | None,
         valid_range: tuple[float, float] | None = None,
     ) -> Units:
-        """From the arguments ``input_std``, ``input_mean`` and ``valid_range``.
+        """Read the arguments ``input_std``, ``input_mean`` and ``valid_range``.
 
         Raises:
-            ValueError: If a constant is neither one number nor one per channel, or not finite (``std``: not positive),
-                or the range is not ascending.
+            ValueError: If a constant is neither one number nor one per channel, a constant is not finite, ``std`` is
+                not positive, or the range is not ascending.
         """
         return cls(
             std=_channelwise(std, inputs, name="input_std"),
@@ -48,16 +48,16 @@ class Units(NamedTuple):
         )
 
     def raw(self, x: Tensor) -> Tensor:
-        """Inputs before they were normalised."""
+        """Undo the normalisation of inputs."""
         raw = self.raw_change(x)
         return raw if self.mean is None else raw + self.mean
 
     def raw_change(self, change: Tensor) -> Tensor:
-        """What a change of the normalised inputs is before they were."""
+        """Convert a change of normalised inputs to un-normalised units."""
         return change if self.std is None else change * self.std
 
     def change(self, raw_change: Tensor) -> Tensor:
-        """What a change of the inputs before they were normalised is afterwards."""
+        """Convert a change of un-normalised inputs to normalised units."""
         return raw_change if self.std is None else raw_change / self.std
 
 
@@ -67,8 +67,8 @@ def _channelwise(
     """Shape a scalar or per-channel constant so that it broadcasts against ``inputs`` ``(N, channels, ...)``.
 
     Raises:
-        ValueError: If the number of entries is neither 1 nor the number of channels, or an entry is not finite (not
-            positive, where ``positive``).
+        ValueError: If the number of entries is neither 1 nor the number of channels, or an entry is not finite, or not
+            positive although ``positive`` is set.
     """
     if value is None:
         return None
@@ -82,13 +82,13 @@ def _channelwise(
         )
     numbers = check_constant(name, value, positive=positive)
     constant = torch.tensor(numbers, dtype=full_precision(inputs[:0]).dtype)
-    check_constant(name, constant, positive=positive)  # as it was rounded
+    check_constant(name, constant, positive=positive)  # after rounding to its precision
     constant = constant.to(inputs.device)
     return constant.reshape(1, -1, *(1,) * (inputs.ndim - 2)) if inputs.ndim > 1 else constant
 
 
 def check_constant(name: str, value: float | Sequence[float] | Tensor, *, positive: bool = True) -> list[float]:
-    """Return the entries, or raise unless they are a finite (positive) number or a list of them."""
+    """Return the entries, or raise unless ``value`` is a finite (positive) number or a list of such numbers."""
     entries = as_numbers(value)
     numbers = [as_number(plain(value))] if entries is None else entries
     finite = all(map(math.isfinite, numbers))
@@ -99,12 +99,12 @@ def check_constant(name: str, value: float | Sequence[float] | Tensor, *, positi
 
 
 def changes_within(raw: Tensor, valid_range: tuple[float, float]) -> tuple[Tensor, Tensor]:
-    """By how much un-normalised inputs may fall, ≤ 0, and rise, ≥ 0; one that is outside already may stay there."""
+    """Lower (≤ 0) and upper (≥ 0) bounds of changes of un-normalised inputs; an input outside the range may stay."""
     return (valid_range[0] - raw).clamp_max(0), (valid_range[1] - raw).clamp_min(0)
 
 
 def check_valid_range(valid_range: tuple[float, float] | None) -> tuple[float, float] | None:
-    """Return ``valid_range`` in floats, or raise unless it is None or two numbers in ascending order."""
+    """Return ``valid_range`` as floats, or raise unless it is None or two numbers in ascending order."""
     if valid_range is None:
         return None
     ends = as_numbers(valid_range) if isinstance(valid_range, tuple | list) else None
@@ -119,7 +119,7 @@ def check_units(
     input_mean: float | Sequence[float] | Tensor | None,
     valid_range: tuple[float, float] | None,
 ) -> None:
-    """Raise unless all are sound, and ``valid_range`` comes with the mean of inputs that are normalised."""
+    """Raise unless all three are valid, and normalised inputs with a ``valid_range`` come with their mean."""
     if input_std is not None:
         check_constant("input_std", input_std)
     if input_mean is not None:

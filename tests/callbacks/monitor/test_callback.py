@@ -177,13 +177,14 @@ def test_measurements_keep_the_cadence(
     tmp_path: Path, cadence: int, options: dict[str, Any], expected: list[int]
 ) -> None:
     epochs: list[int] = []
+    recording = Recording()
 
-    class Epochs(RobustnessMonitor):
-        def _log(self, trainer: Trainer, *args: Any) -> None:
-            epochs.append(trainer.current_epoch)
-            super()._log(trainer, *args)
+    class Epochs(Callback):
+        def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            epochs.extend([trainer.current_epoch] * (len(recording.seen) - len(epochs)))
 
-    run = trainer(Epochs(max_samples=8, every_n_epochs=cadence), root=tmp_path, max_epochs=6, **options)
+    monitor = RobustnessMonitor([recording], max_samples=8, every_n_epochs=cadence)
+    run = trainer(monitor, Epochs(), root=tmp_path, max_epochs=6, **options)
     run.fit(classifier(), loader(), loader())
     assert epochs == expected
 
@@ -396,7 +397,7 @@ def test_a_loss_of_torch_can_be_named_in_a_configuration() -> None:
 
     def configured(loss_fn: Any) -> Any:
         monitor = parser.instantiate_classes(parser.parse_object({"monitor": {"loss_fn": loss_fn}})).monitor
-        return monitor._probe_options["loss_fn"]
+        return monitor.loss_fn
 
     loss = configured({"class_path": "torch.nn.CrossEntropyLoss", "init_args": {"label_smoothing": 0.1}})
     assert isinstance(loss, torch.nn.CrossEntropyLoss)
@@ -411,7 +412,7 @@ def test_nothing_is_kept_between_measurements(tmp_path: Path) -> None:
         rows = [state for state in metric.metric_state.values() if isinstance(state, list)]
         assert rows
         assert not any(rows)
-    assert monitor._measurement is None
+    assert monitor._loop._measurement is None
 
 
 def test_fisher_rao_margins_have_a_monitor_of_their_own_at_a_slower_cadence(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_robust import FisherSpectralNorm, HessianTrace, LinearizedAccuracy, Probe, RobustnessMonitor
-from lightning_robust.callbacks.monitor import diagnostics as advice
+from lightning_robust.callbacks.monitor import diagnostics
 from lightning_robust.callbacks.warn_once import WarnOnce
 from lightning_robust.functional import hessian_trace
 from tests.helpers import processes
@@ -226,7 +226,7 @@ def test_a_layout_that_cannot_be_written_does_not_end_the_run(tmp_path: Path, mo
     def full(*args: Any) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("lightning_robust.callbacks.monitor.callback.write_layout", full)
+    monkeypatch.setattr("lightning_robust.callbacks.monitor.reporting.write_layout", full)
     with robustness_warnings() as messages:
         run = trainer(RobustnessMonitor(), root=tmp_path, logger=TensorBoardLogger(tmp_path), max_epochs=1)
         run.fit(classifier(), loader(), loader())
@@ -265,7 +265,9 @@ def test_many_classes_are_warned_of(tmp_path: Path) -> None:
 def test_infinite_values_are_not_logged_and_named_once(tmp_path: Path) -> None:
     constant = Outputs(lambda z: (3 * torch.eye(4) - 1)[torch.zeros(len(z), dtype=torch.long)] + 0 * z)
     messages, rows = fit(Quiet(constant), loader(), tmp_path)
-    assert messages == ["`robust/linearized_margin_linf` is not finite and is not logged where it is so."]
+    assert messages == [
+        "`robust/linearized_margin_linf` is not finite, and is logged only in measurements in which it is finite."
+    ]
     assert all("robust/linearized_margin_linf" not in row for row in rows)
     assert all(row["robust/fim_spectral_norm"] == 0 for row in rows)
 
@@ -307,7 +309,7 @@ def test_the_second_of_two_metrics_that_log_the_same_key_is_left_out(tmp_path: P
 def test_curvature_that_is_noise_is_named_in_the_same_words_at_every_measurement() -> None:
     def said(trace: float, noise: float, num_samples: int = 120) -> list[str]:
         values = {"hessian_trace": trace, "hessian_trace_stderr_probes": noise, "num_samples": float(num_samples)}
-        return advice.on_values(values, prefix="robust/")
+        return diagnostics.on_values([HessianTrace()], values, prefix="robust/")
 
     (sentence,) = said(1.0, 2.0)
     assert sentence.startswith("`robust/hessian_trace` is mostly noise of random probes")

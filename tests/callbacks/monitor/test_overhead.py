@@ -18,9 +18,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lightning_robust import Probe, ProbeMetric, RobustnessMonitor
-from lightning_robust.callbacks.monitor import callback as robustness_monitor
-from lightning_robust.callbacks.monitor import overhead
-from lightning_robust.callbacks.monitor.overhead import Overhead, Times, largest
+from lightning_robust.callbacks.monitor import overhead, schedule
+from lightning_robust.callbacks.monitor.overhead import Overhead, Times
 from tests.helpers import processes
 from tests.helpers.interrupted import Repeatable
 from tests.helpers.training import History, classifier, loader, robustness_warnings, samples, trainer
@@ -219,7 +218,7 @@ def test_a_state_that_was_loaded_is_given_back_before_the_run_goes_on() -> None:
 
 def test_times_of_a_long_run_are_not_rounded() -> None:
     times = Times(30 * 86400.123, 86400.456, 0.789)
-    assert largest(times, torch.device("cpu")) == times
+    assert Times.largest([times, Times(1, 1, 0.1)]) == times
 
 
 # --- the budget -----------------------------------------------------------------------------------------------------
@@ -322,7 +321,7 @@ def test_garbage_is_collected_before_the_first_measurement_lest_it_be_an_estimat
         collected.append(clock.now)
         clock.now += 2
 
-    monkeypatch.setattr(robustness_monitor, "gc", SimpleNamespace(collect=collect))
+    monkeypatch.setattr(schedule, "gc", SimpleNamespace(collect=collect))
     begun = clock.now
     measured = fit(tmp_path, clock, costs=[0.2], epochs=16, overhead_budget=budget)
     assert measured.epochs == epochs  # the second one after 2.2 + 0.2 of 50.4 seconds
@@ -334,7 +333,7 @@ def test_garbage_is_collected_before_the_first_measurement_lest_it_be_an_estimat
 def test_what_cannot_be_measured_is_no_measurement_within_a_budget(
     tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(robustness_monitor, "gc", SimpleNamespace(collect=lambda: pytest.fail("nothing is measured")))
+    monkeypatch.setattr(schedule, "gc", SimpleNamespace(collect=lambda: pytest.fail("nothing is measured")))
     metric = Costly(wait_by(clock), [0.2])
     monitor = RobustnessMonitor([metric], dataloader_idx=1, overhead_budget=BUDGET)
     with robustness_warnings() as messages:

@@ -5,13 +5,9 @@ import pytest
 import torch
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset, SequentialSampler
 
-from lightning_robust import Probe
-from lightning_robust.callbacks.monitor.sample_selection import (
-    LoaderShare,
-    ReservoirSelection,
-    SampleCollector,
-    StratifiedSelection,
-)
+from lightning_robust.callbacks.monitor.batches import Batch
+from lightning_robust.callbacks.monitor.sample_collection import SampleCollector
+from lightning_robust.callbacks.monitor.sample_selection import LoaderShare, ReservoirSelection, StratifiedSelection
 from tests.helpers.training import loader, samples
 
 
@@ -111,12 +107,12 @@ def test_the_same_samples_whatever_the_batch_size(batch_size: int, size: int | N
     def collect(batch_size: int) -> SampleCollector:
         collector = SampleCollector(LoaderShare(size), max_samples=30, seed=0)
         for x, y in loader(batch_size=batch_size):
-            collector.add(Probe(len, x, y))
+            collector.add(Batch(x, y, {"model": len}))
         return collector
 
-    reference = torch.cat([probe.inputs for probe in collect(120).probes()])
+    reference = torch.cat([probe.inputs for probe in collect(120).groups()])
     collector = collect(batch_size)
-    probes = list(collector.probes())
+    probes = list(collector.groups())
     assert len(collector) == 30
     assert torch.equal(torch.cat([probe.inputs for probe in probes]), reference)
     assert all(len(probe) <= batch_size for probe in probes)
@@ -125,8 +121,8 @@ def test_the_same_samples_whatever_the_batch_size(batch_size: int, size: int | N
 def test_a_sorted_loader_gives_every_class_in_proportion() -> None:
     collector = SampleCollector(LoaderShare(120), max_samples=40, seed=0)
     for x, y in loader():
-        collector.add(Probe(len, x, y))
-    targets = torch.cat([probe.targets for probe in collector.probes()])
+        collector.add(Batch(x, y, {"model": len}))
+    targets = torch.cat([probe.targets for probe in collector.groups()])
     assert torch.bincount(targets).tolist() == [10, 10, 10, 10]
 
 
@@ -140,9 +136,9 @@ def test_processes_that_see_the_same_loader_share_the_samples_out(known: bool) -
     ]
     for x, y in loader():
         for collector in (alone, *ranks):
-            collector.add(Probe(len, x, y))
-    together = torch.cat([probe.inputs for collector in ranks for probe in collector.probes()])
-    expected = torch.cat([probe.inputs for probe in alone.probes()])
+            collector.add(Batch(x, y, {"model": len}))
+    together = torch.cat([probe.inputs for collector in ranks for probe in collector.groups()])
+    expected = torch.cat([probe.inputs for probe in alone.groups()])
     assert sorted(together.flatten(1).tolist()) == sorted(expected.flatten(1).tolist())
     assert [len(collector) for collector in ranks] == [8, 8, 7, 7]
 
@@ -157,7 +153,7 @@ def test_batches_that_are_not_made_of_single_samples_are_noticed_and_the_subset_
     share = LoaderShare(round(200 / joined), batch_size=8)
     collector = SampleCollector(share, max_samples=40, seed=0)
     for start in range(0, 200, size):
-        collector.add(Probe(len, x[start : start + size], y[start : start + size]))
+        collector.add(Batch(x[start : start + size], y[start : start + size], {"model": len}))
     assert collector.irregular
     assert len(collector) == 40
     targets = torch.tensor(collector.targets())
@@ -173,7 +169,7 @@ def test_a_distributed_sampler_that_drops_the_last_round_is_regular() -> None:
         share = LoaderShare.of(batches, num_batches=1)
         collector = SampleCollector(share, max_samples=40, rank=rank, num_processes=3, seed=0)
         for x, y in batches:
-            collector.add(Probe(len, x, y))
+            collector.add(Batch(x, y, {"model": len}))
         assert not collector.irregular
         together.append(len(collector))
     assert together == [3, 3, 3]

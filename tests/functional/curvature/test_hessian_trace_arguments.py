@@ -1,4 +1,4 @@
-"""What cannot be measured is refused with reason and remedy; probes stop when they should, and can be repeated."""
+"""Invalid arguments are refused with reason and remedy; probes stop when they should, and are repeatable."""
 
 import math
 from collections.abc import Callable
@@ -11,9 +11,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from lightning_robust.functional import hessian_trace
-from lightning_robust.functional.curvature.plan import Plan
-from lightning_robust.functional.curvature.probes import ProbeSeeds, curvature_sums
-from lightning_robust.functional.curvature.signs import sample_signs
+from lightning_robust.functional.curvature.problem import CurvatureProblem
+from lightning_robust.functional.curvature.signs import ProbeSeeds, sample_signs
 from lightning_robust.functional.curvature.sums import joined
 from tests.helpers.curvature import assert_same, assert_within, relu_mlp, seed, seeded, small
 from tests.helpers.oracles import dense_gauss_newton_traces, dense_hessian_traces, hessian_traces_by_differences
@@ -46,7 +45,7 @@ def test_options_out_of_range_are_refused(option: dict[str, Any], message: str) 
 
 
 @every_estimator
-def test_inputs_that_are_no_samples_of_numbers_are_refused(estimator: Any) -> None:
+def test_inputs_that_are_not_floating_point_samples_are_refused(estimator: Any) -> None:
     model, inputs, targets = small("relu_mlp")
     with pytest.raises(TypeError, match=r"floating point, but got torch\.int64"):
         hessian_trace(model, inputs.long(), targets, estimator=estimator)
@@ -100,7 +99,7 @@ def test_probabilities_that_are_not_finite_are_refused(estimator: Any) -> None:
 
 
 @every_estimator
-def test_a_function_needs_to_say_whose_weights_are_meant(estimator: Any) -> None:
+def test_a_plain_function_needs_a_module(estimator: Any) -> None:
     model, inputs, targets = small("tanh_mlp")
 
     def shifted(x: Tensor) -> Tensor:
@@ -114,7 +113,7 @@ def test_a_function_needs_to_say_whose_weights_are_meant(estimator: Any) -> None
     assert_same(hessian_trace(model.forward, inputs, targets, **options), expected)
 
 
-def test_only_the_weights_of_the_given_module_are_meant() -> None:
+def test_only_the_weights_of_the_given_module_are_measured() -> None:
     model, inputs, targets = small("tanh_mlp")
     actual = hessian_trace(model, inputs, targets, module=model[2])
     assert list(actual.layers) == ["weight", "bias"]
@@ -124,7 +123,7 @@ def test_only_the_weights_of_the_given_module_are_meant() -> None:
 
 
 @every_estimator
-def test_what_is_no_tensor_of_outputs_is_refused(estimator: Any) -> None:
+def test_outputs_that_are_not_a_tensor_of_samples_are_refused(estimator: Any) -> None:
     model, inputs, targets = small("relu_mlp")
     for wrong, expected in ((lambda x: {"logits": model(x)}, "dict"), (lambda x: (model(x),), "tuple")):
         with pytest.raises(TypeError, match=rf"outputs of shape .*, but for \d+ inputs it returned {expected}"):
@@ -142,7 +141,7 @@ def test_an_error_of_the_network_itself_is_not_taken_for_a_missing_derivative(es
 
 
 class Tanh(torch.autograd.Function):
-    """What somebody computes by a function of their own."""
+    """A custom function."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -151,7 +150,7 @@ class Tanh(torch.autograd.Function):
 
 
 class OnceTanh(Tanh):
-    """The function as extensions write it: its backward pass cannot be differentiated."""
+    """The custom function with a backward pass that cannot be differentiated, as in many extensions."""
 
     @staticmethod
     @once_differentiable
@@ -176,7 +175,7 @@ def test_a_function_that_is_differentiable_once_is_refused_where_two_derivatives
         hessian_trace(*case, estimator=estimator)
 
 
-def test_a_function_that_is_differentiable_once_is_enough_for_gauss_newton() -> None:
+def test_a_function_that_is_differentiable_once_suffices_for_gauss_newton() -> None:
     case = seeded(OneDerivative, 5)
     actual = hessian_trace(*case, estimator="gauss_newton", rtol=None)
     smooth = nn.Sequential(case.model.below, nn.Tanh(), case.model.above)
@@ -193,7 +192,7 @@ def test_a_function_that_is_differentiable_once_does_no_harm_below_frozen_layers
 
 
 class TwiceTanh(Tanh):
-    """The same with a backward pass that autograd can follow, under its other name."""
+    """The custom function with a differentiable backward pass, under autograd's other name for it."""
 
     @staticmethod
     def vjp(ctx: Any, grad: Tensor) -> Tensor:
@@ -201,7 +200,7 @@ class TwiceTanh(Tanh):
 
 
 @every_estimator
-def test_a_function_of_ones_own_that_is_differentiable_twice_is_measured_as_what_it_computes(estimator: Any) -> None:
+def test_a_custom_function_that_is_differentiable_twice_is_measured_correctly(estimator: Any) -> None:
     model, inputs, targets = seeded(OneDerivative, 5)
 
     def outputs(x: Tensor) -> Tensor:
@@ -213,7 +212,7 @@ def test_a_function_of_ones_own_that_is_differentiable_twice_is_measured_as_what
 
 
 class Distances(nn.Module):
-    """Logits from distances to centres, by a kernel that torch cannot differentiate twice."""
+    """Logits are distances to centres, by a kernel that torch cannot differentiate twice."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -256,7 +255,7 @@ class Excited(nn.Module):
 
 
 @every_estimator
-def test_hard_sigmoid_has_a_second_derivative_though_not_in_torch(estimator: Any) -> None:
+def test_hard_sigmoid_is_differentiated_twice_although_torch_cannot(estimator: Any) -> None:
     case = seeded(Excited, 5)
     expected = hessian_traces_by_differences(
         case.model.double(), case.inputs.double(), case.targets, nn.CrossEntropyLoss()
@@ -302,7 +301,7 @@ def test_a_network_that_does_not_depend_on_its_weights_has_trace_zero(estimator:
 # --- losses and targets ---------------------------------------------------------------------------------------------
 
 
-def test_gauss_newton_refuses_a_loss_that_it_does_not_know() -> None:
+def test_gauss_newton_refuses_a_loss_without_a_known_root() -> None:
     for loss_fn, name in ((own_mse, "own_mse"), (nn.HuberLoss(), "HuberLoss")):
         with pytest.raises(ValueError, match=f"gauss_newton', but got {name}. Use estimator='hutchinson'"):
             hessian_trace(*small("relu_mlp"), loss_fn=loss_fn, estimator="gauss_newton")
@@ -319,7 +318,7 @@ def test_gauss_newton_refuses_a_loss_that_it_does_not_know() -> None:
     ],
     ids=["hutchinson", "curved", "class weights", "mse", "own loss"],
 )
-def test_targets_are_asked_for_where_they_matter(name: str, options: dict[str, Any]) -> None:
+def test_targets_are_required_where_they_matter(name: str, options: dict[str, Any]) -> None:
     model, inputs, _ = small(name)
     with pytest.raises(ValueError, match=r"`targets` to be a tensor, because estimator='.*but got None"):
         hessian_trace(model, inputs, **options)
@@ -361,7 +360,7 @@ def test_a_loss_of_the_wrong_shape_is_refused() -> None:
     ],
     ids=["class weights", "ignored class", "compares samples", "sum", "root of the mean"],
 )
-def test_a_loss_that_is_no_mean_over_samples_is_refused(loss_fn: Any) -> None:
+def test_a_loss_that_is_not_a_mean_over_samples_is_refused(loss_fn: Any) -> None:
     model, inputs, targets = small("relu_mlp")
     for chunk_size in (None, 1):
         with pytest.raises(
@@ -371,7 +370,7 @@ def test_a_loss_that_is_no_mean_over_samples_is_refused(loss_fn: Any) -> None:
 
 
 class SquaredError(torch.autograd.Function):
-    """Mean squared error with a backward pass that cannot be differentiated, and does not say so everywhere."""
+    """Mean squared error with a backward pass that cannot be differentiated; torch does not always raise."""
 
     @staticmethod
     def forward(ctx: Any, outputs: Tensor, targets: Tensor) -> Tensor:
@@ -385,7 +384,7 @@ class SquaredError(torch.autograd.Function):
 
 
 class OneByOne(nn.Module):
-    """A fused cross-entropy that leaves its first samples out."""
+    """A fused cross-entropy that ignores the first two samples."""
 
     def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
         losses = torch.stack([FusedCrossEntropy.apply(z[None], y[None]) for z, y in zip(outputs, targets, strict=True)])
@@ -393,7 +392,7 @@ class OneByOne(nn.Module):
 
 
 class FusedCrossEntropy(torch.autograd.Function):
-    """Cross-entropy that makes its gradient in the forward pass, as fast kernels do: a constant for autograd."""
+    """Cross-entropy that computes its gradient in the forward pass, as fused kernels do: a constant for autograd."""
 
     @staticmethod
     def forward(ctx: Any, outputs: Tensor, targets: Tensor) -> Tensor:
@@ -420,13 +419,13 @@ def test_a_loss_without_a_second_derivative_is_refused(kind: Any, estimator: Any
             hessian_trace(model, inputs, targets, loss_fn=kind.apply, estimator=estimator)
 
 
-def test_also_where_the_first_samples_do_not_count() -> None:
+def test_a_missing_second_derivative_is_found_where_the_first_samples_are_ignored() -> None:
     with pytest.raises(ValueError, match="FusedCrossEntropyBackward has another second derivative"):
         hessian_trace(*small("relu_mlp"), loss_fn=OneByOne())
 
 
 class TrueCrossEntropy(torch.autograd.Function):
-    """A backward pass written by hand that autograd can follow."""
+    """Cross-entropy with a custom backward pass that autograd can differentiate."""
 
     @staticmethod
     def forward(ctx: Any, outputs: Tensor, targets: Tensor) -> Tensor:
@@ -467,7 +466,7 @@ def cubed(outputs: Tensor, targets: Tensor) -> Tensor:
     ids=["kinks", "constants", "cubed", "probabilities", "by hand"],
 )
 @pytest.mark.parametrize("factor", [0.0, 1.0, 100.0])
-def test_losses_with_kinks_constants_or_a_size_of_their_own_are_not_refused(
+def test_losses_with_kinks_constants_or_unusual_scales_are_accepted(
     loss_fn: Any, in_double: Any, factor: float
 ) -> None:
     case = small("tanh_mlp")
@@ -486,13 +485,13 @@ def test_losses_with_kinks_constants_or_a_size_of_their_own_are_not_refused(
         (lambda z, y: 0.5, "`loss_fn` to return a tensor, but got float"),
     ],
 )
-def test_what_is_no_loss_is_refused(loss_fn: Any, message: str) -> None:
+def test_a_loss_that_is_not_a_function_of_tensors_is_refused(loss_fn: Any, message: str) -> None:
     with pytest.raises(TypeError, match=message):
         hessian_trace(*small("relu_mlp"), loss_fn=loss_fn)
 
 
 @every_estimator
-def test_targets_of_another_number_than_inputs_are_refused(estimator: Any) -> None:
+def test_targets_must_be_as_many_as_inputs(estimator: Any) -> None:
     model, inputs, targets = small("tanh_mlp")
     for wrong in (targets[:5], targets.repeat(2)):
         with pytest.raises(ValueError, match="targets"):
@@ -515,7 +514,7 @@ def test_probes_are_taken_until_the_standard_error_is_small_enough(generator: Ca
 
 
 @pytest.mark.parametrize(("num_samples", "num_probes"), [(1, 64), (2, 64), (20, 13), (100, 3), (128, 2), (300, 2)])
-def test_by_default_all_samples_together_see_256_probes(num_samples: int, num_probes: int) -> None:
+def test_by_default_there_are_256_single_sample_probes_in_total(num_samples: int, num_probes: int) -> None:
     case = small("relu_mlp", num_samples=num_samples)
     assert hessian_trace(*case, rtol=None).num_probes == num_probes
 
@@ -528,13 +527,13 @@ def test_the_number_of_probes_is_never_above_the_largest_allowed() -> None:
 
 
 def test_the_number_of_probes_at_most_doubles_at_once() -> None:
-    """The error is known only roughly: a lucky or unlucky first one must not decide on everything."""
+    """The first error estimate is rough and must not decide the number of probes alone."""
     case = small("tanh_mlp")
     taken = [hessian_trace(*case, rtol=1e-6, num_probes=2, max_probes=limit).num_probes for limit in (8, 9)]
     assert taken == [8, 9]
 
 
-def test_a_single_probe_knows_no_error_and_goes_on_only_if_one_is_asked_for() -> None:
+def test_a_single_probe_has_no_error_and_more_follow_only_if_one_is_needed() -> None:
     case = small("relu_cnn")
     single = hessian_trace(*case, num_probes=1, rtol=None)
     assert single.num_probes == 1
@@ -544,22 +543,15 @@ def test_a_single_probe_knows_no_error_and_goes_on_only_if_one_is_asked_for() ->
     assert hessian_trace(*case, num_probes=1, rtol=0.5).num_probes > 1
 
 
-def plan_of(model: nn.Module, estimator: str) -> Plan:
-    names = tuple(name for name, _ in model.named_parameters())
-    if estimator == "hutchinson":
-        return Plan((), names, residual=False, is_hessian=True)
-    return Plan(names, names[:4] if estimator == "auto" else (), residual=True, is_hessian=estimator == "auto")
-
-
 @every_estimator
-def test_more_probes_are_those_that_there_were_and_some_more(estimator: Any) -> None:
+def test_probes_taken_in_rounds_equal_those_taken_at_once(estimator: Any) -> None:
     case = small("tanh_mlp")
-    plan = plan_of(case.model, estimator)
-    for draws in (ProbeSeeds.of(case.inputs), ProbeSeeds.random(len(case.inputs), seed(0))):
-        few, later, all_at_once = (
-            curvature_sums(*case, plan=plan, draws=draws, probes=plan.probes(*ends))
-            for ends in ((0, 3), (3, 8), (0, 8))
-        )
+    problem = CurvatureProblem(*case, estimator=estimator)
+    for seeds in (ProbeSeeds.from_contents(case.inputs), ProbeSeeds.random(len(case.inputs), seed(0))):
+        with problem.examined() as examined:
+            few, later = (examined.sums(seeds, examined.plan.probes(*ends)) for ends in ((0, 3), (3, 8)))
+        with problem.examined() as examined:
+            all_at_once = examined.sums(seeds, examined.plan.probes(0, 8))
         both = joined(few, later)
         for ours, theirs in zip(both.parts, all_at_once.parts, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
@@ -569,7 +561,7 @@ def test_more_probes_are_those_that_there_were_and_some_more(estimator: Any) -> 
 @pytest.mark.parametrize(
     ("name", "estimator"), [("relu_cnn", "auto"), ("tanh_mlp", "hutchinson"), ("tanh_mlp", "gauss_newton")]
 )
-def test_going_on_gives_the_same_as_asking_for_that_many_probes(name: str, estimator: Any) -> None:
+def test_stopping_at_a_number_of_probes_equals_asking_for_that_number(name: str, estimator: Any) -> None:
     case = small(name)
     for generator in (lambda: None, lambda: seed(3)):
         options = {"estimator": estimator, "max_probes": 11}
@@ -579,7 +571,7 @@ def test_going_on_gives_the_same_as_asking_for_that_many_probes(name: str, estim
         assert_same(stopped, asked, rtol=1e-6)
 
 
-# --- what is random -------------------------------------------------------------------------------------------------
+# --- random signs -------------------------------------------------------------------------------------------------
 
 
 @every_estimator
@@ -589,7 +581,7 @@ def test_without_a_generator_the_same_samples_give_the_same_numbers(estimator: A
 
 
 @every_estimator
-def test_the_generator_decides_about_everything(estimator: Any) -> None:
+def test_the_generator_determines_all_signs(estimator: Any) -> None:
     case = small("tanh_mlp")
     first, again, other = (
         hessian_trace(*case, estimator=estimator, rtol=None, num_probes=2, generator=seed(number))
@@ -604,7 +596,7 @@ def test_the_generator_decides_about_everything(estimator: Any) -> None:
 
 
 def pixels(levels: int) -> Tensor:
-    """Images of few grey levels, whose numbers end in many zero bits."""
+    """Images with few grey levels, whose floats end in many zero bits."""
     return torch.randint(levels, (1600, 64), generator=seed(0)).float()
 
 
@@ -623,24 +615,24 @@ every_contents = pytest.mark.parametrize("inputs", CONTENTS.values(), ids=CONTEN
 
 
 @every_contents
-def test_samples_of_other_contents_get_other_signs(inputs: Tensor) -> None:
+def test_different_samples_get_different_signs(inputs: Tensor) -> None:
     different = len(inputs.unique(dim=0))
-    signs = sample_signs(ProbeSeeds.of(inputs).keys, range(1), 64)[0]
+    signs = sample_signs(ProbeSeeds.from_contents(inputs).keys, range(1), 64)[0]
     assert different == 1600
     assert len(signs.unique(dim=0)) >= different - 1
 
 
 @every_contents
 def test_blocks_are_about_equally_full(inputs: Tensor) -> None:
-    for draws in (ProbeSeeds.of(inputs), ProbeSeeds.random(1600, seed(0))):
-        counts = torch.tensor(draws.blocks).bincount(minlength=16)
+    for seeds in (ProbeSeeds.from_contents(inputs), ProbeSeeds.random(1600, seed(0))):
+        counts = torch.tensor(seeds.blocks).bincount(minlength=16)
         assert len(counts) == 16
         assert (counts - 100).abs().max() <= 40  # four standard deviations
 
 
 @every_estimator
-def test_as_many_probes_as_classes_can_tell_apart_leave_nothing_to_chance(estimator: Any) -> None:
-    """Three classes have two degrees of freedom, which two probes exhaust; so do three for four classes."""
+def test_as_many_probes_as_degrees_of_freedom_leave_no_noise(estimator: Any) -> None:
+    """C classes have C − 1 degrees of freedom, so C − 1 probes are exact."""
     for num_classes, num_probes in ((2, 1), (3, 2), (4, 3), (4, 8)):
         case = seeded(lambda c=num_classes: relu_mlp(num_classes=c), 5)
         for generator in (None, seed(0)):
@@ -654,14 +646,10 @@ def test_as_many_probes_as_classes_can_tell_apart_leave_nothing_to_chance(estima
 
 
 def test_the_signs_of_weights_depend_on_every_bit_of_the_seed() -> None:
-    case = small("tanh_mlp", num_samples=1)
-    plan = plan_of(case.model, "hutchinson")
-    traces = {
-        float(
-            curvature_sums(*case, plan=plan, draws=ProbeSeeds([0], [0], seed=number), probes=plan.probes(0, 1)).means()[
-                0
-            ]
-        )
-        for number in (1, 1 + 2**12, 1 + 2**20, 1 + 2**30, 1 + 2**42)
-    }
+    problem = CurvatureProblem(*small("tanh_mlp", num_samples=1), estimator="hutchinson")
+    with problem.examined() as examined:
+        traces = {
+            float(examined.sums(ProbeSeeds([0], [0], seed=number), examined.plan.probes(0, 1)).means()[0])
+            for number in (1, 1 + 2**12, 1 + 2**20, 1 + 2**30, 1 + 2**42)
+        }
     assert len(traces) == 5

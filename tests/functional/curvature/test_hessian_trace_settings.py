@@ -1,4 +1,4 @@
-"""Whatever state a network, the caller and the batch are in, curvature comes out the same, and nothing is touched."""
+"""Curvature does not depend on the state of network, caller or batch, and leaves all three unchanged."""
 
 import copy
 import gc
@@ -40,11 +40,11 @@ def values(estimate: TraceEstimate) -> dict[str, float]:
 
 
 def two_classes() -> Case:
-    """A case whose Gauss–Newton traces have no noise, because the root for two classes has one column."""
+    """A case without noise in its Gauss–Newton traces: the root for two classes has one column."""
     return seeded(lambda: relu_mlp(num_classes=2), 5)
 
 
-def test_frozen_parameters_are_left_out_and_the_others_do_not_notice() -> None:
+def test_frozen_parameters_are_left_out_without_effect_on_others() -> None:
     case = two_classes()
     everything = values(measure(case))
     case.model[0].weight.requires_grad_(requires_grad=False)
@@ -55,7 +55,7 @@ def test_frozen_parameters_are_left_out_and_the_others_do_not_notice() -> None:
 
 
 @every_estimator
-def test_a_network_that_is_frozen_altogether_is_refused(estimator: Any) -> None:
+def test_a_completely_frozen_network_is_refused(estimator: Any) -> None:
     case = two_classes()
     case.model.requires_grad_(requires_grad=False)
     with pytest.raises(ValueError, match="Sequential has none with `requires_grad=True`"):
@@ -63,7 +63,7 @@ def test_a_network_that_is_frozen_altogether_is_refused(estimator: Any) -> None:
 
 
 class WithSpare(nn.Module):
-    """A network with a layer that it does not use."""
+    """A network with an unused layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ def test_unused_parameters_have_trace_and_error_zero(estimator: Any) -> None:
     assert all(trace != 0 for name, trace in estimate.layers.items() if name.startswith("body"))
 
 
-def test_a_buffer_is_not_a_parameter_and_a_lone_parameter_is_one() -> None:
+def test_buffers_are_left_out_and_bare_parameters_are_measured() -> None:
     class Bare(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -94,7 +94,7 @@ def test_a_buffer_is_not_a_parameter_and_a_lone_parameter_is_one() -> None:
     assert list(measure(seeded(Bare, 3)).layers) == ["shift"]
 
 
-# --- what the network is made of ------------------------------------------------------------------------------------
+# --- kinds of networks ------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -120,7 +120,7 @@ def test_a_compiled_network_is_measured_as_itself(name: str) -> None:
 
 
 class Checkpointed(nn.Module):
-    """The middle of a network by activation checkpointing."""
+    """A network with activation checkpointing in the middle."""
 
     def __init__(self, *, use_reentrant: bool) -> None:
         super().__init__()
@@ -174,7 +174,7 @@ def test_parametrised_weights_are_measured_in_their_parameters() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
-def test_the_older_weight_normalisation_gives_the_numbers_of_the_newer_and_keeps_its_weight() -> None:
+def test_old_and_new_weight_norm_give_equal_numbers_and_the_old_keeps_its_weight() -> None:
     new = parametrizations.weight_norm(nn.Linear(5, 4))
     old = weight_norm(nn.Linear(5, 4))
     with torch.no_grad():
@@ -196,7 +196,7 @@ def test_the_older_weight_normalisation_gives_the_numbers_of_the_newer_and_keeps
     assert old.weight is kept
 
 
-# --- what mode it is in ---------------------------------------------------------------------------------------------
+# --- modes and contexts ---------------------------------------------------------------------------------------------
 
 
 @every_context
@@ -213,7 +213,7 @@ def test_every_context_gives_the_same_numbers_and_leaves_everything_as_it_was(
         parameter.grad = torch.full_like(parameter, 0.5) if parameter.requires_grad else None
     before, given = state_of(model), inputs.clone()
     with context():
-        actual = measure(Case(model, given.clone(), targets))  # an inference tensor, under inference mode
+        actual = measure(Case(model, given.clone(), targets))  # the clone is an inference tensor under inference mode
         assert torch.is_grad_enabled() == (context not in (torch.no_grad, torch.inference_mode))
         assert torch.is_inference_mode_enabled() == (context is torch.inference_mode)
         assert torch.is_autocast_enabled("cpu") == (context is CONTEXTS["autocast"])
@@ -288,11 +288,11 @@ def test_a_measurement_between_forward_and_backward_pass_does_not_change_the_gra
         assert torch.equal(ours, theirs)
 
 
-# --- what it leaves behind ------------------------------------------------------------------------------------------
+# --- side effects ------------------------------------------------------------------------------------------
 
 
 class KeepsFeatures(nn.Module):
-    """Leaves features as attributes of itself, and hands out weak references to them."""
+    """Stores features in attributes, and weak references to them in a list."""
 
     seen: ClassVar[list[Any]] = []
 
@@ -322,7 +322,7 @@ def test_tensors_that_a_forward_pass_leaves_as_attributes_are_gone_afterwards(es
 
 
 class KeepsLists(nn.Module):
-    """Gathers features in containers of its own."""
+    """Collects features in a list and a dictionary."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -372,7 +372,7 @@ def test_the_users_hooks_on_backward_passes_are_not_called_and_stay(estimator: A
 
 
 class Renormalises(nn.Module):
-    """Looks vectors up in a table, after bringing them to length one."""
+    """Looks up embeddings that the forward pass renormalises in place."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -394,7 +394,7 @@ def test_weights_that_a_forward_pass_writes_into_stay_as_they_are(estimator: Any
 
 
 class KeptElsewhere(nn.Module):
-    """A network that reaches one of its weights through a list, too."""
+    """A network that also uses one of its weights through a list."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -414,7 +414,7 @@ def test_a_network_that_keeps_a_weight_where_no_derivative_reaches_it_is_refused
 
 
 class Averages(nn.Module):
-    """Keeps a running average of what it saw, in a buffer and in an attribute, without looking at it."""
+    """Keeps running averages of its inputs in a buffer and an attribute, and never uses them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -429,7 +429,7 @@ class Averages(nn.Module):
 
 
 @every_estimator
-def test_a_forward_pass_that_averages_what_it_saw_leaves_no_trace_and_does_not_fail(estimator: Any) -> None:
+def test_running_averages_in_a_forward_pass_are_reverted(estimator: Any) -> None:
     case = seeded(Averages, 5)
     plain = nn.Sequential(case.model.body, nn.Tanh(), case.model.head)
     before, size = state_of(case.model), case.model.size
@@ -441,7 +441,7 @@ def test_a_forward_pass_that_averages_what_it_saw_leaves_no_trace_and_does_not_f
 
 
 class FailsFrom(nn.Module):
-    """Fails from the given call on."""
+    """Raises from a given call on."""
 
     def __init__(self, model: nn.Module, call: int) -> None:
         super().__init__()
@@ -476,11 +476,11 @@ def test_the_global_random_state_is_neither_used_nor_changed(estimator: Any) -> 
     assert_same(measure(case, estimator=estimator), first, rtol=0)
 
 
-# --- how the samples come -------------------------------------------------------------------------------------------
+# --- batching of samples -------------------------------------------------------------------------------------------
 
 
 class Unvectorisable(nn.Module):
-    """A network that looks at its values, which ``vmap`` cannot follow."""
+    """A network with control flow that depends on data, which ``vmap`` does not support."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -498,24 +498,59 @@ def test_a_network_that_cannot_be_vectorised_gives_the_same_numbers(name: str, e
     assert_same(measure(case._replace(model=Unvectorisable(case.model)), estimator=estimator), expected)
 
 
-def test_a_network_that_can_be_vectorised_is_called_twice_per_chunk() -> None:
+@pytest.mark.parametrize("estimator", ["auto", "gauss_newton"])
+def test_a_network_that_can_be_vectorised_is_called_twice_per_chunk(estimator: Any) -> None:
     case = small("relu_cnn")
     recorder = Recorder(case.model)
-    measure(case._replace(model=recorder), estimator="gauss_newton", chunk_size=4)
-    # once for outputs, once inside vmap, and once for a sample by which the latter is checked
-    assert recorder.record.batch_sizes == [4, 1, 1, 4, 1, 4, 1]
+    measure(case._replace(model=recorder), estimator=estimator, chunk_size=4)
+    # all chunks to examine them, then all inside vmap, and a single sample to check the first of these
+    assert recorder.record.batch_sizes == [4, 4, 4, 1, 1, 1, 1]
     assert not any(recorder.record.any_training)
+
+
+@pytest.mark.parametrize(("name", "estimator"), [("relu_cnn", "auto"), ("tanh_mlp", "gauss_newton")])
+def test_further_probes_examine_nothing_again(name: str, estimator: Any) -> None:
+    case = small(name)
+    recorder = Recorder(case.model)
+    options = {"estimator": estimator, "chunk_size": 4, "rtol": 1e-9, "num_probes": 1}
+    assert measure(case._replace(model=recorder), max_probes=2, **options).num_probes == 2
+    assert recorder.record.batch_sizes == [4, 4, 4, 1, 1, 1, 1, 1, 1, 1]
+
+
+def test_a_custom_loss_is_examined_once_however_many_rounds_of_probes_follow() -> None:
+    case = small("relu_mlp")
+    sizes: list[int] = []
+
+    def loss_fn(outputs: Tensor, targets: Tensor) -> Tensor:
+        sizes.append(len(outputs))
+        return F.cross_entropy(outputs, targets, reduction="none")
+
+    calls = []
+    for max_probes in (2, 8):  # one round and three
+        sizes.clear()
+        measure(case, loss_fn=loss_fn, rtol=1e-9, max_probes=max_probes)
+        calls.append(sizes.count(len(case.inputs)))
+    assert calls[0] == calls[1] > 0
+
+
+def test_second_derivatives_take_one_more_forward_pass() -> None:
+    case = small("tanh_mlp")
+    recorder = Recorder(case.model)
+    measure(case._replace(model=recorder), estimator="hutchinson")
+    examined, products = recorder.record.batch_sizes[:2], recorder.record.batch_sizes[2:]
+    assert examined == [6, 6]
+    assert sum(products) == len(case.inputs)
 
 
 def test_a_network_that_cannot_be_vectorised_is_tried_once() -> None:
     case = small("relu_cnn")
     recorder = Recorder(Unvectorisable(case.model))
     measure(case._replace(model=recorder), estimator="gauss_newton", chunk_size=4)
-    assert recorder.record.batch_sizes == [4, 1, *[1] * 4, 4, *[1] * 4, 4, *[1] * 4]
+    assert recorder.record.batch_sizes == [4, 4, 4, 1, *[1] * 12]
 
 
 class DoublesInPlace(nn.Module):
-    """A network that doubles its input in place before it looks at it."""
+    """A network that doubles its input in place."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -527,7 +562,7 @@ class DoublesInPlace(nn.Module):
 
 @every_estimator
 @pytest.mark.parametrize("wrapped", [nn.Sequential, Unvectorisable])
-def test_a_network_that_changes_its_input_in_place_sees_each_sample_once(
+def test_a_network_that_changes_its_input_in_place_gets_a_fresh_copy_in_every_pass(
     wrapped: Callable[[nn.Module], nn.Module], estimator: Any
 ) -> None:
     model, inputs, targets = small("tanh_mlp")
@@ -541,7 +576,7 @@ def test_a_network_that_changes_its_input_in_place_can_still_be_vectorised() -> 
     case = small("tanh_mlp")
     recorder = Recorder(DoublesInPlace(case.model))
     measure(case._replace(model=recorder), estimator="gauss_newton", chunk_size=4)
-    assert recorder.record.batch_sizes == [4, 1, 1, 4, 1, 4, 1]
+    assert recorder.record.batch_sizes == [4, 4, 4, 1, 1, 1, 1]
 
 
 def test_a_vectorised_result_is_not_trusted_before_it_agrees_for_one_sample(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -554,7 +589,7 @@ def test_a_vectorised_result_is_not_trusted_before_it_agrees_for_one_sample(monk
 
 @pytest.mark.parametrize("estimator", ["auto", "hutchinson"])
 def test_samples_of_equal_contents_do_not_pass_all_together(estimator: Any) -> None:
-    """They belong to one block, whose Hessian-vector products take the memory of training."""
+    """They are all in one block, and Hessian-vector products of a whole block take as much memory as training."""
     model, inputs, targets = small("tanh_mlp")
     recorder = Recorder(model)
     measure(Case(recorder, inputs[:1].expand(64, -1), targets[:1].expand(64)), estimator=estimator)
@@ -563,7 +598,7 @@ def test_samples_of_equal_contents_do_not_pass_all_together(estimator: Any) -> N
 
 
 class Squeezes(nn.Module):
-    """Drops every dimension of size one, also that of the batch."""
+    """Drops every dimension of size one, including the batch dimension."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -639,7 +674,7 @@ def test_strides_of_the_samples_do_not_matter(estimator: Any) -> None:
 
 
 @every_estimator
-def test_samples_met_twice_count_twice(estimator: Any) -> None:
+def test_repeated_samples_count_repeatedly(estimator: Any) -> None:
     model, inputs, targets = small("tanh_mlp")
     twice = Case(model, inputs.repeat(2, 1), targets.repeat(2))
     once = measure(Case(model, inputs, targets), estimator=estimator)

@@ -1,4 +1,4 @@
-"""Losses taken apart into samples: values, gradients, weights and a root of the Hessian with respect to the outputs."""
+"""Per-sample values, gradients and weights of losses, and roots of their Hessians with respect to the outputs."""
 
 import copy
 import math
@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_robust.functional import hessian_trace
-from lightning_robust.functional.curvature.losses import SampleLoss, softmax_root
+from lightning_robust.functional.curvature._gauss_newton_root import softmax_root
+from lightning_robust.functional.curvature.losses import SampleLoss
 from tests.helpers.curvature import (
     Case,
     assert_same,
@@ -32,7 +33,7 @@ from tests.helpers.oracles import Loss, dense_hessian_traces
 
 
 def columns_of_root(logits: Tensor) -> Tensor:
-    """``F`` (N, C, C), one column for each unit vector in place of signs."""
+    """``F`` (N, C, C), from unit vectors in place of signs."""
     n, c = logits.shape
     return softmax_root(logits, torch.eye(c).unsqueeze(1).expand(c, n, c)).permute(1, 2, 0)
 
@@ -66,15 +67,15 @@ def test_the_root_times_its_transpose_is_the_covariance_of_the_label(logits: Ten
 
 
 def test_small_covariances_are_relatively_accurate() -> None:
-    """At a margin of 60 the largest probability rounds to one, and nothing may come from what is missing to it."""
+    """At a margin of 60 the largest probability rounds to one, so the root must not depend on one minus it."""
     logits = torch.tensor([[60.0, 0.0, -1.0], [0.0, 1.0, 90.0]], dtype=torch.float64)
     trace = columns_of_root(logits).square().sum(dim=(1, 2))
-    rest = [math.exp(-60) + math.exp(-61), math.exp(-90) + math.exp(-89)]  # tr ≈ twice what is missing to one
+    rest = [math.exp(-60) + math.exp(-61), math.exp(-90) + math.exp(-89)]  # tr ≈ 2 (1 − max p)
     assert trace.tolist() == pytest.approx([2 * r for r in rest], rel=1e-9)
 
 
 def test_the_root_sets_the_most_probable_class_against_all_others() -> None:
-    """A sample torn between two classes then has a single column, and no noise."""
+    """A sample torn between two classes then has a single non-zero column, and no noise."""
     logits = torch.tensor([[0.0, -100.0, 0.0], [7.0, -100.0, 5.0]], dtype=torch.float64)
     norms = columns_of_root(logits).square().sum(dim=1)
     torch.testing.assert_close(norms[:, 0], covariance(logits).diagonal(dim1=1, dim2=2).sum(dim=1))
@@ -93,7 +94,7 @@ def test_signs_of_all_probes_are_applied_at_once() -> None:
 
 
 class LossCase(NamedTuple):
-    """A loss with targets for outputs (N, 4), and the loss of the whole batch by which it is defined."""
+    """A loss with targets for outputs (N, 4), and the loss of the whole batch that defines it."""
 
     loss_fn: Any
     targets: Callable[[int], Tensor]
@@ -125,17 +126,17 @@ def zeros_and_ones(n: int) -> Tensor:
 
 
 def sum_over_outputs(loss: Loss) -> Loss:
-    """Mean over samples of what a loss sums over outputs."""
+    """Mean over samples of the sum over outputs."""
     return lambda outputs, targets: loss(outputs, targets) * outputs[0].numel()
 
 
 def double(loss: Any) -> Any:
-    """A mean that doubles the logits, which no root is known of."""
+    """A loss of doubled logits, without a known root."""
     return lambda outputs, targets: loss(2 * outputs, targets)
 
 
 def in_double(value: Any) -> Any:
-    """A loss or targets in float64, if that can be said of them."""
+    """A loss or targets converted to float64 where that applies."""
     if isinstance(value, partial):
         return partial(value.func, **{name: in_double(option) for name, option in value.keywords.items()})
     if isinstance(value, nn.Module):
@@ -144,7 +145,7 @@ def in_double(value: Any) -> Any:
 
 
 class OwnModule(nn.Module):
-    """A loss of somebody's own, with a constant in a buffer."""
+    """A custom loss with a constant in a buffer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -155,7 +156,7 @@ class OwnModule(nn.Module):
 
 
 class Subclass(nn.CrossEntropyLoss):
-    """A loss that is a cross-entropy by name only."""
+    """A subclass of cross-entropy that computes something else."""
 
     def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
         return super().forward(2 * outputs, targets)
@@ -247,8 +248,8 @@ def test_gradients_are_those_of_each_sample(case: LossCase) -> None:
 def test_the_root_is_that_of_the_hessian_of_each_sample(case: LossCase) -> None:
     outputs, targets = random(5, 10, 4), case.targets(10)
     loss, doubled = SampleLoss(in_double(case.loss_fn)), in_double(targets)
-    assert loss.has_root
-    root = loss.cotangents(outputs, targets, torch.eye(4).unsqueeze(1).expand(4, 10, 4)).permute(1, 2, 0)
+    assert loss.root is not None
+    root = loss.root.times(torch.eye(4).unsqueeze(1).expand(4, 10, 4), outputs, targets).permute(1, 2, 0)
     for n in range(10):
         expected = torch.autograd.functional.hessian(
             lambda z, n=n: loss.values(z[None], doubled[n : n + 1]).sum(), outputs[n]
@@ -257,19 +258,19 @@ def test_the_root_is_that_of_the_hessian_of_each_sample(case: LossCase) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name, case in LOSSES.items() if not case.has_root])
-def test_no_root_is_claimed_of_any_other_loss(name: str) -> None:
-    assert not SampleLoss(LOSSES[name].loss_fn).has_root
+def test_other_losses_have_no_root(name: str) -> None:
+    assert SampleLoss(LOSSES[name].loss_fn).root is None
 
 
 def case_for(name: str, loss_fn: Any, targets: Callable[[int], Tensor]) -> Case:
-    """A network whose outputs are what the loss expects, in float64."""
+    """A network in float64 whose outputs suit the loss."""
     model, inputs, _ = small(name, dtype=torch.float64)
     wants_log = isinstance(loss_fn, nn.NLLLoss | nn.KLDivLoss)
     return Case(nn.Sequential(model, nn.LogSoftmax(dim=1)) if wants_log else model, inputs, in_double(targets(12)))
 
 
 def close(expected: dict[str, float]) -> Any:
-    """Equal up to constants of losses in float32."""
+    """Equal up to rounding of float32 constants in losses."""
     return pytest.approx(expected, rel=1e-6, abs=1e-9)
 
 
@@ -296,19 +297,19 @@ def test_the_trace_is_that_of_the_hessian_of_the_loss_of_the_batch(case: LossCas
 
 
 class Renamed(nn.CrossEntropyLoss):
-    """A loss that differs from its parent only in how it is made."""
+    """A subclass that changes only the constructor."""
 
     def __init__(self, smoothing: float) -> None:
         super().__init__(weight=CLASS_WEIGHTS, label_smoothing=smoothing)
 
 
-def test_a_subclass_that_computes_the_same_is_known() -> None:
+def test_a_subclass_that_computes_its_parents_loss_has_its_root() -> None:
     case = small("relu_mlp")
     expected = hessian_trace(*case, loss_fn=nn.CrossEntropyLoss(weight=CLASS_WEIGHTS, label_smoothing=0.2))
     assert_same(hessian_trace(*case, loss_fn=Renamed(0.2)), expected)
 
 
-def test_a_compiled_loss_is_measured_as_itself_and_stays_as_it_is() -> None:
+def test_a_compiled_loss_is_measured_as_its_original_and_unchanged() -> None:
     case = small("relu_mlp")
     loss_fn = nn.CrossEntropyLoss(weight=CLASS_WEIGHTS)
     compiled = torch.compile(loss_fn, backend="eager")
@@ -318,7 +319,7 @@ def test_a_compiled_loss_is_measured_as_itself_and_stays_as_it_is() -> None:
 
 
 class Weighted(nn.Module):
-    """A loss of somebody's own with an attribute of torch's, which is theirs to understand."""
+    """A custom loss with a ``reduction`` attribute, as torch's losses have."""
 
     def __init__(self, reduction: str) -> None:
         super().__init__()
@@ -332,7 +333,7 @@ class Weighted(nn.Module):
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script")
-def test_a_loss_that_was_tampered_with_is_not_taken_for_torchs() -> None:
+def test_a_patched_hooked_or_scripted_loss_is_not_taken_for_torchs() -> None:
     case = small("tanh_mlp")
     patched, hooked, prehooked = (nn.CrossEntropyLoss() for _ in range(3))
     patched.forward = lambda outputs, targets: 3 * F.cross_entropy(outputs, targets)
@@ -340,12 +341,12 @@ def test_a_loss_that_was_tampered_with_is_not_taken_for_torchs() -> None:
     prehooked.register_forward_pre_hook(lambda module, inputs: (3 * inputs[0], inputs[1]))
     scripted = torch.jit.script(nn.CrossEntropyLoss(label_smoothing=0.4))
     for loss_fn in (patched, hooked, prehooked, scripted):
-        assert not SampleLoss(loss_fn).has_root
+        assert SampleLoss(loss_fn).root is None
         estimate = hessian_trace(*case, loss_fn=loss_fn, rtol=None, num_probes=16)
         assert_within(estimate, dense_hessian_traces(case.model, *case[1:], copy.deepcopy(loss_fn)))
 
 
-def test_an_attribute_by_the_name_of_reduction_is_left_alone() -> None:
+def test_a_custom_reduction_attribute_is_left_alone() -> None:
     case = small("tanh_mlp")
     with pytest.raises(ValueError, match="`loss_fn` to return a mean over samples"):
         hessian_trace(*case, loss_fn=Weighted("mean"))
@@ -404,7 +405,7 @@ def test_a_loss_is_left_as_it_was() -> None:
     assert torch.equal(weight, CLASS_WEIGHTS)
 
 
-def test_class_weights_in_half_precision_are_taken_as_they_are() -> None:
+def test_class_weights_may_be_in_half_precision() -> None:
     case = small("tanh_mlp")
     half = CLASS_WEIGHTS.bfloat16()
     expected, actual = (
@@ -445,8 +446,8 @@ def test_a_batch_of_one_sample_is_a_batch() -> None:
     assert all(value.isfinite() for value in estimate.stderr.values())
 
 
-def test_a_loss_that_is_linear_in_the_outputs_leaves_only_what_the_network_curves() -> None:
-    """Such a loss has no Gauss–Newton part, and none at all in the last layer."""
+def test_a_loss_that_is_linear_in_the_outputs_leaves_only_the_curvature_of_the_network() -> None:
+    """Such a loss has no Gauss–Newton part, so the last layer has no curvature."""
 
     def linear(outputs: Tensor, targets: Tensor) -> Tensor:
         return outputs.gather(1, targets[:, None]).mean()

@@ -1,4 +1,4 @@
-"""What a measurement of curvature takes, counted in bytes of tensors."""
+"""Memory of a curvature measurement, in bytes of tensors."""
 
 import gc
 from collections.abc import Callable
@@ -59,15 +59,15 @@ def test_a_measurement_takes_at_most_twice_the_memory_of_a_training_step(name: s
 
 
 @pytest.mark.parametrize("name", ["cnn_batchnorm", "mlp", "recurrent"])
-def test_nothing_is_left_of_fifty_measurements(name: str) -> None:
+def test_fifty_measurements_leak_nothing(name: str) -> None:
     network, inputs, targets = build(name, num_samples=2)
     measure(network, inputs, targets)
-    gc.disable()  # what waits for the garbage collector is a leak, too
+    gc.disable()  # memory that waits for the garbage collector is a leak, too
     try:
         with PeakMemory() as memory:
             for _ in range(50):
                 measure(network, inputs, targets)
             assert memory.peak > 0
-            assert memory.live == sum(metric.configuration.nbytes for metric in METRICS)  # what a reset makes anew
+            assert memory.live == sum(metric.configuration.nbytes for metric in METRICS)  # which a reset creates anew
     finally:
         gc.enable()

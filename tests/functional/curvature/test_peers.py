@@ -1,4 +1,4 @@
-"""Other libraries of curvature give the same numbers: curvlinops and BackPACK exactly, PyHessian within its noise."""
+"""Agreement with other libraries: curvlinops and BackPACK to rounding, PyHessian within its noise."""
 
 import copy
 import math
@@ -19,7 +19,7 @@ with warnings.catch_warnings():
     from backpack import extensions
 
 pytestmark = [
-    # torch calls it, too, at its first derivative in forward mode
+    # torch also calls it at its first forward-mode derivative
     pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning"),
     # BackPACK hooks into modules whose inputs need no gradient
     pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning"),
@@ -27,7 +27,7 @@ pytestmark = [
 
 
 def plain_cnn() -> nn.Module:
-    """Of layers that BackPACK knows, none of them in place."""
+    """A CNN of layers that BackPACK supports, none of them in place."""
     return nn.Sequential(
         nn.Conv2d(1, 3, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(3, 4, 2), nn.ReLU(), nn.Flatten(),
         nn.Linear(16, 4),
@@ -49,7 +49,7 @@ known_to_backpack = pytest.mark.parametrize("name", ["plain_cnn", "smooth_mlp"])
 
 
 def traces_of_operator(kind: type, case: Case) -> dict[str, float]:
-    """From its products with all unit vectors, block by block."""
+    """Traces of the blocks of an operator, from its products with all unit vectors."""
     model = copy.deepcopy(case.model).eval()
     names, parameters = zip(*model.named_parameters(), strict=True)
     operator = kind(model, nn.CrossEntropyLoss(), list(parameters), [(case.inputs, case.targets)])
@@ -67,7 +67,7 @@ def traces_by_backpack(extension: type, field: str, case: Case) -> dict[str, flo
 
 
 @every_case
-def test_the_gauss_newton_matrix_is_that_of_curvlinops(name: str) -> None:
+def test_the_gauss_newton_matrix_agrees_with_curvlinops(name: str) -> None:
     case = CASES[name]()
     expected = traces_of_operator(curvlinops.GGNLinearOperator, case)
     assert enumerated(case) == pytest.approx(expected, rel=1e-9)
@@ -75,7 +75,7 @@ def test_the_gauss_newton_matrix_is_that_of_curvlinops(name: str) -> None:
 
 
 @every_case
-def test_the_hessian_is_that_of_curvlinops(name: str) -> None:
+def test_the_hessian_agrees_with_curvlinops(name: str) -> None:
     case = CASES[name]()
     expected = traces_of_operator(curvlinops.HessianLinearOperator, case)
     assert enumerated_products(case, residual=False) == pytest.approx(expected, rel=1e-9, abs=1e-12)
@@ -83,21 +83,21 @@ def test_the_hessian_is_that_of_curvlinops(name: str) -> None:
 
 
 @known_to_backpack
-def test_the_gauss_newton_matrix_is_that_of_backpack(name: str) -> None:
+def test_the_gauss_newton_matrix_agrees_with_backpack(name: str) -> None:
     case = CASES[name]()
     expected = traces_by_backpack(extensions.DiagGGNExact, "diag_ggn_exact", case)
     assert enumerated(case) == pytest.approx(expected, rel=1e-9)
 
 
 @known_to_backpack
-def test_the_hessian_is_that_of_backpack(name: str) -> None:
+def test_the_hessian_agrees_with_backpack(name: str) -> None:
     case = CASES[name]()
     expected = traces_by_backpack(extensions.DiagHessian, "diag_h", case)
     assert enumerated_products(case, residual=False) == pytest.approx(expected, rel=1e-9, abs=1e-12)
 
 
 @every_case
-def test_the_total_is_that_of_pyhessian(name: str) -> None:
+def test_the_total_agrees_with_pyhessian(name: str) -> None:
     case = CASES[name]()
     model = copy.deepcopy(case.model).eval()
     with torch.random.fork_rng(), warnings.catch_warnings():

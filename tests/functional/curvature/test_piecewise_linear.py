@@ -1,4 +1,4 @@
-"""What counts as piecewise linear is so, operation by operation; everything else counts as curved."""
+"""Every operation that counts as piecewise linear is, and every other one counts as curved."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_robust.functional._isolation.context import differentiable_weights
+from lightning_robust.functional._isolation.weights import differentiable_weights
 from lightning_robust.functional.curvature._autograd_graph import in_order_of_computation, kind_of
-from lightning_robust.functional.curvature._piecewise_linear import _FACTORS, _PIECEWISE_LINEAR, curved_layers
+from lightning_robust.functional.curvature._piecewise_linear import _FACTORS, _PIECEWISE_LINEAR, CurvedLayers
 from tests.helpers.curvature import relu_mlp, tanh_mlp
 from tests.helpers.networks import random
 
@@ -35,7 +35,7 @@ def zeros(h: Tensor) -> Tensor:
     return torch.zeros(2, 12)
 
 
-# Of h (2, 12), itself linear in the weights. Two operations where a table of nodes knows two.
+# Operations on h (2, 12), which is linear in the weights; two where two operations share a node.
 OPERATIONS: dict[str, Operation] = {
     "Add": lambda h: h + 1,
     "Sub": lambda h: 1.5 - h - h,
@@ -165,7 +165,7 @@ OPERATIONS: dict[str, Operation] = {
     "NativeBatchNorm": lambda h: F.batch_norm(h, torch.zeros(12), torch.ones(12), torch.ones(12, requires_grad=True)),
     "Rsub": lambda h: torch.rsub(h, 2.0),
 }
-# Nodes that this machine does not make, and one that has no second derivative to compare with.
+# Nodes that torch does not create on this machine, or whose second derivative is tested elsewhere.
 ELSEWHERE = {
     *("MkldnnAdaptiveAvgPool2D", "MkldnnMaxPool2D", "MkldnnLinear", "Linear", "CudnnBatchNorm", "MiopenBatchNorm"),
     *("ReshapeAlias", "Narrow", "Hardsigmoid", "NativeLayerNorm", "NativeGroupNorm"),
@@ -173,7 +173,7 @@ ELSEWHERE = {
 
 
 class Between(nn.Module):
-    """A linear layer, an operation, and a random sum of what it gives, for two samples."""
+    """A linear layer, an operation, and a random sum of its results, for two samples."""
 
     def __init__(self, operation: Operation) -> None:
         super().__init__()
@@ -184,8 +184,17 @@ class Between(nn.Module):
         return (out * random(1, *out.shape, dtype=torch.float32)).sum().expand(2, 3)
 
 
+def curved_layers(model: nn.Module, *chunks: Tensor, up_to_a_constant: bool = True) -> set[str]:
+    """Layers in which the outputs on some chunks of samples are curved."""
+    with differentiable_weights(model) as weights:
+        layers = CurvedLayers(weights, up_to_a_constant=up_to_a_constant)
+        for x in chunks:
+            layers.read(model(x))
+        return set(layers.names())
+
+
 def curved(operation: Operation) -> set[str]:
-    return set(curved_layers(Between(operation), random(2, 2, 4, dtype=torch.float32)))
+    return curved_layers(Between(operation), random(2, 2, 4, dtype=torch.float32))
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
@@ -222,7 +231,7 @@ class OfMyOwn(torch.autograd.Function):
 
 
 class WithVariable(OfMyOwn):
-    """A function that keeps something under the name that leaves of the graph have for their tensor."""
+    """A function that keeps a tensor under the name that leaves of the graph use for theirs."""
 
     @staticmethod
     def forward(ctx: Any, h: Tensor) -> Tensor:
@@ -231,7 +240,7 @@ class WithVariable(OfMyOwn):
 
 
 class Relu(OfMyOwn):
-    """A function by the name of one that is known."""
+    """A custom function with the name of a known operation."""
 
 
 CURVED: dict[str, Operation] = {
@@ -262,12 +271,12 @@ CURVED: dict[str, Operation] = {
 
 
 @pytest.mark.parametrize("name", CURVED)
-def test_everything_else_counts_as_curved(name: str) -> None:
+def test_every_other_operation_counts_as_curved(name: str) -> None:
     assert curved(CURVED[name]) == {"linear.weight", "linear.bias"}
 
 
 class Twice(nn.Module):
-    """Features of two layers, joined in some way."""
+    """Two layers joined by an operation."""
 
     def __init__(self, join: Callable[[Tensor, Tensor], Tensor]) -> None:
         super().__init__()
@@ -301,12 +310,12 @@ BOTH, NONE = {"left", "right"}, set[str]()
     ids=lambda value: "",
 )
 def test_a_product_is_linear_in_each_factor(join: Callable[[Tensor, Tensor], Tensor], expected: set[str]) -> None:
-    """What the outputs do not depend on counts as curved, too: other samples may reach it."""
+    """Layers that the outputs do not depend on count as curved, too: other samples may reach them."""
     found = curved_layers(Twice(join), random(0, 2, 4, dtype=torch.float32))
     assert {name.split(".")[0] for name in found} == expected
 
 
-def test_hard_sigmoid_needs_no_second_derivative_which_torch_does_not_have() -> None:
+def test_hard_sigmoid_counts_as_piecewise_linear() -> None:
     assert curved(F.hardsigmoid) == set()
 
 
@@ -318,24 +327,33 @@ def test_scale_and_shift_of_normalisations_are_linear() -> None:
     assert curved_layers(nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6)), x) == set()
 
 
-def test_log_probabilities_are_as_good_as_logits_only_where_a_constant_does_not_matter() -> None:
+def test_log_probabilities_count_as_logits_only_where_a_constant_does_not_matter() -> None:
     model, x = nn.Sequential(nn.Linear(4, 3), nn.LogSoftmax(dim=1)), random(0, 5, 4, dtype=torch.float32)
     assert curved_layers(model, x) == set()
     assert curved_layers(model, x, up_to_a_constant=False) == {"0.weight", "0.bias"}
 
 
-def test_a_single_sample_is_enough_to_tell() -> None:
+def test_a_single_sample_suffices() -> None:
     x = random(0, 12, 5, dtype=torch.float32)
     expected = {"0.weight", "0.bias", "2.weight", "2.bias"}
     assert curved_layers(tanh_mlp(), x) == curved_layers(tanh_mlp(), x[:1]) == expected
     assert curved_layers(relu_mlp(), x) == curved_layers(relu_mlp(), x[:1]) == set()
 
 
-def test_it_takes_one_forward_pass_of_every_sample() -> None:
-    sizes: list[int] = []
-    model = nn.Linear(4, 3)
-    handle = model.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
-    curved_layers(model, torch.ones(70, 4))
-    curved_layers(model, torch.ones(70, 4), chunk_size=50)
-    handle.remove()
-    assert sizes == [32, 32, 6, 50, 20]
+class Sided(nn.Module):
+    """Linear in one layer if the first number of the chunk is positive, else curved in it and linear in another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.other = nn.Linear(4, 3), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) if x[0, 0] > 0 else self.layer(x).tanh() + self.other(x)
+
+
+def test_a_layer_that_is_curved_in_one_chunk_is_curved() -> None:
+    right = torch.ones(2, 4)
+    assert curved_layers(Sided(), right) == {"other.weight", "other.bias"}
+    assert curved_layers(Sided(), -right) == {"layer.weight", "layer.bias"}
+    for chunks in ((right, -right), (-right, right)):
+        assert curved_layers(Sided(), *chunks) == {"layer.weight", "layer.bias"}

@@ -1,4 +1,4 @@
-"""The index is the sum of its definition, does not change when layers are rescaled, and has an error bar everywhere."""
+"""The index follows its definition, is invariant to rescaling of layers, and always has a finite error bar."""
 
 import math
 from collections.abc import Sequence
@@ -39,7 +39,7 @@ def test_a_negative_trace_counts_as_zero() -> None:
     assert float(weight_curvature_index([1.0], [-1e-30])) == 0
 
 
-def test_no_layers_have_the_index_zero() -> None:
+def test_the_index_of_no_layers_is_zero() -> None:
     assert weight_curvature_index(torch.zeros(0), torch.zeros(0)) == 0
 
 
@@ -54,7 +54,7 @@ def test_the_index_of_softmax_regression_has_a_closed_form() -> None:
 def test_rescaling_consecutive_layers_of_a_piecewise_linear_network_moves_the_trace_but_not_the_index(
     factor: float,
 ) -> None:
-    case = seeded(lambda: relu_mlp(num_classes=2), 5)  # two classes leave no noise
+    case = seeded(lambda: relu_mlp(num_classes=2), 5)  # two classes have no noise
     index, trace = index_of(case), float(hessian_trace(*case).total)
     with torch.no_grad():
         case.model[0].weight.mul_(factor)
@@ -78,7 +78,7 @@ def test_rescaling_consecutive_layers_of_a_piecewise_linear_network_moves_the_tr
     ],
     ids=["lengths", "two dimensions", "no dimension", "negative", "nan norm", "nan trace", "inf trace", "inf norm"],
 )
-def test_what_is_not_one_finite_number_per_layer_is_refused(norms: Sequence[Any], traces: Sequence[Any]) -> None:
+def test_norms_and_traces_must_be_one_finite_number_per_layer(norms: Sequence[Any], traces: Sequence[Any]) -> None:
     with pytest.raises(ValueError, match="Expected"):
         weight_curvature_index(norms, traces)
 
@@ -86,7 +86,7 @@ def test_what_is_not_one_finite_number_per_layer_is_refused(norms: Sequence[Any]
 # --- norms ----------------------------------------------------------------------------------------------------------
 
 
-def test_norms_are_those_of_trained_tensors_with_at_least_two_dimensions() -> None:
+def test_norms_cover_trained_tensors_with_at_least_two_dimensions() -> None:
     model = small("relu_cnn").model
     expected = {
         name: float(model[int(name[0])].weight.detach().norm()) for name in ("0.weight", "4.weight", "8.weight")
@@ -135,14 +135,14 @@ def test_slopes_are_finite_everywhere(trace: float, stderr: float) -> None:
     assert (slopes >= 0).all()
 
 
-def test_the_root_of_a_noisy_trace_is_too_small_by_the_share_that_is_documented() -> None:
-    """``Var / 8 tr^{3/2}``: the curvature of the root."""
+def test_the_bias_of_the_root_of_a_noisy_trace_is_as_documented() -> None:
+    """``Var / 8 tr^{3/2}``, from the second derivative of the root."""
     noise = 0.1 * torch.randn(10**6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     terms = curvature_terms(torch.ones(1).double(), 2.0 + noise)
     missing, stderr = math.sqrt(2) - float(terms.mean()), float(terms.std()) / 1000
     assert missing == pytest.approx(0.1**2 / (8 * 2**1.5), abs=3 * stderr)
 
 
-def test_curvature_is_not_asked_of_functions_that_are_not_networks() -> None:
+def test_norms_of_a_plain_function_are_refused() -> None:
     with pytest.raises(ValueError, match="plain function"):
         weight_norms(F.relu)

@@ -21,7 +21,7 @@ C = 4
 
 
 def random_paths(seed: int, *, num_samples: int = 60, num_classes: int = C) -> FisherRaoPaths:
-    """Paths that no network has made: some arrive where they aim, some elsewhere, some nowhere."""
+    """Paths made without a network: some reach their target, some another class, some none."""
     generator = torch.Generator().manual_seed(seed)
 
     def uniform(*shape: int) -> Tensor:
@@ -78,7 +78,7 @@ def one_by_one(paths: FisherRaoPaths) -> Iterator[Path]:
 def counted(
     paths: FisherRaoPaths, top: Callable[[Path], float], bottom: Callable[[Path], float], *, share: bool
 ) -> tuple[float, float]:
-    """A ratio of sums over paths, and its error from the sums of each sample, by plain loops."""
+    """A ratio of sums over paths, with its error from the sums of each sample, by plain loops."""
     sums: dict[int, list[float]] = {}
     for path in one_by_one(paths):
         if bottom(path):
@@ -189,7 +189,7 @@ def test_the_asymmetry_compares_paths_from_robust_to_fragile_classes_with_those_
 
 
 def test_errors_cover_the_truth_although_paths_of_a_sample_go_together() -> None:
-    """Each sample has its own chance to be shielded, as inputs near a third class have."""
+    """Each sample has its own chance of being shielded, like inputs near a third class."""
     covered: dict[str, list[bool]] = {"shielded": [], "margin": []}
     for seed in range(400):
         generator = torch.Generator().manual_seed(seed)
@@ -244,7 +244,7 @@ def assert_equal(actual: ClassShielding, expected: ClassShielding) -> None:
 
 
 def test_a_class_between_two_others_shields_them_from_each_other() -> None:
-    """Three classes along a line: from one end to the other the way leads through the middle."""
+    """Three classes along a line: the path from one end to the other leads through the middle."""
     model = Linear(torch.tensor([[-3.0], [0.0], [3.0]]), torch.tensor([-2.0, 0.0, -2.0]))
     inputs = torch.tensor([[-1.5], [-1.2], [1.1], [1.4]])
     found = class_shielding(trace_fisher_rao_paths(model, inputs), 3)

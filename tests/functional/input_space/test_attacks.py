@@ -158,7 +158,7 @@ def test_a_random_start_depends_on_the_generator_alone(norm: Any) -> None:
 
 @every_norm
 def test_a_random_start_fills_the_ball_uniformly(norm: Any) -> None:
-    """The share of starts within half of the radius is 2^-D in either norm."""
+    """In either norm, a share of 2^-D of the starts lies within half of the radius."""
     constant = Recorder(Linear(torch.zeros(2, 3)))
     inputs, epsilon = torch.zeros(20_000, 3), 2.0
     start = pgd(
@@ -264,7 +264,7 @@ def test_the_ratio_of_logit_differences_is_ascended_where_cross_entropy_is_flat(
 
 
 def test_the_ratio_is_that_of_the_source() -> None:
-    """One step goes along the sign of its gradient, which autograd takes of the formula."""
+    """One step follows the sign of the gradient that autograd takes of the formula."""
     model, inputs = random_linear(0, num_classes=4, num_features=5), random(1, 6, 5)
     targets = torch.tensor([0, 1, 2, 3, 0, 1])
     leaf = inputs.clone().requires_grad_()
@@ -285,7 +285,7 @@ def test_two_classes_have_no_such_ratio() -> None:
 
 
 def test_steps_of_a_cosine_schedule_decay_to_zero() -> None:
-    """On a linear network all steps go the same way, so they add up."""
+    """On a linear network all steps have the same direction, so they add up."""
     model, inputs = random_linear(0, num_classes=2, num_features=3), random(0, 4, 3)
     targets = model(inputs).argmax(dim=1)
     attacked = pgd(model, inputs, targets, epsilon=100.0, steps=4, step_size=0.1, schedule="cosine")

@@ -291,7 +291,7 @@ def test_the_calibrated_norm_is_the_norm_at_the_fitted_temperature() -> None:
 
 
 def test_the_standard_error_is_that_of_the_jackknife_also_where_the_confidence_is_wrong() -> None:
-    """Leaving out one sample at a time repeats everything, the fit included."""
+    """The jackknife repeats everything, including the fit, without one sample at a time."""
     n = 200
     logits, gram, targets = draw_samples(5, num_samples=n, num_classes=3, temperature=2.0)
     wrong = logits.argmax(dim=1) != targets
@@ -326,7 +326,7 @@ def test_the_standard_error_covers_the_population_value_because_it_includes_that
 
 
 def test_a_temperature_at_the_end_of_its_range_adds_no_error_of_its_own() -> None:
-    """There it does not move with the samples."""
+    """There the temperature does not change with the samples."""
     logits, gram, _ = draw_samples(0, num_samples=50, num_classes=4)
     result = calibrated_fim_spectral_norm(logits, gram, logits.argmin(dim=1))
     torch.testing.assert_close(result.stderr, result.value.std() / 50**0.5)

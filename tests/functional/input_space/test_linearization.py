@@ -14,6 +14,7 @@ from lightning_robust.functional import (
     linearized_margin,
     linearized_margin_linf,
 )
+from lightning_robust.functional.input_space import jacobian
 from tests.helpers.networks import NETWORKS, Linear, Normalised, build, normalise, random, random_linear
 from tests.helpers.oracles import dense_margins, dense_spectral_norms, jacobian_by_differences
 from tests.helpers.recording import PeakMemory, Recorder
@@ -22,7 +23,7 @@ every_network = pytest.mark.parametrize("name", NETWORKS)
 
 
 def assert_same(actual: Linearization, expected: Linearization, *, tolerance: float = 1e-6) -> None:
-    """Equal to ``tolerance`` times the largest value of each field."""
+    """Equal up to ``tolerance`` times the largest value of each field."""
     for field in ("logits", "gram", "gap_l1"):
         a, b = getattr(actual, field), getattr(expected, field)
         torch.testing.assert_close(
@@ -61,7 +62,7 @@ def test_logits_are_those_of_the_network_in_eval_mode(name: str) -> None:
     num_samples=st.integers(1, 6),
     num_classes=st.integers(2, 9),
     shape=st.lists(st.integers(1, 4), min_size=1, max_size=3).map(tuple),
-    chunk_size=st.none() | st.integers(1, 60),
+    chunk_size=st.none() | st.integers(1, 8),
     dtype=st.sampled_from([torch.float32, torch.float64]),
 )
 def test_a_linear_network_is_its_own_linearization(
@@ -78,13 +79,13 @@ def test_a_linear_network_is_its_own_linearization(
 
 def test_the_gram_matrix_is_symmetric_and_positive_semi_definite() -> None:
     model, inputs, _ = build("cnn_batchnorm")
-    gram = linearize(model.double(), inputs.double(), chunk_size=7).gram
+    gram = linearize(model.double(), inputs.double(), chunk_size=2).gram
     torch.testing.assert_close(gram, gram.mT, rtol=1e-12, atol=1e-12)
     assert (torch.linalg.eigvalsh(gram)[:, 0] >= -1e-12 * gram.diagonal(dim1=1, dim2=2).sum(dim=1)).all()
 
 
 def test_a_common_component_of_all_rows_does_not_drown_their_differences() -> None:
-    """Adding the same function to all logits changes no probability: nor, in float32, the margin."""
+    """Adding the same function to all logits changes neither probabilities nor, in float32, the margin."""
     weight, common = random(0, 4, 20, dtype=torch.float32), 1000 * random(1, 20, dtype=torch.float32)
     inputs, model = random(2, 6, 20, dtype=torch.float32), Linear(weight + common)
     exact = linearize(copy.deepcopy(model).double(), inputs.double())
@@ -125,6 +126,12 @@ def test_scalar_samples_are_inputs_like_any_other() -> None:
     slope = torch.tensor([1.0, -2.0, 0.5])
     actual = linearize(lambda x: x[:, None] * slope, torch.linspace(-1, 1, 5))
     torch.testing.assert_close(actual.gram, torch.outer(slope, slope).expand(5, 3, 3), check_dtype=False)
+
+
+def test_a_network_that_squeezes_its_outputs_may_see_single_samples() -> None:
+    inputs, network = random(0, 5, 4), random_linear(1, num_classes=3, num_features=4)
+    squeezed = linearize(lambda x: network(x).squeeze(), inputs, chunk_size=2)  # two, two and one
+    assert_same(squeezed, linearize(network, inputs))
 
 
 @pytest.mark.parametrize(
@@ -186,33 +193,46 @@ def test_the_channels_of_input_std_are_dimension_one() -> None:
 # --- what it costs --------------------------------------------------------------------------------------------------
 
 
-def test_the_cost_is_one_forward_and_one_backward_pass_per_class_beside_a_peek_at_two_samples() -> None:
+def test_the_cost_is_one_forward_pass_and_one_backward_pass_per_class() -> None:
     model = Recorder(random_linear(0, num_classes=6, num_features=8))
     linearize(model, random(0, 11, 8))
-    assert model.record.batch_sizes == [2, 11]
+    assert model.record.batch_sizes == [11]
     assert model.record.num_input_backwards == 6
 
 
-def test_samples_pass_through_together_as_far_as_the_chunk_size_allows() -> None:
-    for chunk_size in (1, 5, 6, 12, 17, 18, 66, 1000):
-        model = Recorder(random_linear(0, num_classes=6, num_features=8))
-        linearize(model, random(0, 11, 8), chunk_size=chunk_size)
-        together = max(1, min(11, chunk_size // 6))
-        assert model.record.batch_sizes[0] == 2
-        assert max(model.record.batch_sizes[1:]) == together
-        assert len(model.record.batch_sizes) == 1 + -(-11 // together)
+@pytest.mark.parametrize("chunk_size", [1, 2, 3, 5, 6, 10, 11, 1000])
+def test_at_most_chunk_size_samples_pass_through_the_network_together(chunk_size: int) -> None:
+    model = Recorder(random_linear(0, num_classes=6, num_features=8))
+    linearize(model, random(0, 11, 8), chunk_size=chunk_size)
+    full, rest = divmod(11, chunk_size)
+    assert model.record.batch_sizes == [chunk_size] * full + [rest] * (rest > 0)
 
 
-@pytest.mark.parametrize(("num_classes", "chunk_size"), [(10, 3), (10, 10), (10, 40), (24, 12)])
-def test_memory_is_bounded_by_the_rows_of_the_chunk_size(num_classes: int, chunk_size: int) -> None:
+@pytest.mark.parametrize(
+    ("num_classes", "sizes"), [(6, [4, 10]), (32, [4, 4, 2]), (64, [4, 2, 2, 2, 2, 2]), (1000, [4, *[1] * 10])]
+)
+def test_default_chunks_follow_the_number_of_classes_which_the_first_pass_tells(
+    num_classes: int, sizes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs, network = random(0, 10, 8), random_linear(0, num_classes=num_classes, num_features=8)
+    expected = linearize(network, inputs)
+    monkeypatch.setattr(jacobian, "_DEFAULT_ELEMENTS", 32 * 4 * 8)  # four samples of 8 features and 32 classes
+    model = Recorder(network)
+    assert_same(linearize(model, inputs), expected)
+    assert model.record.batch_sizes == sizes
+    num_chunks = len(sizes) if num_classes == 32 else len(sizes) - 1  # otherwise the first pass has no backward pass
+    assert model.record.num_input_backwards == num_classes * num_chunks
+
+
+@pytest.mark.parametrize(("num_classes", "chunk_size"), [(10, 1), (10, 4), (24, 1)])
+def test_memory_is_bounded_by_the_jacobians_of_a_chunk(num_classes: int, chunk_size: int) -> None:
     num_features, row = 2**19, 4 * 2**19
-    inputs = random(0, 4 if chunk_size > num_classes else 1, num_features, dtype=torch.float32)
+    inputs = random(0, 4, num_features, dtype=torch.float32)
     model = nn.Linear(num_features, num_classes)
     with PeakMemory() as memory:
         linearize(model, inputs, chunk_size=chunk_size)
-    together = max(1, chunk_size // num_classes)
     # the Jacobian; inputs, gradients and differences of the samples that pass together; float64 blocks of 8 MiB
-    bound = (max(3, chunk_size) + 8 * together) * row + 3 * 2**23
+    bound = (num_classes + 8) * chunk_size * row + 3 * 2**23
     assert memory.peak <= bound
     assert memory.live == 0
 
@@ -226,9 +246,9 @@ def test_memory_grows_with_the_chunk_size_and_not_with_the_number_of_samples() -
             linearize(model, inputs, chunk_size=chunk_size)
         return memory.peak
 
-    assert peak(32, 20) <= 1.1 * peak(8, 20)
-    assert 1.5 * peak(32, 20) < peak(32, 40)
-    assert 8 * peak(32, 20) < peak(32, None)
+    assert peak(32, 2) <= 1.1 * peak(8, 2)
+    assert 1.5 * peak(32, 2) < peak(32, 4)
+    assert 8 * peak(32, 2) < peak(32, None)
 
 
 def test_the_global_random_state_is_not_consumed() -> None:

@@ -1,4 +1,4 @@
-"""The second linearisation: gaps of the input itself, gradients close to the boundary that the first one predicts."""
+"""The second linearisation: gaps of the input itself, with gradients close to the predicted boundary."""
 
 from dataclasses import replace
 from typing import Any
@@ -48,7 +48,7 @@ def expected_margins(
     fraction: float = 0.9,
     box: tuple[float, float] | None,
 ) -> Tensor:
-    """Sample by sample and pair by pair, in float64; with a box by bisection of what a perturbation achieves."""
+    """Margins sample by sample and pair by pair, in float64; with a box, by bisection over the perturbation size."""
 
     def distances(gaps: Tensor, gradients: Tensor, x: Tensor, y: int) -> Tensor:
         if box is None or norm == "l2":
@@ -172,6 +172,7 @@ def test_nothing_of_the_network_changes_and_it_costs_one_more_pass_than_the_firs
     num_first = recorder.record.num_input_backwards
     relinearize(recorder, inputs, first)
     assert recorder.record.num_input_backwards == 2 * num_first + 1
+    assert recorder.record.batch_sizes == [9, 9, 9]
     assert state_of(recorder) == before
     assert not any(recorder.record.any_training)
 

@@ -124,6 +124,6 @@ def test_chunks_change_nothing(chunk_size: int) -> None:
 
 
 @pytest.mark.parametrize("valid_range", [(1, 0), (0.5, 0.5), (0,), (0, float("nan"))])
-def test_a_range_that_is_none_is_refused(valid_range: tuple[float, float]) -> None:
+def test_an_invalid_range_is_refused(valid_range: tuple[float, float]) -> None:
     with pytest.raises(ValueError, match=r"`valid_range` to be \(low, high\) with low < high, but got"):
         linearize(nn.Linear(3, 2), torch.ones(4, 3), valid_range=valid_range)

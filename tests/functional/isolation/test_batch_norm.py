@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from lightning_robust.functional import linearize
-from lightning_robust.functional._isolation._batch_norm import affine_batch_norm
+from lightning_robust.functional._isolation.kernels import replaced_kernels
 from tests.helpers.recording import PeakMemory
 
 
@@ -51,7 +51,7 @@ def test_values_and_derivatives_of_every_order_are_those_of_torch(
         return [out, *first, *second]
 
     expected = derivatives()
-    with affine_batch_norm(norm.modules()):
+    with replaced_kernels(norm.modules()):
         actual = derivatives()
     for a, b in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
@@ -61,7 +61,7 @@ def test_values_and_derivatives_of_every_order_are_those_of_torch(
 def test_statistics_of_the_batch_are_left_to_torch() -> None:
     norm = nn.BatchNorm1d(3, dtype=torch.float64)
     x = random(6, 3)
-    with affine_batch_norm([norm]):
+    with replaced_kernels([norm]):
         trained = norm(x)
     torch.testing.assert_close(trained, (x - x.mean(dim=0)) / (x.var(dim=0, unbiased=False) + 1e-5).sqrt())
     assert norm.num_batches_tracked == 1
@@ -69,7 +69,7 @@ def test_statistics_of_the_batch_are_left_to_torch() -> None:
 
 def test_what_torch_refuses_is_refused() -> None:
     norm = layer(nn.BatchNorm2d)
-    with affine_batch_norm([norm]):
+    with replaced_kernels([norm]):
         for shape in ((5, 4), (5, 3, 2, 2)):
             with pytest.raises((ValueError, RuntimeError)):
                 norm(random(*shape))
@@ -82,7 +82,7 @@ def test_a_layer_with_a_forward_of_its_own_keeps_it() -> None:
 
     norm, x = layer(Doubled), random(5, 4)
     expected = norm(x)
-    with affine_batch_norm([norm]):
+    with replaced_kernels([norm]):
         assert torch.equal(norm(x), expected)
 
 

@@ -1,0 +1,212 @@
+"""The steps of measurements within a validation loop: begin, collect, measure, conclude."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import CombinedLoader
+from torch import Tensor
+
+from lightning_robust.callbacks.monitor import diagnostics
+from lightning_robust.callbacks.monitor.batches import read_batch
+from lightning_robust.callbacks.monitor.measurement import Measurement, Values
+from lightning_robust.callbacks.monitor.overhead import Times
+from lightning_robust.callbacks.monitor.reporting import Reporter
+from lightning_robust.callbacks.monitor.sample_collection import SampleCollector
+from lightning_robust.callbacks.monitor.sample_selection import LoaderShare
+from lightning_robust.callbacks.monitor.schedule import Schedule
+from lightning_robust.callbacks.monitor.status import JointStatus, in_words, synchronised
+from lightning_robust.callbacks.warn_once import WarnOnce
+from lightning_robust.metrics import ProbeMetric
+from lightning_robust.probe import Probe
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Which samples are measured, and how their batches are read (see the arguments of the monitor)."""
+
+    max_samples: int
+    dataloader_idx: int
+    seed: int
+    probe_fn: Callable[[LightningModule, Any], Probe] | None
+    probe_options: Mapping[str, Any]
+
+
+class MeasurementLoop:
+    """Makes the measurements of one monitor.
+
+    Args:
+        metrics: What to measure.
+        sampling: On which samples.
+        on_error: ``"warn"`` or ``"raise"``.
+        reporter: Logs the values.
+
+    Attributes:
+        schedule: When to measure; a run begins with a new one.
+        warnings: The sentences of this run.
+        incomplete: Whether something has failed in the last measurement.
+        per_sample: By key without the prefix, per-sample values of the last measurement.
+    """
+
+    def __init__(
+        self,
+        metrics: Sequence[ProbeMetric],
+        sampling: Sampling,
+        *,
+        on_error: Literal["warn", "raise"],
+        reporter: Reporter,
+    ) -> None:
+        self._metrics, self._sampling, self._on_error, self._reporter = metrics, sampling, on_error, reporter
+        self.schedule = Schedule(1, None)
+        self.warnings = WarnOnce()
+        self.incomplete = False
+        self.per_sample: dict[str, Tensor] = {}
+        self._unexamined = True
+        self._samples_at_once: int | None = None  # for which memory has lasted
+        self._measurement: Measurement | None = None  # in progress
+        self._targets: list[int] | None = None  # of the last measurement in `fit`
+
+    def begin_run(self, schedule: Schedule | None) -> None:
+        """Begin a new run; with a schedule, a new ``fit``."""
+        self._unexamined = True
+        self.warnings.forget()
+        if schedule is not None:
+            self.schedule, self._targets = schedule, None
+
+    def begin(self, trainer: Trainer) -> None:
+        """Begin a measurement, if one is due, possible and affordable."""
+        self._measurement = None
+        fitting, schedule, index = trainer.state.fn == TrainerFn.FITTING, self.schedule, self._sampling.dataloader_idx
+        if trainer.sanity_checking or (fitting and not schedule.is_due(trainer.current_epoch)):
+            return
+        loaders = CombinedLoader(trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders).flattened
+        obstacle = diagnostics.obstacle(trainer)
+        if obstacle is None and index >= len(loaders):
+            obstacle = diagnostics.no_such_loader(index, num_loaders=len(loaders))
+        if obstacle is not None:
+            self.warnings.once(obstacle)
+            return
+        with schedule.overhead.counted(as_cost=False):
+            if fitting and not schedule.is_affordable(lambda times: Times.largest(synchronised(times))):
+                return
+        schedule.overhead.begin_measurement()
+        with schedule.overhead.counted():
+            measurement = Measurement(self._metrics, on_error=self._on_error, samples_at_once=self._samples_at_once)
+            num_batches = trainer.num_test_batches if trainer.testing else trainer.num_val_batches
+            limit = num_batches[index] if isinstance(num_batches, list) else num_batches
+            measurement.last_batch = None if limit == math.inf else int(limit) - 1
+            measurement.attempt(lambda: self._choose(trainer, loaders[index], limit, measurement))
+            self._measurement = measurement
+
+    def _choose(self, trainer: Trainer, loader: Iterable[object], num_batches: float, measurement: Measurement) -> None:
+        """Choose the samples of this loader that will be measured."""
+        share, max_samples = LoaderShare.of(loader, num_batches=num_batches), self._sampling.max_samples
+        measurement.collector = SampleCollector(
+            share,
+            max_samples=max_samples,
+            rank=trainer.global_rank,
+            num_processes=trainer.world_size,
+            seed=self._sampling.seed,
+        )
+        self.warnings.once(*diagnostics.on_loader(share, max_samples=max_samples))
+
+    def collect(self, pl_module: LightningModule, batch: object, *, dataloader_idx: int) -> None:
+        """Copy the selected samples of a batch."""
+        measurement = self._measurement
+        if measurement is not None and dataloader_idx == self._sampling.dataloader_idx:
+            with self.schedule.overhead.counted():
+                measurement.attempt(lambda: self._collect(measurement, pl_module, batch))
+
+    def _collect(self, measurement: Measurement, pl_module: LightningModule, batch: object) -> None:
+        assert measurement.collector is not None
+        sampling = self._sampling
+        samples = read_batch(pl_module, batch, probe_fn=sampling.probe_fn, defaults=sampling.probe_options)
+        measurement.collector.add(samples)
+        if measurement.collector.irregular:
+            self.warnings.once(diagnostics.reservoir(sampling.max_samples))
+
+    def measure(self, pl_module: LightningModule, *, batch_idx: int, dataloader_idx: int) -> None:
+        """Measure after the last batch, on the weights that were validated: a later hook may exchange them."""
+        measurement = self._measurement
+        if measurement is not None and (dataloader_idx, batch_idx) == (
+            self._sampling.dataloader_idx,
+            measurement.last_batch,
+        ):
+            with self.schedule.overhead.counted():
+                measurement.update(pl_module, _device(pl_module), examine=self._examine)
+
+    def conclude(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Agree with the other processes and log: the same collectives on every process."""
+        measurement, self._measurement = self._measurement, None
+        share = self.schedule.take_share()
+        if measurement is not None:
+            with self.schedule.overhead.counted():
+                self._conclude(trainer, pl_module, measurement)
+        elif share is not None:
+            with self.schedule.overhead.counted(as_cost=False):
+                self.guard(lambda: self._reporter.log(pl_module, {"overhead": share}), "log its share of the time")
+
+    def _conclude(self, trainer: Trainer, pl_module: LightningModule, measurement: Measurement) -> None:
+        fitting = trainer.state.fn == TrainerFn.FITTING
+        if fitting:
+            self.schedule.last_epoch = trainer.current_epoch
+            measurement.attempt(lambda: self._compare(measurement))
+        measurement.update(pl_module, _device(pl_module), examine=self._examine)
+        status, values = measurement.conclude(times=lambda: self.schedule.overhead.times if fitting else Times())
+        self.incomplete = bool(status.failures)
+        samples_at_once = measurement.samples_at_once
+        if samples_at_once is not None and samples_at_once != self._samples_at_once:
+            self._samples_at_once = samples_at_once
+            self.warnings.once(diagnostics.out_of_memory(samples_at_once))
+        if status.disagree:
+            self.warnings.once(diagnostics.UNSHARED)
+        self.per_sample = {key: found for number in values for key, found in measurement.per_sample[number].items()}
+        if values:
+            self.guard(lambda: self._report(trainer, pl_module, values, status), "log a measurement")
+        if status.failures:
+            names = {number: type(metric).__name__ for number, metric in enumerate(self._metrics)}
+            self.warnings.warn(diagnostics.skipped(status.failures, names, epoch=trainer.current_epoch))
+
+    def _examine(self, probe: Probe) -> None:
+        """Once per run, warn of what gives the numbers another meaning than they seem to have."""
+        if self._unexamined:
+            self.warnings.once(*diagnostics.on_probe(probe))
+            self._unexamined = False
+
+    def _compare(self, measurement: Measurement) -> None:
+        """Warn if these are other samples than last time."""
+        if measurement.collector is not None:
+            before, self._targets = self._targets, measurement.collector.targets()
+            if before is not None and before != self._targets and not self.warnings.were(diagnostics.SHUFFLES):
+                self.warnings.once(diagnostics.OTHER_SAMPLES)
+
+    def _report(self, trainer: Trainer, pl_module: LightningModule, values: Values, status: JointStatus) -> None:
+        logged = self._reporter.report(trainer, pl_module, self._metrics, values, status)
+        prefix, measured = self._reporter.prefix, [self._metrics[number] for number in values]
+        self.warnings.once(*diagnostics.not_finite(logged, prefix=prefix))
+        if not self.warnings.were("The model "):  # then every number is in doubt
+            self.warnings.once(*diagnostics.on_values(measured, logged, prefix=prefix))
+
+    def abandon(self) -> None:
+        """Let go of the samples of a measurement that will not be finished."""
+        self._measurement = None
+
+    def guard(self, step: Callable[[], None], purpose: str) -> None:
+        """Take a step that must not end a run."""
+        try:
+            step()
+        except Exception as error:
+            if self._on_error == "raise":
+                raise
+            self.warnings.warn_here(f"RobustnessMonitor could not {purpose}: {in_words(error)}. The run goes on.")
+
+
+def _device(pl_module: LightningModule) -> torch.device:
+    """Where the states are kept: Metal has no float64, nor does it run several processes."""
+    return torch.device("cpu") if pl_module.device.type == "mps" else pl_module.device

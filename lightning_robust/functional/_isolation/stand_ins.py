@@ -1,0 +1,84 @@
+"""Tensors that take the place of a network's own while it is measured, so that nothing can reach the user's.
+
+Every parameter is replaced by a detached view of itself: no derivative can reach a weight or its ``.grad``. Small
+buffers, and small parameters that are not trained, are replaced by copies, because forward passes count and average in
+them; :mod:`~lightning_robust.functional._isolation.side_effects` guards the large ones, which are rarely written and
+would cost memory. Half-precision tensors become float32 copies, tensors born under inference mode ordinary ones. The
+user's own tensors are put back afterwards, untouched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_HALF = (torch.float16, torch.bfloat16)
+_SMALL = 2**16  # elements of a tensor that is copied rather than guarded
+_ORIGINAL = "_stands_in_for"
+
+
+def full_precision(tensor: Tensor) -> Tensor:
+    """Return ``tensor`` detached, in float32 if it was in half precision, and usable by autograd."""
+    tensor = tensor.detach()
+    if tensor.dtype in _HALF:
+        return tensor.float()
+    return tensor.clone() if tensor.is_inference() else tensor
+
+
+def original(parameter: Tensor) -> Tensor:
+    """The user's own tensor that a stand-in replaces, or the tensor itself."""
+    tensor: Tensor = getattr(parameter, _ORIGINAL, parameter)
+    return tensor
+
+
+def as_stand_in(tensor: Tensor, of: Tensor) -> Tensor:
+    """Mark ``tensor`` as standing in for ``of``, whose attributes it takes over."""
+    vars(tensor).update(vars(of))
+    setattr(tensor, _ORIGINAL, original(of))
+    return tensor
+
+
+@contextmanager
+def stand_in_tensors(modules: list[nn.Module]) -> Iterator[None]:
+    """Replace the parameters and buffers of ``modules``; tied tensors stay tied."""
+    stand_ins: dict[int, Tensor] = {}  # by identity of the originals
+    before: list[tuple[dict[str, Any], dict[str, Any]]] = []
+
+    def replace(tensors: dict[str, Any], stand_in: Callable[[Tensor], Tensor]) -> None:
+        before.append((tensors, dict(tensors)))
+        for name, tensor in before[-1][1].items():
+            if tensor is not None:
+                if id(tensor) not in stand_ins:
+                    stand_ins[id(tensor)] = stand_in(tensor)
+                tensors[name] = stand_ins[id(tensor)]
+
+    try:
+        for module in modules:
+            renormalises = getattr(module, "max_norm", None) is not None  # an embedding that writes into its weights
+            replace(module._parameters, _copied_parameter if renormalises else _parameter)
+            replace(module._buffers, _buffer)
+        yield
+    finally:
+        for tensors, originals in before:
+            for name in set(tensors.keys()) - originals.keys():  # registered by a forward pass
+                del tensors[name]
+            for name, tensor in originals.items():
+                tensors[name] = tensor
+
+
+def _parameter(parameter: Tensor) -> Tensor:
+    statistic = parameter.ndim < 2 and not parameter.requires_grad
+    return as_stand_in(_buffer(parameter) if statistic else full_precision(parameter), parameter)
+
+
+def _copied_parameter(parameter: Tensor) -> Tensor:
+    return as_stand_in(full_precision(parameter).clone(), parameter)
+
+
+def _buffer(tensor: Tensor) -> Tensor:
+    stand_in = full_precision(tensor)
+    return stand_in.clone() if tensor.numel() <= _SMALL else stand_in

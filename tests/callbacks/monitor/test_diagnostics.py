@@ -1,0 +1,120 @@
+"""What the monitor finds on the first samples of a run."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_robust import Probe
+from lightning_robust.callbacks.monitor.diagnostics import on_probe
+from tests.helpers.networks import NETWORKS, build, random
+from tests.helpers.recording import Recorder, state_of
+
+
+def find_flaws(probe: Probe) -> list[str]:
+    return [sentence for sentence in on_probe(probe) if sentence.startswith("The model")]
+
+
+def probe_of(model: Callable[[Tensor], Tensor]) -> Probe:
+    return Probe(model, random(0, 9, 12, dtype=torch.float32), torch.arange(9) % 6)
+
+
+class Noisy(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(nn.functional.dropout(x, 0.2, training=True))
+
+
+def batch_normalised(x: Tensor) -> Tensor:
+    return (x - x.mean(dim=0)) / (x.std(dim=0) + 1e-5)
+
+
+def pairwise(x: Tensor) -> Tensor:
+    """Similarities within the batch, as contrastive losses make them."""
+    return (x @ x.roll(1, 0).T)[:, :3] if len(x) > 2 else x[:, :3]
+
+
+@pytest.mark.parametrize(
+    ("model", "sentence"),
+    [
+        (lambda x: x.softmax(dim=1), "returns probabilities"),
+        (lambda x: torch.stack([x[:, 0].sigmoid(), 1 - x[:, 0].sigmoid()], dim=1), "returns probabilities"),
+        (Noisy(nn.Linear(12, 6)), "called twice"),
+        (batch_normalised, "mixes the samples"),
+        (pairwise, "mixes the samples"),
+    ],
+    ids=["softmax", "sigmoid", "dropout", "batch statistics", "similarities"],
+)
+def test_a_flaw_is_found(model: Callable[[Tensor], Tensor], sentence: str) -> None:
+    (flaw,) = find_flaws(probe_of(model))
+    assert sentence in flaw
+    assert flaw.startswith("The model")
+
+
+def test_several_flaws_are_all_found() -> None:
+    flaws = find_flaws(probe_of(lambda x: batch_normalised(x).softmax(dim=1)))
+    assert ["probabilities" in flaws[0], "mixes" in flaws[1]] == [True, True]
+
+
+@pytest.mark.parametrize("value", [-1.0, 0.0, 1.0])
+def test_mixing_is_found_whatever_the_first_sample_is(value: float) -> None:
+    probe = probe_of(batch_normalised)
+    probe.inputs[0] = value
+    assert len(find_flaws(probe)) == 1
+
+
+@pytest.mark.parametrize("num_samples", [1, 2, 9, 20])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_network_that_keeps_the_rules_has_no_flaws(name: str, num_samples: int) -> None:
+    assert find_flaws(Probe(*build(name, num_samples=num_samples))) == []
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        lambda x: x.log_softmax(dim=1),
+        lambda x: x.relu(),
+        lambda x: 0 * x,
+        lambda x: 1e-6 * x,
+        lambda x: 200 * x,
+        lambda x: x.softmax(dim=1).cumsum(dim=1),
+        lambda x: x - x.mean(dim=1, keepdim=True) + 1 / 12,
+    ],
+    ids=["log_softmax", "non-negative", "zero", "tiny", "large", "rows of other sums", "rows that sum to 1"],
+)
+def test_unusual_logits_are_no_flaw(model: Callable[[Tensor], Tensor]) -> None:
+    assert find_flaws(probe_of(model)) == []
+
+
+def test_looking_for_flaws_takes_a_few_passes_of_a_few_samples_and_changes_nothing() -> None:
+    model, inputs, targets = build("cnn_batchnorm", num_samples=20)
+    recorder, given = Recorder(model).train(), inputs.clone()
+    before = state_of(recorder)
+    with torch.inference_mode():
+        find_flaws(Probe(recorder, given, targets))
+    assert recorder.record.batch_sizes == [8, 8, 8]
+    assert state_of(recorder) == before
+    assert torch.equal(given, inputs)
+
+
+def test_integer_inputs_are_refused_with_a_way_out() -> None:
+    with pytest.raises(TypeError, match=r"embeddings.*`probe_fn`"):
+        find_flaws(Probe(nn.Identity(), torch.ones(3, 4, dtype=torch.long), torch.tensor([0, 1, 2])))
+
+
+def test_a_forward_pass_that_stops_gradients_is_found() -> None:
+    """Without gradients every margin is infinite: the network would look perfectly robust."""
+    model, inputs, targets = build("mlp")
+
+    def frozen(x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            return model.eval()(x)
+
+    with pytest.raises(ValueError, match="every number would claim perfect robustness"):
+        find_flaws(Probe(frozen, inputs, targets))
+    constant = torch.randn(6, generator=torch.Generator().manual_seed(0))
+    assert find_flaws(Probe(lambda x: constant.expand(len(x), 6), inputs, targets)) == []
