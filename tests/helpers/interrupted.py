@@ -21,7 +21,7 @@ CASES: dict[str, dict[str, Any]] = {  # settings of the Trainer
     "every second epoch": {"check_val_every_n_epoch": 2},
 }
 KILLED_IN = {"once per epoch": 8, "twice per epoch": 4, "every second epoch": 8}  # epochs
-CADENCE = 3  # epochs from one measurement to the next: most validations see an old value
+CADENCE = 3  # epochs between measurements, so that most validations see an old value
 PATIENCE = 5
 MAX_EPOCHS = 60
 
@@ -56,7 +56,7 @@ class Diary(Callback):
 
 
 class Killer(Callback):
-    """SIGKILL in the middle of an epoch: nothing is cleaned up."""
+    """Kills the process by SIGKILL in the middle of an epoch, so that nothing is cleaned up."""
 
     def __init__(self, epoch: int) -> None:
         self.epoch = epoch
@@ -86,7 +86,7 @@ def run(root: Path, case: str, name: str, killed_in: int | None = None, resumed:
         **CASES[case],
     ).fit(
         Repeatable(classifier().network),
-        loader(ConcatDataset([samples(30)] * 4), batch_size=30),  # a resumed epoch begins with the first batch again
+        loader(ConcatDataset([samples(30)] * 4), batch_size=30),  # a resumed epoch starts from the first batch
         loader(samples(60, seed=1)),
         ckpt_path=str(root / name / "last.ckpt") if resumed else None,
         weights_only=True,

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 
 class Record:
-    """Notes, in an object of its own: what a forward pass writes to attributes of a module is taken back."""
+    """Notes outside of the module: measurements revert what a forward pass writes to module attributes."""
 
     def __init__(self) -> None:
         self.batch_sizes: list[int] = []
@@ -25,7 +25,7 @@ class Record:
 
 
 class Recorder(nn.Module):
-    """A network that notes every pass through it."""
+    """A network that records every forward pass."""
 
     def __init__(self, model: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ class Recorder(nn.Module):
 
 
 def state_of(model: nn.Module) -> dict[str, object]:
-    """Everything a measurement must leave as it was, in a form that ``==`` compares bit by bit."""
+    """Everything that a measurement must leave unchanged, in a form that ``==`` compares bit by bit."""
     state: dict[str, object] = {name: module.training for name, module in model.named_modules()}
     for name, module in model.named_modules(remove_duplicate=False):
         for key, tensor in (*module._parameters.items(), *module._buffers.items()):
@@ -78,7 +78,7 @@ class PeakMemory(TorchDispatchMode):
         storage = tensor.untyped_storage()
         if storage._cdata in self._known:
             return
-        size = storage.nbytes() if created else 0  # what existed before does not count
+        size = storage.nbytes() if created else 0  # tensors that existed before do not count
         self._known.add(storage._cdata)
         self.live += size
         self.peak = max(self.peak, self.live)
@@ -90,11 +90,11 @@ class PeakMemory(TorchDispatchMode):
 
 
 class Traffic(TorchDispatchMode):
-    """Counts what this process sends to others inside it.
+    """Counts what this process sends to others while the context is active.
 
     Attributes:
-        calls: How often, by the name of the collective.
-        bytes_sent: What it put into them, likewise.
+        calls: Number of calls, by name of the collective.
+        bytes_sent: Bytes of the tensors passed to them, by name of the collective.
     """
 
     def __init__(self) -> None:
@@ -108,6 +108,6 @@ class Traffic(TorchDispatchMode):
         if func.namespace == "c10d":
             name = func._schema.name.removeprefix("c10d::")
             self.calls[name] += 1
-            sent = args[1] if "gather" in name else args[0]  # gathering names where to put the result first
+            sent = args[1] if "gather" in name else args[0]  # gathering collectives take the output first
             self.bytes_sent[name] += sum(tensor.nbytes for tensor in tree_leaves(sent) if isinstance(tensor, Tensor))
         return func(*args, **(kwargs or {}))

@@ -19,7 +19,7 @@ CLOCKS = {"robust/seconds", "robust/overhead"}  # keys whose values differ betwe
 
 
 class Classifier(LightningModule):
-    """A CNN with everything that a careless callback would disturb: BatchNorm and dropout."""
+    """A CNN with the layers that a careless callback disturbs: BatchNorm and dropout."""
 
     def __init__(self, network: nn.Module | None = None) -> None:
         super().__init__()
@@ -100,7 +100,7 @@ class History(Callback):
 
 @contextmanager
 def robustness_warnings() -> Iterator[list[str]]:
-    """Collect the messages of our warnings; other warnings keep their meaning."""
+    """Collect the messages of this package's warnings; other warnings are raised as usual."""
     messages: list[str] = []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", RobustnessWarning)

@@ -1,4 +1,4 @@
-"""What every metric must do, on one process and on several."""
+"""What every metric must do, in one process and in several."""
 
 import copy
 import pickle
@@ -49,7 +49,7 @@ def measured(name: str, sizes: list[int]) -> dict[str, Tensor]:
     return metric.compute()
 
 
-Found = tuple[dict[str, Tensor], dict[str, Tensor]]  # values, and what lies behind them
+Found = tuple[dict[str, Tensor], dict[str, Tensor]]  # values, and values per sample
 
 
 def measured_by_process(rank: int, sizes: list[int]) -> dict[str, Found]:

@@ -127,7 +127,7 @@ def test_validate_reproduces_the_last_logged_values_from_the_checkpoint(tmp_path
 
 def test_trainer_test_measures_too(tmp_path: Path) -> None:
     (values,) = trainer(RobustnessMonitor(on_error="raise"), root=tmp_path).test(classifier(), loader(), verbose=False)
-    assert set(values) == DOCUMENTED - {"robust/overhead"} | {"test_acc"}  # a share of the time of `fit`
+    assert set(values) == DOCUMENTED - {"robust/overhead"} | {"test_acc"}  # the share refers to the time of `fit`
 
 
 def test_the_same_subset_and_values_for_any_batch_size(tmp_path: Path) -> None:

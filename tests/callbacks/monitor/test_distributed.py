@@ -75,7 +75,7 @@ def validate_all(rank: int, root: Path, num_processes: int) -> dict[str, dict[st
 
 @pytest.fixture(scope="module")
 def values(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, dict[str, float]]]]:
-    """By the number of processes, then the process, then the loader."""
+    """Values by number of processes, then process, then loader."""
     root = tmp_path_factory.mktemp("values")
     together = {count: processes.run(validate_all, count, root, count) for count in (2, 3)}
     return {1: [validate_all(0, root, 1)]} | together

@@ -1,4 +1,4 @@
-"""Whatever goes wrong inside a measurement: a clear sentence, and the run goes on."""
+"""Whatever goes wrong inside a measurement, a warning names the cause and training goes on."""
 
 from collections.abc import Callable
 from contextlib import redirect_stderr
@@ -34,7 +34,7 @@ Loader = Callable[[], Any]
 
 
 class Quiet(Classifier):
-    """Trains, and leaves its validation batches alone, whatever they are."""
+    """Trains, and accepts any validation batch without looking at it."""
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         self.log("val_acc", 1.0, batch_size=1)
@@ -318,7 +318,7 @@ def test_the_caveat_about_noisy_curvature_is_the_same_at_every_measurement() -> 
 
 
 class Once(torch.autograd.Function):
-    """The square, by a backward pass of which no derivative exists."""
+    """The square, with a backward pass that cannot be differentiated."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -395,7 +395,7 @@ def test_a_function_that_calls_the_module_is_measured_on_the_module_s_weights(tm
 
     results = []
     for options in ({"probe_fn": probe}, {}):
-        torch.manual_seed(0)  # of dropout
+        torch.manual_seed(0)  # for dropout
         messages, rows = fit(classifier(), loader(), tmp_path, **options)
         assert messages == []
         results.append([{key: value for key, value in row.items() if key not in CLOCKS} for row in rows])
@@ -432,7 +432,7 @@ def test_an_interrupt_inside_a_measurement_passes_through(tmp_path: Path) -> Non
 
 
 def test_two_monitors_that_log_the_same_keys_are_refused(tmp_path: Path) -> None:
-    """Lightning does it, by the key under which their states are saved."""
+    """Lightning refuses them, because they would save their states under one key."""
     with pytest.raises(RuntimeError, match="more than one stateful callback of type `RobustnessMonitor`"):
         trainer(RobustnessMonitor(), RobustnessMonitor(seed=1), root=tmp_path)
 

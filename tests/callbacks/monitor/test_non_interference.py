@@ -71,7 +71,7 @@ def everything() -> list[ProbeMetric]:
 
 
 class Witness(Callback):
-    """Notes everything that a guest must not change, at the end of every epoch, validation and run."""
+    """Records all state that a callback must not change, at the end of every epoch, validation and run."""
 
     def __init__(self) -> None:
         self.testimony: list[dict[str, str]] = []
@@ -208,7 +208,7 @@ class Manual(Classifier):
 
 
 class WithMetrics(Classifier):
-    """Metrics as submodules: one that is logged as an object, one that every forward pass updates."""
+    """Two metrics as submodules: one is logged as an object, every forward pass updates the other."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -310,8 +310,8 @@ class Setting:
     options: dict[str, Any] = field(default_factory=dict)
     callbacks: Callable[[], list[Callback]] = list
     script: Callable[[Trainer, LightningModule], None] = fit
-    says: str = "(?!)"  # what the monitor, and
-    warns: str = "(?!)"  # Lightning or torch say about it
+    says: str = "(?!)"  # warnings of the monitor
+    warns: str = "(?!)"  # warnings of Lightning or torch
 
     def run(self, root: Path, *, monitored: bool) -> list[dict[str, str]]:
         """Train with everything seeded, and return what the witness saw."""
@@ -520,12 +520,12 @@ def test_a_network_keeps_the_same_values_as_without_the_monitor(tmp_path: Path, 
 
 
 class Interrupting(nn.Module):
-    """A network that is interrupted in one of the forward passes in which it is measured."""
+    """Interrupts one of the forward passes of a measurement."""
 
     def __init__(self, network: nn.Module, after: int) -> None:
         super().__init__()
         self.network = network
-        self.after, self.passes = after, itertools.count()  # what a list counts would be taken back
+        self.after, self.passes = after, itertools.count()  # a count in a list would be reverted
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training and torch.is_grad_enabled() and next(self.passes) == self.after:
@@ -560,7 +560,7 @@ class Before(Callback):
 
 
 def things(module: LightningModule) -> dict[str, object]:
-    """Of a module, bits and identities."""
+    """Bits and identities of everything in a module."""
     state = state_of(module)
     for name, submodule in module.named_modules():
         state[f"{name} is"] = type(submodule)
@@ -569,7 +569,7 @@ def things(module: LightningModule) -> dict[str, object]:
             kept = vars(submodule)[hooks]
             state[f"{name} {hooks}"] = id(kept), [(key, id(hook)) for key, hook in kept.items()]
         for key, value in vars(submodule).items():
-            if isinstance(value, list) and key != "_flat_weight_refs":  # made anew whenever Lightning moves a module
+            if isinstance(value, list) and key != "_flat_weight_refs":  # recreated whenever Lightning moves a module
                 state[f"{name} keeps {key}"] = [id(item) for item in value]
     return state
 

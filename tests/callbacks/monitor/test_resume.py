@@ -1,4 +1,4 @@
-"""A run that was killed and resumed logs, and stops, as one that was not."""
+"""A run that was killed and resumed logs and stops like an uninterrupted one."""
 
 import json
 import signal
@@ -34,7 +34,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def diary(path: Path) -> dict[int, dict[str, Any]]:
-    """The last line of each step: Lightning repeats the validation after which it saved, and stops after the last."""
+    """The last line of each step, because Lightning repeats the validation after which it saved."""
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     return {line["step"]: line for line in lines}
 

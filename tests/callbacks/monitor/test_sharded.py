@@ -1,4 +1,4 @@
-"""Training whose weights are spread over processes: measured under `fully_shard`, refused in a sentence elsewhere."""
+"""Sharded training is measured under `fully_shard`; other strategies get one warning and no measurements."""
 
 import warnings
 from pathlib import Path
@@ -57,7 +57,7 @@ class Fails(Sharded):
 
 
 class Talks(Sharded):
-    """Has its own collectives between the last validation batch and the end of the validation."""
+    """Issues its own collectives between the last validation batch and the end of validation."""
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         self.log("val_loss", self(batch[0]).sum(), sync_dist=True)

@@ -1,4 +1,4 @@
-"""The monitor under the settings of a Trainer, and its metrics without one."""
+"""The monitor under all settings of a Trainer, and its metrics without a Trainer."""
 
 import copy
 import itertools
@@ -67,20 +67,20 @@ def monitor(**options: Any) -> RobustnessMonitor:
     return RobustnessMonitor(**{"on_error": "raise"} | options)
 
 
-# ---- a fit, in all the ways of a Trainer -----------------------------------------------------------------------------
+# ---- fit, under all settings of a Trainer ----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A run, and how many samples every one of its measurements has."""
+    """A run, and the number of samples in each of its measurements."""
 
     num_samples: list[int]
     options: dict[str, Any] = field(default_factory=dict)
     val_loader: Callable[[], Any] = loader
     model: Callable[[], LightningModule] = classifier
     monitor: dict[str, Any] = field(default_factory=dict)
-    says: str = "(?!)"  # once, by the monitor
-    warns: str = "(?!)"  # by Lightning
+    says: str = "(?!)"  # the one warning of the monitor
+    warns: str = "(?!)"  # warnings of Lightning
 
 
 class Stream(IterableDataset):
@@ -365,7 +365,7 @@ def test_a_module_can_bring_its_monitor(tmp_path: Path) -> None:
         def configure_callbacks(self) -> list[Callback]:
             return [monitor(max_samples=20)]
 
-    run = trainer(monitor(max_samples=50), root=tmp_path)  # whose place it takes
+    run = trainer(monitor(max_samples=50), root=tmp_path)  # which the module's monitor replaces
     run.fit(Bringing(), loader(), loader())
     assert measured(run)["robust/num_samples"] == 20
 
@@ -423,7 +423,7 @@ def test_one_of_loaders_that_yield_together_is_measured_by_a_probe_fn(tmp_path: 
     assert measured(run)["robust/num_samples"] == expected[mode]
 
 
-# ---- processes that are started otherwise ----------------------------------------------------------------------------
+# ---- other ways of starting processes --------------------------------------------------------------------------------
 
 
 class Leaving(Callback):
@@ -541,7 +541,7 @@ def test_a_plain_training_loop_is_not_disturbed_by_metrics_inside_it() -> None:
         optimizer = torch.optim.SGD(model.parameters(), 0.1)
         for x, y in loader(shuffle=True):
             nn.functional.cross_entropy(model(x), y).backward()
-            if metrics is not None:  # amid a step, in train mode
+            if metrics is not None:  # in the middle of a step, in train mode
                 metrics.update(Probe(model, x[:8], y[:8]))
             optimizer.step()
             optimizer.zero_grad()

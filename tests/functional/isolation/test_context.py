@@ -1,4 +1,4 @@
-"""Whatever state a network and the caller are in, it is measured as its plain float32 copy, and left as it was."""
+"""In any state of network and caller, a network is measured like its float32 copy and left unchanged."""
 
 import copy
 import functools
@@ -75,7 +75,7 @@ def test_the_forward_pass_runs_in_eval_mode_without_gradients_of_weights() -> No
 
 
 class Failing(nn.Module):
-    """Fails at the given call, after having written to its buffer."""
+    """Writes to its buffer and fails at the given call."""
 
     def __init__(self, model: nn.Module, at_call: int) -> None:
         super().__init__()
@@ -103,7 +103,7 @@ def test_an_exception_in_the_network_passes_through_and_leaves_it_as_it_was(at_c
 
 
 class Counting(nn.Module):
-    """Counts its calls in buffers, in place and not, and keeps a table that it fills at its first call."""
+    """Counts its calls in two buffers, one updated in place and one replaced."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Networks that are spread over processes: gathered once, or refused in a sentence."""
+"""Sharded networks are gathered once, or refused with an error that says what to do."""
 
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +18,7 @@ on_cpu = pytest.mark.skipif(not processes.CAN_SHARD, reason=f"torch {torch.__ver
 
 
 def sharded(how: str) -> nn.Module:
-    """The network of all tests, spread over the processes of the group."""
+    """The network of these tests, sharded over the processes of the group."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
@@ -44,7 +44,7 @@ def measures(network: nn.Module, *, size: int) -> dict[str, Tensor]:
 
 
 def measure_sharded(rank: int, how: str) -> tuple[dict[str, Tensor], bool, bool]:
-    """Values on this process's own samples; whether the network is as before, and still trains as it did."""
+    """Values on the samples of this process, whether the network is unchanged, and whether it trains unchanged."""
     network = sharded(how)
     _, inputs, targets = build("mlp")
     with torch.no_grad():  # leaves the weights of the outermost group gathered
@@ -52,7 +52,7 @@ def measure_sharded(rank: int, how: str) -> tuple[dict[str, Tensor], bool, bool]
     objects = {name: id(module) for name, module in network.named_modules()}
     hooks = {name: list(module._forward_pre_hooks) for name, module in network.named_modules()}
     with gathered_weights(network):
-        values = measures(network, size=9 - 6 * rank)  # another number of passes on each process
+        values = measures(network, size=9 - 6 * rank)  # each process makes another number of passes
     same = objects == {name: id(module) for name, module in network.named_modules()}
     same &= hooks == {name: list(module._forward_pre_hooks) for name, module in network.named_modules()}
     same &= all(type(p).__name__ == "DTensor" for p in network.parameters())
@@ -61,7 +61,7 @@ def measure_sharded(rank: int, how: str) -> tuple[dict[str, Tensor], bool, bool]
     for model in (network, sharded(how)):
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         for _ in range(2):
-            torch.manual_seed(0)  # of dropout
+            torch.manual_seed(0)  # for dropout
             loss = nn.functional.cross_entropy(model(inputs).float(), targets)
             loss.backward()
             optimizer.step()
@@ -161,7 +161,7 @@ def test_nothing_happens_to_an_ordinary_network() -> None:
 @pytest.mark.parametrize("marker", ["ds_id", "FullyShardedDataParallel"])
 def test_other_ways_of_spreading_weights_are_named(marker: str) -> None:
     network, inputs, _ = build("mlp")
-    if marker == "ds_id":  # what DeepSpeed's ZeRO-3 gives to each parameter
+    if marker == "ds_id":  # DeepSpeed ZeRO-3 marks each parameter so
         network[0].weight.ds_id = 0
         name = "DeepSpeed ZeRO-3"
     else:

@@ -1,4 +1,4 @@
-"""Bad input is refused with one sentence that names the argument, what was expected and what came."""
+"""Errors about bad input name the argument, what was expected and what was given."""
 
 from collections.abc import Callable
 from typing import Any
