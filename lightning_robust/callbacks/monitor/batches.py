@@ -10,9 +10,11 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
+from torchmetrics import Metric
 
 from lightning_robust.callbacks.monitor.muted_logging import muted_logging
 from lightning_robust.functional._isolation.context import owner_of
+from lightning_robust.functional._isolation.side_effects import side_effects_reverted
 from lightning_robust.functional._validation.arguments import as_number, as_numbers
 from lightning_robust.probe import Probe, check_samples
 
@@ -96,7 +98,8 @@ def read_batch(
         inputs, targets = _inputs_and_targets(batch)
         check_samples(inputs, targets, loss_fn=defaults.get("loss_fn"))
         return Batch(inputs, targets, {"model": pl_module, **defaults})
-    with muted_logging(pl_module):
+    metrics = [inner for module in pl_module.modules() if isinstance(module, Metric) for inner in module.modules()]
+    with muted_logging(pl_module), side_effects_reverted(metrics):
         probe: object = probe_fn(pl_module, batch) if probe_fn is not None else method(batch)  # type: ignore[misc]
     if not isinstance(probe, Probe):
         raise MisconfigurationException(

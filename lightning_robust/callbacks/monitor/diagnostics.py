@@ -169,24 +169,25 @@ def on_probe(probe: Probe) -> list[str]:
     """
     check_inputs(probe.inputs)
     x = full_precision(probe.inputs[:_EXAMINED])
-    outputs, has_gradient = _outputs_and_gradient(probe, x)
-    return [*_about_model(probe, x, outputs, has_gradient=has_gradient), *_about_classes(outputs), *_about_units(probe)]
-
-
-def _outputs_and_gradient(probe: Probe, x: Tensor) -> tuple[Tensor, bool]:
-    """Outputs without a graph, and whether any gradient of theirs with respect to the inputs differs from zero."""
     with differentiable(probe.model):
         leaf = x.clone().requires_grad_()
         outputs = outputs_of(probe.model, leaf)
-        if not outputs.requires_grad:
-            return outputs, False
-        # random weights: outputs that always add up to the same have a gradient, too
-        weights = torch.rand(outputs.shape, generator=torch.Generator().manual_seed(0)).to(outputs)
-        (gradient,) = torch.autograd.grad((weights * outputs).sum(), leaf, materialize_grads=True)
-        return outputs.detach(), bool(gradient.any())
+        has_gradient = outputs.requires_grad and _has_gradient(outputs, leaf)
+        with torch.no_grad():  # in the same context: a network that remembers its last pass shows it
+            again = outputs_of(probe.model, x)
+    sentences = _about_model(probe, x, outputs.detach(), again, has_gradient=has_gradient)
+    return [*sentences, *_about_classes(outputs), *_about_units(probe)]
 
 
-def _about_model(probe: Probe, x: Tensor, outputs: Tensor, *, has_gradient: bool) -> list[str]:
+def _has_gradient(outputs: Tensor, leaf: Tensor) -> bool:
+    """Whether any gradient of the outputs differs from zero."""
+    # random weights: outputs that always add up to the same have a gradient, too
+    weights = torch.rand(outputs.shape, generator=torch.Generator().manual_seed(0)).to(outputs)
+    (gradient,) = torch.autograd.grad((weights * outputs).sum(), leaf, materialize_grads=True)
+    return bool(gradient.any())
+
+
+def _about_model(probe: Probe, x: Tensor, outputs: Tensor, again: Tensor, *, has_gradient: bool) -> list[str]:
     are_logits = outputs.ndim == 2 and outputs.shape[1] > 1
     flaws = []
     if are_logits and outputs.min() >= 0 and torch.allclose(outputs.sum(dim=1), outputs.new_ones(()), atol=1e-3):
@@ -195,7 +196,7 @@ def _about_model(probe: Probe, x: Tensor, outputs: Tensor, *, has_gradient: bool
             " be applied twice and every number is wrong. Return the values before softmax."
         )
     tolerance = 1e-4 * outputs.abs().max()
-    if (probe.outputs(x) - outputs).abs().max() > tolerance:
+    if (again - outputs).abs().max() > tolerance:
         flaws.append(
             "The model returns other outputs when it is called twice on the same inputs, even in eval mode, so the"
             " numbers are partly noise. Look for random layers that ignore eval mode, such as `F.dropout(x)` without"

@@ -4,19 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from copy import copy
-from typing import Any
 
 from lightning.pytorch import LightningModule
-from torch import Tensor
-from torchmetrics import Metric
 
 
 @contextmanager
 def muted_logging(pl_module: LightningModule) -> Iterator[None]:
-    """Silence ``self.log`` of the module, and restore the states of its torchmetrics afterwards."""
-    saved = [(metric, _copied(metric)) for metric in pl_module.modules() if isinstance(metric, Metric)]
-    silent: dict[str, Any] = {name: lambda *args, **kwargs: None for name in ("log", "log_dict")}
+    """Silence ``self.log`` and ``self.log_dict`` of the module."""
+    silent = {"log": _ignore, "log_dict": _ignore}
     shadowed = {name: vars(pl_module)[name] for name in silent if name in vars(pl_module)}
     vars(pl_module).update(silent)
     try:
@@ -25,11 +20,7 @@ def muted_logging(pl_module: LightningModule) -> Iterator[None]:
         for name in silent:
             del vars(pl_module)[name]
         vars(pl_module).update(shadowed)
-        for metric, state in saved:
-            vars(metric).update(state)
 
 
-def _copied(metric: Metric) -> dict[str, object]:
-    names = (*metric.metric_state, "_update_count", "_computed", "_forward_cache")
-    state = {name: vars(metric)[name] for name in names if name in vars(metric)}
-    return {name: value.clone() if isinstance(value, Tensor) else copy(value) for name, value in state.items()}
+def _ignore(*args: object, **kwargs: object) -> None:
+    """Do nothing, in place of ``self.log``."""

@@ -1,18 +1,21 @@
-"""Reverts what forward passes do to a user's network besides returning outputs.
+"""Reverts what passes through a user's network do besides returning outputs and gradients.
 
 Passes cache features, count, fill tables on demand, append to lists and draw random numbers. All of it is reverted
 after each measurement function, so that numbers do not depend on what was measured before, and nothing else is:
 
 - **Attributes, buffers, submodules and containers** are compared by identity, and put back where they differ.
-- **Tensors**, wherever they are kept, are guarded by copies that are made the moment a pass is about to write to them.
-  The first pass runs under a dispatch mode that sees every operator whose schema writes to an argument. So a tensor
-  that passes do not write to is never copied and never written to: predictions kept in a list, memory-mapped tables,
-  tensors that other threads write to. A tensor that only some later pass writes to goes unnoticed.
-- **NumPy arrays** have no such operators. Small writable ones are replaced by copies for the time being.
-- **Random generators** are set back to the state that they had.
+- **Tensors** in any of these are copied the moment a pass is about to write to them: forward passes, and the first
+  backward pass, run under a dispatch mode that sees every operator whose schema writes to an argument. Tensors that
+  passes do not write to are never copied and never written to: predictions kept in a list, memory-mapped tables,
+  tensors that other threads write to.
+- **NumPy arrays** have no such operators. Small ones that nothing else holds are replaced by copies for the time being.
+- **Random generators** are set back.
 
-What it does not look into: objects of other classes, arrays of more than 2¹⁶ elements or in tuples, containers of more
-than 10,000 items inside others.
+It does not revert what passes do to objects of other classes, to storages of more than 2²⁶ bytes, to a tensor through
+NumPy, from a thread of their own or in later backward passes, or to arrays that are large, views, in tuples, or held by
+something else, too.
+
+Cost: some microseconds per operator of a forward pass.
 """
 
 from __future__ import annotations
@@ -21,190 +24,237 @@ import random
 import sys
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from functools import partial
+from contextlib import ExitStack, contextmanager
+from functools import cache, partial
 from operator import is_
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, UntypedStorage, nn
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-T = TypeVar("T")
 _INTERNALS = frozenset(vars(nn.Module()))
 _CONTAINERS = (dict, list, set, deque)
 _MANY_ITEMS = 10_000  # a container of more holds data rather than what a forward pass keeps
-_SMALL_ARRAY, _SMALL_ARRAYS = 2**16, 2**20  # elements of an array that is copied, and of all of them together
+_LARGE_STORAGE = 2**26  # bytes
+_LARGE_ARRAY, _LARGE_ARRAYS = 2**20, 2**22  # elements of one, and of all of them together
 _UNDECLARED_WRITES = frozenset({"running_mean", "running_var"})  # of batch normalisation in train mode
 
 
-class SideEffects:
+class SideEffects(TorchDispatchMode):
     """A record of modules' attributes, and of what is kept in them, to which they can be set back."""
 
+    supports_higher_order_operators = True
+
     def __init__(self, modules: list[nn.Module]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
         self.modules = {id(module) for module in modules}
-        self.written: dict[int, tuple[UntypedStorage, UntypedStorage]] = {}  # and what it held before, by identity
+        containers = list(_with_containers(value for module in modules for value in _attributes(module).values()))
+        self._arrays = _ArrayCopies(modules, containers)
+        self._contents: dict[int, tuple[UntypedStorage, UntypedStorage]] = {}  # of storages that passes write to
+        self.backward_seen = False
+        self._guarded = dict(_storages(_values(modules, containers)))  # held, so that no other has their identity
         self._steps: list[Callable[[], object]] = []
-        self._arrays = _ArrayCopies(modules)
         for module in modules:
             for attributes in (vars(module), module._buffers, module._modules):
                 # those of a scripted module are not dictionaries
                 self._steps.append(partial(_assign, attributes, dict(attributes.items())))
-            own = [value for key, value in vars(module).items() if key not in _INTERNALS]
-            self._steps += [
-                partial(_refill, value, _contents(value)) for value in own if isinstance(value, _CONTAINERS)
-            ]
-            self._steps += _steps_within(own)
+        mutable = [container for container in containers if not isinstance(container, tuple)]
+        self._steps += [partial(_refill, container, _contents(container)) for container in mutable]
+        self._steps += _generator_steps(_values(modules, containers))
 
     def revert(self) -> None:
-        """Undo what passes have done so far."""
-        for step in reversed(self._steps):
-            step()
-        for storage, contents in self.written.values():
-            storage.copy_(contents)
-        self._arrays.refresh()
+        """Undo what passes have done so far; where one step fails, the others are taken."""
+        self.backward_seen = False
+        with ExitStack() as steps:
+            steps.callback(self._arrays.refresh)
+            for step in self._steps:
+                steps.callback(step)
+            for storage, contents in self._contents.values():
+                if storage.nbytes() == contents.nbytes():  # otherwise it is a workspace that passes resize
+                    steps.callback(storage.copy_, contents)
 
     def close(self) -> None:
         """Revert, and put the user's own arrays back."""
-        self.revert()
-        self._arrays.put_back()
-
-
-_records: list[SideEffects] = []  # of the contexts that are open, outermost first
-_watch_next_pass = False
-
-
-@contextmanager
-def side_effects_reverted(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Undo what forward passes inside have done, also to modules that an outer context looks after."""
-    global _watch_next_pass  # noqa: PLW0603
-    known = {module for record in _records for module in record.modules}
-    new = [module for module in modules if id(module) not in known]
-    if new:
-        _records.append(SideEffects(new))
-    _watch_next_pass = True
-    try:
-        yield
-    finally:
-        if new:
-            _records.pop().close()
-        for record in _records:
-            record.revert()
-        _watch_next_pass = True
-
-
-def call(function: Callable[..., T], *args: object) -> T:
-    """Make a forward pass; the first one in a context finds out to which tensors passes write."""
-    global _watch_next_pass  # noqa: PLW0603
-    if not _records or not _watch_next_pass:
-        return function(*args)
-    _watch_next_pass = False
-    with _CopiesBeforeWriting(_records[-1].written, args):
-        return function(*args)
-
-
-class _CopiesBeforeWriting(TorchDispatchMode):
-    """Copies each storage that was there before, the moment an operator is about to write to it."""
-
-    supports_higher_order_operators = True
-
-    def __init__(self, copies: dict[int, tuple[UntypedStorage, UntypedStorage]], own: object) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._copies = copies
-        self._new = {key: _weak(storage) for key, storage in _storages(own)}
+        try:
+            self.revert()
+        finally:
+            self._arrays.put_back()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        for value in _written_arguments(func, args, kwargs):
-            for key, storage in _storages(value):
-                if key not in self._new and key not in self._copies:
-                    self._copies[key] = storage, storage.clone()  # type: ignore[no-untyped-call]
-        outputs = func(*args, **kwargs)
-        given = {key for key, _ in _storages((args, kwargs))}
-        # a weak reference keeps the address, so that no later storage is taken for this one
-        self._new |= {key: _weak(s) for key, s in _storages(outputs) if key not in given and key not in self._new}
-        return outputs
+        for place, name in _written_arguments(func):
+            for key, storage in _storages(tree_leaves(args[place] if place < len(args) else kwargs.get(name))):
+                if key in self._guarded and key not in self._contents and storage.nbytes() <= _LARGE_STORAGE:
+                    self._contents[key] = storage, storage.clone()  # type: ignore[no-untyped-call]
+        return func(*args, **kwargs)
 
 
-def _weak(storage: UntypedStorage) -> StorageWeakRef:
-    return StorageWeakRef(storage)  # type: ignore[no-untyped-call]
-
-
-def _written_arguments(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[Any]:
-    """Values of the arguments to which an operator writes, by its schema."""
+@cache
+def _written_arguments(func: Any) -> tuple[tuple[int, str], ...]:
+    """Places and names of the arguments to which an operator writes, by its schema."""
     schema = getattr(func, "_schema", None)
-    for place, argument in enumerate(schema.arguments if schema is not None else ()):
-        declared = argument.alias_info is not None and argument.alias_info.is_write
-        if declared or argument.name in _UNDECLARED_WRITES:
-            yield args[place] if place < len(args) else kwargs.get(argument.name)
+    return tuple(
+        (place, argument.name)
+        for place, argument in enumerate(schema.arguments if schema is not None else ())
+        if (argument.alias_info is not None and argument.alias_info.is_write) or argument.name in _UNDECLARED_WRITES
+    )
 
 
-def _storages(values: object) -> Iterator[tuple[int, UntypedStorage]]:
-    """The storage of each tensor, by its identity; sparse and similar tensors have none."""
-    for tensor in tree_leaves(values):
-        if isinstance(tensor, Tensor) and tensor.layout == torch.strided and not tensor.is_meta:
+def _storages(values: Iterable[object]) -> Iterator[tuple[int, UntypedStorage]]:
+    """The storage of each tensor, by its identity; sparse, nested and similar tensors have none."""
+    for tensor in values:
+        if isinstance(tensor, Tensor) and tensor.layout == torch.strided and not (tensor.is_meta or tensor.is_nested):
             storage = tensor.untyped_storage()
             yield storage._cdata, storage
 
 
-class _ArrayCopies:
-    """Copies that take the places of small writable arrays, so that passes write to those."""
+_records: list[SideEffects] = []  # of the contexts that are open, outermost first
 
-    def __init__(self, modules: list[nn.Module]) -> None:
-        self._places: list[tuple[Any, Any, Any, Any]] = []  # container, key, array, copy
+
+@contextmanager
+def side_effects_reverted(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Undo what passes inside have done, also to modules that an outer context looks after."""
+    known = {module for record in _records for module in record.modules}
+    new = [module for module in modules if id(module) not in known]
+    with ExitStack() as stack:
+        for record in _records:
+            stack.callback(record.revert)
+        if new:
+            record = SideEffects(new)
+            stack.callback(record.close)
+            _records.append(record)
+            stack.callback(_records.pop)
+        yield
+
+
+@contextmanager
+def watched() -> Iterator[None]:
+    """Guard what a pass inside writes to; where nothing is to be reverted, do nothing."""
+    with ExitStack() as modes:
+        for record in _records:
+            modes.enter_context(record)
+        yield
+
+
+@contextmanager
+def watched_once() -> Iterator[None]:
+    """Guard what a backward pass inside writes to, the first time since side effects were reverted.
+
+    A mode that sees every operator costs some 10 % of the many backward passes, and few hooks write to anything.
+    """
+    unwatched = [record for record in _records if not record.backward_seen]
+    with ExitStack() as modes:
+        for record in unwatched:
+            record.backward_seen = True
+            modes.enter_context(record)
+        yield
+
+
+class _ArrayCopies:
+    """Copies that take the places of arrays, so that passes write to those.
+
+    Arrays stay where they are if they share memory or if something else holds them, too: passes would write to one and
+    read the other, and what other threads write would be lost.
+    """
+
+    def __init__(self, modules: list[nn.Module], containers: list[Any]) -> None:
+        self._copies: list[tuple[Any, Any, list[tuple[Any, Any]]]] = []  # array, copy, places
         numpy: Any = sys.modules.get("numpy")
-        left = _SMALL_ARRAYS
-        for container in _with_containers(vars(module) for module in modules) if numpy is not None else ():
-            items = dict.items(container) if isinstance(container, dict) else enumerate(container)
-            for key, value in list(items) if isinstance(container, dict | list) else ():
-                if type(value) is numpy.ndarray and value.flags.writeable and value.size <= min(left, _SMALL_ARRAY):
-                    left -= value.size
-                    self._places.append((container, key, value, value.copy()))
-        for container, key, _, copy in self._places:
-            _set_item(container, key, copy)
+        if numpy is None:
+            return
+        places: dict[int, list[tuple[Any, Any]]] = {}  # container and key, by the identity of the array
+        for container, key in _places(modules, containers):
+            value = _get(container, key)
+            if type(value) is numpy.ndarray and value.flags.writeable and value.flags.owndata:
+                places.setdefault(id(value), []).append((container, key))
+        if not places:
+            return
+        shared = {storage.data_ptr() for _, storage in _storages(_values(modules, containers))}
+        shared |= {id(value.base) for value in _values(modules, containers) if isinstance(value, numpy.ndarray)}
+        del value  # lest it count as a holder
+        left = _LARGE_ARRAYS
+        for identity, held in places.items():
+            array = _get(*held[0])
+            alone = sys.getrefcount(array) == len(held) + 2  # the variable, and the argument of the call
+            if alone and not shared & {identity, array.ctypes.data} and array.size <= min(left, _LARGE_ARRAY):
+                left -= array.size
+                self._copies.append((array, array.copy(), held))
+        for _, copy, held in self._copies:
+            _put(copy, held)
 
     def refresh(self) -> None:
-        for _, _, array, copy in self._places:
+        for array, copy, _ in self._copies:
             copy[...] = array
 
     def put_back(self) -> None:
-        for container, key, array, _ in self._places:
-            _set_item(container, key, array)
+        for array, _, held in self._copies:
+            _put(array, held)
 
 
-def _set_item(container: Any, key: Any, value: Any) -> None:
-    """Set an item by the method of the built-in class, past any override."""
-    (dict if isinstance(container, dict) else list).__setitem__(container, key, value)
+def _get(container: Any, key: Any) -> Any:
+    return _base(container).__getitem__(container, key)
+
+
+def _put(value: object, places: Iterable[tuple[Any, Any]]) -> None:
+    for container, key in places:
+        _base(container).__setitem__(container, key, value)
+
+
+def _base(container: Any) -> Any:
+    """The built-in class whose methods to use: those of a subclass may refuse."""
+    return next(kind for kind in _CONTAINERS if isinstance(container, kind))
+
+
+def _attributes(module: nn.Module) -> dict[str, Any]:
+    """The attributes that are neither parameters, buffers, submodules nor hooks."""
+    return {key: value for key, value in vars(module).items() if key not in _INTERNALS}
+
+
+def _items(container: Any) -> Iterator[Any]:
+    """What a container holds, if it is not many."""
+    if len(container) <= _MANY_ITEMS:
+        yield from dict.values(container) if isinstance(container, dict) else container
+
+
+def _places(modules: list[nn.Module], containers: list[Any]) -> Iterator[tuple[Any, Any]]:
+    """Where something can be replaced: a dictionary and a key, or a list and an index."""
+    for module in modules:
+        yield from ((vars(module), key) for key in list(_attributes(module)))
+    for container in containers:
+        if isinstance(container, dict):
+            yield from ((container, key) for key in list(dict.keys(container)))
+        elif isinstance(container, list | deque):
+            yield from ((container, index) for index in range(len(container)))
 
 
 def _with_containers(values: Iterable[Any]) -> Iterator[Any]:
-    """Containers, and those inside them."""
+    """The containers and tuples among ``values``, and those inside them."""
     pending, seen = list(values), set[int]()
     while pending:
         value = pending.pop()
-        if id(value) in seen or not isinstance(value, (*_CONTAINERS, tuple)):
-            continue
-        seen.add(id(value))
-        yield value
-        items = dict.values(value) if isinstance(value, dict) else value
-        if len(value) <= _MANY_ITEMS:
-            pending.extend(item for item in items if isinstance(item, (*_CONTAINERS, tuple)))
+        if isinstance(value, (*_CONTAINERS, tuple)) and id(value) not in seen:
+            seen.add(id(value))
+            yield value
+            pending.extend(_items(value))
 
 
-def _steps_within(values: list[Any]) -> Iterator[Callable[[], object]]:
-    """Steps that give containers within containers, and generators, the contents that they have now."""
+def _values(modules: list[nn.Module], containers: list[Any]) -> Iterator[Any]:
+    """Parameters, buffers and attributes of modules, and what containers hold."""
+    for module in modules:
+        for held in (module._parameters, module._buffers, _attributes(module)):
+            yield from held.values()
+    for container in containers:
+        yield from _items(container)
+
+
+def _generator_steps(values: Iterable[Any]) -> Iterator[Callable[[], object]]:
+    """Steps that set random generators back to the state that they have now."""
     numpy: Any = sys.modules.get("numpy")
-    generators = list(values)
-    for container in _with_containers(values):
-        items = list(dict.values(container) if isinstance(container, dict) else container)
-        if len(items) <= _MANY_ITEMS:
-            yield from (partial(_refill, item, _contents(item)) for item in items if isinstance(item, _CONTAINERS))
-            generators += items
-    for value in generators:
+    for value in values:
         if isinstance(value, torch.Generator):
             yield partial(value.set_state, value.get_state())
         elif isinstance(value, random.Random):
@@ -227,7 +277,7 @@ def _contents(container: Any) -> list[Any]:
 
 
 def _refill(container: Any, contents: list[Any]) -> None:
-    """Put the contents back where they differ, by methods of the built-in class: those of a subclass may refuse."""
+    """Put the contents back if others are there, by methods of the built-in class: those of a subclass may refuse."""
     now = _contents(container)
     if isinstance(container, dict):
         if len(now) != len(contents) or not all(

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lightning_robust.functional._isolation.side_effects import call
+from lightning_robust.functional._isolation.side_effects import watched
 from lightning_robust.functional._isolation.stand_ins import full_precision
 from lightning_robust.functional._validation.arguments import (
     check_floating,
@@ -108,7 +108,8 @@ def outputs_of(
     model: Callable[[Tensor], Tensor], x: Tensor, *, check: Callable[..., None] | None = check_outputs
 ) -> Tensor:
     """Call a network on a copy of samples ``(N, ...)``. ``check=None`` skips the check, which waits for the device."""
-    outputs = call(model, x.clone())
+    with watched():
+        outputs = model(x.clone())
     if isinstance(outputs, Tensor) and len(x) == 1 and outputs.ndim > 0 and len(outputs) != 1:
         outputs = outputs[None]  # a network that squeezes its outputs loses the dimension of a single sample
     if check is not None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_robust.functional._isolation.context import differentiable
+from lightning_robust.functional._isolation.side_effects import watched_once
 from lightning_robust.functional._isolation.stand_ins import full_precision
 from lightning_robust.functional._validation.arguments import (
     check_choice,
@@ -113,7 +114,8 @@ def pgd(
             if not logits.requires_grad:  # the logits do not depend on the input: there is nowhere to go
                 break
             total = _total(loss, logits, labels)
-            (gradient,) = torch.autograd.grad(total, leaf, materialize_grads=True)
+            with watched_once():
+                (gradient,) = torch.autograd.grad(total, leaf, materialize_grads=True)
             delta = into_ball_and_range(delta + decay[step] * size * _steepest(gradient, norm))
         attacked: Tensor = clean + units.change(delta)
     return attacked.detach()

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from lightning_robust.functional._isolation.side_effects import watched_once
 from lightning_robust.functional._validation.tensors import check_logits, outputs_of
 from lightning_robust.functional.input_space.float64 import float64_dtype
 from lightning_robust.functional.input_space.units import Units, changes_within
@@ -116,7 +117,8 @@ def input_gradient(outputs: Tensor, leaf: Tensor, std: Tensor | None) -> Tensor:
     """Gradient (n, D) of each sample's output with respect to its own un-normalised input."""
     if not outputs.requires_grad:  # the outputs do not depend on the input at all
         return torch.zeros_like(leaf).reshape(len(leaf), -1)
-    (gradient,) = torch.autograd.grad(outputs.sum(), leaf, retain_graph=True, materialize_grads=True)
+    with watched_once():
+        (gradient,) = torch.autograd.grad(outputs.sum(), leaf, retain_graph=True, materialize_grads=True)
     return (gradient if std is None else gradient / std).reshape(len(leaf), -1)
 
 

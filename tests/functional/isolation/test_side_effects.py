@@ -1,5 +1,6 @@
 """Forward passes leave no trace, and nothing that they do not touch is copied or written back."""
 
+import collections
 import mmap
 import tempfile
 import threading
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, UntypedStorage, nn
 
 from lightning_robust import Probe
-from lightning_robust.functional import hessian_trace, linearize
+from lightning_robust.functional import hessian_trace, linearize, pgd
 from lightning_robust.functional._isolation.context import differentiable
 from lightning_robust.functional._validation.tensors import outputs_of
 from tests.helpers.networks import random
@@ -63,13 +64,6 @@ def copied(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 # --- what passes write to is put back -------------------------------------------------------------------------------
 
 
-class Holder:
-    """An object of a class of its own, which nothing looks into."""
-
-    def __init__(self) -> None:
-        self.tensor = torch.zeros(3)
-
-
 WRITES: dict[str, tuple[Callable[[], Any], Callable[[Any], object], Callable[[Any], Tensor]]] = {
     "a tensor": (lambda: torch.zeros(3), lambda t: t.add_(1), lambda t: t),
     "unnoticed by its version": (lambda: torch.zeros(3), lambda t: t.data.add_(1), lambda t: t),
@@ -78,7 +72,11 @@ WRITES: dict[str, tuple[Callable[[], Any], Callable[[Any], object], Callable[[An
     "as a result": (lambda: torch.zeros(3), lambda t: torch.ones(3, out=t), lambda t: t),
     "a tensor of integers": (lambda: torch.zeros(3, dtype=torch.long), lambda t: t.add_(1), lambda t: t),
     "deep inside": (lambda: {"a": ([torch.zeros(3)],)}, lambda k: k["a"][0][0].add_(1), lambda k: k["a"][0][0]),
-    "in an object": (Holder, lambda holder: holder.tensor.add_(1), lambda holder: holder.tensor),
+    "all of them at once": (
+        lambda: [torch.zeros(3), torch.zeros(3)],
+        lambda kept: torch._foreach_add_(kept, 1),
+        lambda kept: kept[1],
+    ),
     "a tensor that is not a number": (lambda: torch.full((3,), torch.nan), lambda t: t.fill_(1), lambda t: t),
     "statistics of a batch norm in train mode": (
         lambda: torch.zeros(4),
@@ -231,3 +229,163 @@ def test_a_file_that_is_mapped_for_writing_is_not_copied(tmp_path: Path) -> None
         assert model.kept is table
         outputs_of(model, inputs())
     assert model.kept is table
+
+
+# --- networks that keep state in less usual ways ----------------------------------------------------------------------
+
+
+class Experts(nn.Module):
+    """Counts how often each expert is used: which ones depends on the samples, so later passes write to others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router, self.head = nn.Linear(4, 3), nn.Linear(4, 3)
+        self.used = [torch.zeros(()) for _ in range(3)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        for expert in self.router(x).argmax(dim=1).tolist():
+            self.used[expert] += 1
+        return self.head(x)
+
+
+class Ring(nn.Module):
+    """Remembers its last inputs, each pass in another place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(4, 3)
+        self.memory = [torch.zeros(4) for _ in range(3)]
+        self.passes = torch.zeros((), dtype=torch.long)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.memory[int(self.passes) % 3].copy_(x.detach()[0])
+        self.passes += 1
+        return self.head(x)
+
+
+class GradientStatistics(nn.Module):
+    """Adds up gradients in a hook, during the backward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.total = nn.Linear(4, 3), torch.zeros(())
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * 1
+        if x.requires_grad:
+            x.register_hook(self.count)
+        return self.head(x)
+
+    def count(self, gradient: Tensor) -> None:
+        self.total += gradient.abs().sum()
+
+
+class Workspace(nn.Module):
+    """Grows a workspace with the batch, and counts in a tensor after it and in an array."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(4, 3)
+        self.workspace, self.counted, self.array = torch.zeros(0), torch.zeros(()), np.zeros(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.workspace.resize_(x.shape).copy_(x.detach())
+        self.counted += 1
+        self.array += 1
+        return self.head(self.workspace + (x - x.detach()))
+
+
+class Recent(nn.Module):
+    """Keeps arrays in a queue, and one array under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(4, 3)
+        self.recent = collections.deque([np.zeros(4)])
+        self.first = self.second = np.zeros(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.recent[0] += x.detach().numpy()[0]
+        self.first += 1
+        return self.head(x) * float(self.second[0])
+
+
+def state(model: nn.Module) -> list[Any]:
+    """Tensors and arrays in attributes other than parameters, with their identities."""
+    kept = [value for key, value in sorted(vars(model).items()) if not key.startswith("_") and key != "workspace"]
+    flat = [item for value in kept for item in (value if isinstance(value, list | collections.deque) else [value])]
+    return [(id(item), item.tolist()) for item in flat if isinstance(item, Tensor | np.ndarray)]
+
+
+@pytest.mark.parametrize("make", [Experts, Ring, GradientStatistics, Workspace, Recent])
+def test_what_a_network_counts_and_remembers_is_as_before(make: Callable[[], nn.Module]) -> None:
+    model = make()
+    before = state(model)
+    x = random(0, 12, 4, dtype=torch.float32)
+    with differentiable(model):
+        linearize(model, x, chunk_size=2)
+        pgd(model, x, torch.arange(12) % 3, epsilon=0.1, steps=5)
+        hessian_trace(model, x, torch.arange(12) % 3, max_probes=2)
+    linearize(model, x, chunk_size=3)
+    assert before
+    assert state(model) == before
+    model(x.requires_grad_()).sum().backward()  # as the training would
+    assert state(model) != before
+
+
+class Aliases(nn.Module):
+    """Writes to an array, and reads the memory in another way."""
+
+    def __init__(self, alias: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self.head, self.array = nn.Linear(4, 3), np.ones(3, dtype=np.float32)
+        self.alias = alias(self.array)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.array[:] = x.detach().numpy()[:, :3].mean(axis=0)
+        alias = self.alias.array if isinstance(self.alias, Holder) else self.alias
+        return self.head(x) + torch.tensor(alias.tolist())
+
+
+class Holder:
+    def __init__(self, array: Any) -> None:
+        self.array = array
+
+
+@pytest.mark.parametrize(
+    "alias",
+    [lambda array: array, torch.from_numpy, lambda array: array[:], Holder],
+    ids=["another name", "tensor", "view", "object"],
+)
+def test_memory_that_is_read_under_another_name_is_that_to_which_passes_write(alias: Callable[[Any], Any]) -> None:
+    model = Aliases(alias)
+    x = inputs()
+    expected = model.head(x) + x[:, :3].mean(dim=0)
+    torch.testing.assert_close(linearize(model, x).logits, expected)
+
+
+def test_a_step_back_that_fails_does_not_keep_the_others_from_being_taken() -> None:
+    class Refuses(list[int]):
+        def __iter__(self) -> Any:
+            if refuses:
+                raise TypeError("not this one")
+            return super().__iter__()
+
+    refuses = False
+    model = Keeping({"refuses": Refuses(), "counted": torch.zeros(()), "array": np.zeros(1)})
+    array = id(model.kept["array"])
+
+    def act(kept: Any) -> None:
+        nonlocal refuses
+        kept["counted"] += 1
+        kept["array"] += 1
+        model.extra = 1
+        refuses = True
+
+    model.act = act
+    with pytest.raises(TypeError, match="not this one"):
+        linearize(model, inputs())
+    assert model.kept["counted"] == 0
+    assert id(model.kept["array"]) == array
+    assert model.kept["array"][0] == 0
+    assert not hasattr(model, "extra")
