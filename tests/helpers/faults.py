@@ -193,7 +193,8 @@ def run(
         val_loader = FaultyLoader(VALIDATION, BATCH_SIZE, sampler=sampler)
         options = {"strategy": "ddp", "devices": num_processes, "use_distributed_sampler": False}
     val_loader.suffers = model.suffers
-    monitor = RobustnessMonitor([FaultyMetric(model.suffers), LinearizedAccuracy([0.1])], max_samples=8)
+    metrics = [FaultyMetric(model.suffers), LinearizedAccuracy([0.1])]
+    monitor = RobustnessMonitor(metrics, max_samples=12)  # several in each of three processes
     with robustness_warnings() as said:
         fitter = trainer(
             *([monitor] if monitored else []),
