@@ -177,6 +177,7 @@ def test_per_layer_values_are_optional() -> None:
         assert not any("/" in key for key in measured(metric, probe()))
 
 
+@pytest.mark.long
 def test_the_probe_error_of_the_index_is_its_spread_and_its_bias_is_smaller() -> None:
     model, inputs, targets = build("mlp", num_samples=64)
     truth = measured(WeightCurvatureIndex(num_probes=400), Probe(model, inputs, targets))

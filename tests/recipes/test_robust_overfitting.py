@@ -37,7 +37,6 @@ def test_the_recipe_records_every_epoch_and_draws(tmp_path: Path) -> None:
 
 @quiet
 @pytest.mark.long
-@pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_the_choice_without_an_attack_keeps_95_percent_and_stops_30_percent_early() -> None:
     kept, plain = [], []
@@ -57,7 +56,6 @@ def test_the_choice_without_an_attack_keeps_95_percent_and_stops_30_percent_earl
 
 @pytest.mark.filterwarnings("ignore:`robust/linearized_margin_linf` is not finite")
 @pytest.mark.long
-@pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_of_twenty_ordinary_runs_at_most_one_is_stopped(tmp_path: Path) -> None:
     """Networks, batch sizes and learning rates vary (large rates are noisy); every fourth run is adversarial."""

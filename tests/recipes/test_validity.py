@@ -103,7 +103,6 @@ def test_the_checkpoints_of_a_folder_are_found(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_predicted_accuracy_is_that_under_the_strong_attack_over_a_zoo_of_digits() -> None:
     measured = [validity.measure(probe, EPSILONS) for _, probe in zoo.digits_zoo(num_samples=200)]

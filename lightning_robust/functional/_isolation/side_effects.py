@@ -38,7 +38,7 @@ _INTERNALS = frozenset(vars(nn.Module()))
 _CONTAINERS = (dict, list, set, deque)
 _MANY_ITEMS = 10_000  # a container of more holds data rather than what a forward pass keeps
 _LARGE_STORAGE = 2**26  # bytes
-_LARGE_ARRAY, _LARGE_ARRAYS = 2**20, 2**22  # elements of one, and of all of them together
+_LARGE_ARRAYS = 2**18  # elements of all of them together, the smallest ones first
 _UNDECLARED_WRITES = frozenset({"running_mean", "running_var"})  # of batch normalisation in train mode
 
 
@@ -177,10 +177,10 @@ class _ArrayCopies:
         shared |= {id(value.base) for value in _values(modules, containers) if isinstance(value, numpy.ndarray)}
         del value  # lest it count as a holder
         left = _LARGE_ARRAYS
-        for identity, held in places.items():
+        for held in sorted(places.values(), key=lambda held: _get(*held[0]).size):
             array = _get(*held[0])
             alone = sys.getrefcount(array) == len(held) + 2  # the variable, and the argument of the call
-            if alone and not shared & {identity, array.ctypes.data} and array.size <= min(left, _LARGE_ARRAY):
+            if alone and not shared & {id(array), array.ctypes.data} and array.size <= left:
                 left -= array.size
                 self._copies.append((array, array.copy(), held))
         for _, copy, held in self._copies:

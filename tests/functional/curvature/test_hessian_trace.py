@@ -347,19 +347,19 @@ def repeated(name: str, num_samples: int, rtol: float | None, num_probes: int | 
 FIXED = [
     ("relu_cnn of ten", 64, None, 4),
     ("tanh_mlp", 32, None, 4),
-    pytest.param(("self_attention", 32, None, 4), marks=pytest.mark.long),  # half a minute
+    ("self_attention", 32, None, 4),  # half a minute
 ]
 TRAINED = [("trained", 40, None, None), ("trained", 256, None, None)]
 STOPPING = [("relu_cnn of ten", 64, 0.02, 2), ("tanh_mlp", 32, 0.1, 2)]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("settings", [*FIXED, *TRAINED], ids=lambda settings: f"{settings[0]} {settings[1]}")
 def test_the_interval_covers_the_total_in_95_percent_of_cases(settings: Any) -> None:
     assert 0.90 <= repeated(*settings).covered[-1] <= 0.99
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("settings", [*FIXED, TRAINED[0]], ids=lambda settings: settings[0])
 def test_the_interval_covers_every_layer_in_95_percent_of_cases(settings: Any) -> None:
     many = repeated(*settings)
@@ -368,7 +368,7 @@ def test_the_interval_covers_every_layer_in_95_percent_of_cases(settings: Any) -
     assert (covered[many.random[:-1]] <= 0.99).all(), covered
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("settings", STOPPING, ids=lambda settings: settings[0])
 def test_the_interval_covers_the_total_also_where_its_width_decided_when_to_stop(settings: Any) -> None:
     many = repeated(*settings)
@@ -376,7 +376,6 @@ def test_the_interval_covers_the_total_also_where_its_width_decided_when_to_stop
     assert 0.90 <= many.covered[-1] <= 0.99
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("settings", [*FIXED, *TRAINED], ids=lambda settings: f"{settings[0]} {settings[1]}")
 def test_the_estimate_is_unbiased(settings: Any) -> None:
     many = repeated(*settings)
@@ -385,7 +384,6 @@ def test_the_estimate_is_unbiased(settings: Any) -> None:
     assert ((many.values.mean(dim=0) - many.truth).abs() <= 3 * stderr + rounding).all()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("settings", FIXED, ids=lambda settings: settings[0])
 def test_the_squared_standard_error_is_on_average_the_variance(settings: Any) -> None:
     many = repeated(*settings)
@@ -473,7 +471,7 @@ def pool_of_a_curved_network() -> Population:
     return Population(case, torch.tensor(list(traces.values()), dtype=torch.float64))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("by_contents", [True, False], ids=["blocks by contents", "blocks at random"])
 @pytest.mark.parametrize("population", [digits, pool_of_a_curved_network])
 def test_two_standard_errors_of_samples_cover_the_trace_of_the_population(

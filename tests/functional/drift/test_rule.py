@@ -309,6 +309,7 @@ def noise(generator: random.Random, count: int, mean: float = 0.0) -> list[float
     return [generator.gauss(mean, 1.0) for _ in range(count)]
 
 
+@pytest.mark.long
 def test_noise_of_the_reported_size_rarely_drifts_within_a_hundred_measurements() -> None:
     generator, num_series = random.Random(0), 1500
     false_stops = sum(
@@ -317,6 +318,7 @@ def test_noise_of_the_reported_size_rarely_drifts_within_a_hundred_measurements(
     assert 0 < false_stops <= 0.02 * num_series, f"{false_stops} of {num_series} series"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("reported", [0.0, 0.5])
 def test_noise_that_is_in_no_reported_error_rarely_drifts(reported: float) -> None:
     """Like fluctuations of training."""
@@ -335,6 +337,7 @@ def test_with_a_smaller_z_noise_drifts_often() -> None:
     assert stops > 0.2 * num_series, f"{stops} of {num_series} series"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("luck", [0.0, 2.0])
 def test_noise_beside_the_luck_of_the_samples_rarely_drifts(luck: float) -> None:
     generator, num_series = torch.Generator().manual_seed(0), 400

@@ -549,6 +549,7 @@ def test_networks_in_half_precision_are_traced_as_their_copies_in_single_precisi
     torch.testing.assert_close(half.margins, single.margins)
 
 
+@pytest.mark.long
 def test_memory_is_bounded_by_the_chunk_size_and_not_by_the_number_of_paths() -> None:
     model, inputs, _ = build("cnn_batchnorm", num_samples=48)
     targets = (model.eval()(inputs).argmax(dim=1, keepdim=True) + torch.tensor([1, 2, 3])) % 10
