@@ -311,6 +311,7 @@ class Setting:
     callbacks: Callable[[], list[Callback]] = list
     script: Callable[[Trainer, LightningModule], None] = fit
     says: str = "(?!)"  # warnings of the monitor
+    may_say: str = "(?!)"  # warnings that depend on the last digits of the values
     warns: str = "(?!)"  # warnings of Lightning or torch
 
     def run(self, root: Path, *, monitored: bool) -> list[dict[str, str]]:
@@ -324,8 +325,9 @@ class Setting:
             warnings.filterwarnings("ignore", self.warns)
             run = trainer(*monitors, *self.callbacks(), witness, root=root, **self.options)
             self.script(run, model)
-        assert all(re.search(self.says, message) for message in messages), messages
-        assert bool(messages) == (monitored and self.says != "(?!)")
+        said = [message for message in messages if not re.search(self.may_say, message)]
+        assert all(re.search(self.says, message) for message in said), said
+        assert bool(said) == (monitored and self.says != "(?!)")
         if monitored:
             assert {f"robust/{key}" for key in HEADLINES} <= run.callback_metrics.keys()
             assert run.callback_metrics["robust/num_samples"] == 20
@@ -362,11 +364,11 @@ SETTINGS = {
     "schedule by a plateau": Setting(Plateau, options={"max_epochs": 3}),
     "manual optimisation": Setting(Manual),
     "a network that draws random numbers in eval mode": Setting(
-        on_network(StochasticDepth), says="returns other outputs when it is called twice|is not reliable"
+        on_network(StochasticDepth), says="returns other outputs when it is called twice", may_say="is not reliable"
     ),
     "deterministic algorithms": Setting(options={"deterministic": True}),
-    "recurrence": Setting(on_network(Recurrent), says="is not reliable"),
-    "attention": Setting(on_network(attention), says="is mostly noise of its random probes"),
+    "recurrence": Setting(on_network(Recurrent), may_say="is not reliable"),
+    "attention": Setting(on_network(attention), may_say="is mostly noise of its random probes"),
     "parametrised weights": Setting(on_network(parametrised)),
     "gradient checkpointing": Setting(on_network(Checkpointed)),
     "metrics inside the module": Setting(WithMetrics),
