@@ -15,6 +15,7 @@ from lightning_robust.callbacks.monitor.overhead import Overhead
 from lightning_robust.callbacks.monitor.sample_selection import LoaderShare
 from lightning_robust.callbacks.monitor.status import WHOLE, Failure
 from lightning_robust.functional._isolation.context import differentiable
+from lightning_robust.functional._isolation.side_effects import watched_once
 from lightning_robust.functional._isolation.stand_ins import full_precision
 from lightning_robust.functional._validation.tensors import check_inputs, outputs_of
 from lightning_robust.metrics import ProbeMetric
@@ -183,7 +184,8 @@ def _has_gradient(outputs: Tensor, leaf: Tensor) -> bool:
     """Whether any gradient of the outputs differs from zero."""
     # random weights: outputs that always add up to the same have a gradient, too
     weights = torch.rand(outputs.shape, generator=torch.Generator().manual_seed(0)).to(outputs)
-    (gradient,) = torch.autograd.grad((weights * outputs).sum(), leaf, materialize_grads=True)
+    with watched_once():
+        (gradient,) = torch.autograd.grad((weights * outputs).sum(), leaf, materialize_grads=True)
     return bool(gradient.any())
 
 
