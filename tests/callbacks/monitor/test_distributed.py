@@ -33,7 +33,7 @@ MAX_SAMPLES = 17
 
 
 class Stream(IterableDataset):
-    """The same samples in every process, without a length."""
+    """Yields identical samples in every process, and has no length."""
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         return iter(samples(23))
