@@ -58,7 +58,9 @@ def test_a_measurement_takes_at_most_twice_the_memory_of_a_training_step(name: s
     assert memory.peak < 2 * training
 
 
-@pytest.mark.parametrize("name", ["cnn_batchnorm", "mlp", pytest.param("recurrent", marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "name", ["mlp", *(pytest.param(name, marks=pytest.mark.long) for name in ("cnn_batchnorm", "recurrent"))]
+)
 def test_fifty_measurements_leak_nothing(name: str) -> None:
     network, inputs, targets = build(name, num_samples=2)
     measure(network, inputs, targets)

@@ -307,6 +307,7 @@ def test_the_standard_error_of_one_sample_is_unknown() -> None:
     assert calibrated_fim_spectral_norm(*draw_samples(0, num_samples=1, num_classes=3)).stderr.isnan()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("temperature", [0.6, 2.5])
 def test_the_standard_error_covers_the_population_value_because_it_includes_that_of_the_temperature(
     temperature: float,
