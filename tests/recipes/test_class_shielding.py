@@ -170,6 +170,7 @@ def test_rank_correlations_take_ties_and_leave_out_unknown_values() -> None:
     assert spearman(first, second) == pytest.approx(expected)
 
 
+@pytest.mark.long
 def test_the_benchmark_times_a_plain_loop_beside_the_package(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -11,6 +11,7 @@ from recipes.benchmarks import linearize as benchmark_linearize
 from recipes.common.digits import DigitsDataModule
 
 
+@pytest.mark.long
 def test_the_monitor_tells_robust_from_accurate_and_predicts_the_attack(tmp_path: Path) -> None:
     probes = {
         name: recipe.validation_probe(recipe.train(epsilon, epochs=8, seed=1), num_samples=500)

@@ -51,7 +51,7 @@ def in_processes(rank: int, root: Path, num_processes: int, seeds: list[int], nu
 
 @pytest.mark.ddp
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("num_processes", [2, 3])
+@pytest.mark.parametrize("num_processes", [2, pytest.param(3, marks=pytest.mark.long)])
 @pytest.mark.parametrize(
     ("seeds", "num_epochs"),
     [([0], 16), pytest.param(list(range(1, 9)), 60, marks=pytest.mark.long)],

@@ -152,6 +152,7 @@ print(json.dumps(validate_wide(Path(sys.argv[1]), limit_mb=320)))
 """
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="address space is limited through Linux's /proc")
 def test_a_real_shortage_of_memory_is_survived(tmp_path: Path) -> None:
     said, expected = validate_wide(tmp_path)

@@ -452,8 +452,10 @@ def train_in_pairs(root: Path, strategies: list[str]) -> None:
 
 
 @pytest.mark.ddp
-def test_two_processes_log_the_values_of_one_however_they_are_started(tmp_path: Path) -> None:
-    strategies = ["ddp_fork", "ddp_notebook", "ddp_spawn"]
+@pytest.mark.parametrize(
+    "strategies", [["ddp_fork", "ddp_notebook"], pytest.param(["ddp_spawn"], marks=pytest.mark.long)], ids=str
+)
+def test_two_processes_log_the_values_of_one_however_they_are_started(tmp_path: Path, strategies: list[str]) -> None:
     ended = processes.exit_code(train_in_pairs, tmp_path, strategies)
     said = (tmp_path / "stderr.txt").read_text()
     assert ended == 0, said
