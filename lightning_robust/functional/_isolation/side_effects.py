@@ -51,10 +51,10 @@ class SideEffects(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.modules = {id(module) for module in modules}
         containers = list(_with_containers(value for module in modules for value in _attributes(module).values()))
-        self._arrays = _ArrayCopies(modules, containers)
         self._contents: dict[int, tuple[UntypedStorage, UntypedStorage]] = {}  # of storages that passes write to
-        self.backward_seen = False
         self._guarded = dict(_storages(_values(modules, containers)))  # held, so that no other has their identity
+        self.backward_seen = False
+        self._arrays = _ArrayCopies(modules, containers)  # after what may fail on unusual tensors
         self._steps: list[Callable[[], object]] = []
         for module in modules:
             for attributes in (vars(module), module._buffers, module._modules):
