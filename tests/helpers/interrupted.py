@@ -30,7 +30,7 @@ class Repeatable(Classifier):
     """Seeds dropout by the step, so that a resumed process draws what the first one would have drawn."""
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        torch.manual_seed(self.global_step)
+        torch.default_generator.manual_seed(self.global_step)  # torch.manual_seed also formats the stack, slowly
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)

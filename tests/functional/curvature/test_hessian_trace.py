@@ -347,7 +347,7 @@ def repeated(name: str, num_samples: int, rtol: float | None, num_probes: int | 
 FIXED = [
     ("relu_cnn of ten", 64, None, 4),
     ("tanh_mlp", 32, None, 4),
-    ("self_attention", 32, None, 4),  # half a minute
+    ("self_attention", 32, None, 4),  # half a minute: unbiased by enumeration in make test
 ]
 TRAINED = [("trained", 40, None, None), ("trained", 256, None, None)]
 STOPPING = [("relu_cnn of ten", 64, 0.02, 2), ("tanh_mlp", 32, 0.1, 2)]
@@ -376,20 +376,21 @@ def test_the_interval_covers_the_total_also_where_its_width_decided_when_to_stop
     assert 0.90 <= many.covered[-1] <= 0.99
 
 
-@pytest.mark.parametrize("settings", [*FIXED, *TRAINED], ids=lambda settings: f"{settings[0]} {settings[1]}")
-def test_the_estimate_is_unbiased(settings: Any) -> None:
+@pytest.mark.parametrize(
+    "settings",
+    [*FIXED[:2], pytest.param(FIXED[2], marks=pytest.mark.long), *TRAINED],
+    ids=lambda settings: f"{settings[0]} {settings[1]}",
+)
+def test_the_estimate_is_unbiased_and_its_squared_error_on_average_the_variance(settings: Any) -> None:
     many = repeated(*settings)
     stderr = many.values.std(dim=0) / len(many.values) ** 0.5
     rounding = 1e-6 * many.truth.abs().max()
     assert ((many.values.mean(dim=0) - many.truth).abs() <= 3 * stderr + rounding).all()
-
-
-@pytest.mark.parametrize("settings", FIXED, ids=lambda settings: settings[0])
-def test_the_squared_standard_error_is_on_average_the_variance(settings: Any) -> None:
-    many = repeated(*settings)
     ratio = (many.values.var(dim=0) / many.stderr.square().mean(dim=0))[many.random]
     # the variance of 200 estimates is known to 10 %; the worst of all layers and networks may be four times that away
-    assert ((ratio > 0.6) & (ratio < 1.4)).all(), ratio
+    assert (ratio < 1.4).all(), ratio
+    if settings in FIXED:  # the few probes of the default have errors on the safe side
+        assert (ratio > 0.6).all(), ratio
 
 
 def test_the_error_of_probes_adds_up_the_variances_within_blocks() -> None:
