@@ -90,6 +90,11 @@ def check_outputs(outputs: object, *, num_samples: int, are_logits: bool = False
     if not isinstance(outputs, Tensor):
         raise TypeError(f"{error} {type(outputs).__name__}. {_WRAP}")
     error += f" shape {tuple(outputs.shape)}."
+    if are_logits and outputs.ndim > 2 and len(outputs) == num_samples:
+        raise ValueError(
+            f"{error} {_WRAP} Where every pixel or token has a class of its own, only curvature can be measured, with"
+            " `loss_fn=nn.CrossEntropyLoss()` and targets (N, ...) for outputs (N, C, ...)."
+        )
     if outputs.ndim == 0 or len(outputs) != num_samples or (are_logits and outputs.ndim != 2):
         raise ValueError(f"{error} {_WRAP}")
     if are_logits and outputs.shape[1] < 2:

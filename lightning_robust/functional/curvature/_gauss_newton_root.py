@@ -29,12 +29,15 @@ class GaussNewtonRoot(ABC):
     """``F`` with ``F Fᵀ = A``, the Hessian of each sample's loss with respect to its outputs.
 
     ``loss`` is of the class under which ``ROOTS`` lists the root; ``sample_losses`` maps outputs ``(N, ...)`` and
-    targets to the loss of each sample, ``(N,)``.
+    targets to the loss of each sample, ``(N,)``: with ``averages`` the mean over its positions, else their sum.
     """
 
-    def __init__(self, loss: nn.Module, sample_losses: Callable[[Tensor, Tensor], Tensor]) -> None:
+    def __init__(
+        self, loss: nn.Module, sample_losses: Callable[[Tensor, Tensor], Tensor], *, averages: bool = False
+    ) -> None:
         self._loss = loss
         self._sample_losses = sample_losses
+        self._averages = averages
 
     @property
     def needs_targets(self) -> bool:
@@ -55,7 +58,10 @@ class GaussNewtonRoot(ABC):
 
 
 class SoftmaxRoot(GaussNewtonRoot):
-    """Root of cross-entropy with logits ``(N, C)``, with class weights, label smoothing and ignored classes."""
+    """Root of cross-entropy with class weights, label smoothing and ignored classes, position by position.
+
+    Logits are ``(N, C)``, or ``(N, C, ...)`` with a class per position.
+    """
 
     @property
     def needs_targets(self) -> bool:
@@ -63,13 +69,29 @@ class SoftmaxRoot(GaussNewtonRoot):
         return self._loss.weight is not None
 
     def num_columns(self, outputs: Tensor) -> int:
-        """One less than classes."""
-        return outputs.shape[1] - 1
+        """One less than classes at every position; signs of the last class have no effect."""
+        return outputs[0].numel() - outputs[0, 0].numel()
 
     def times(self, signs: Tensor, outputs: Tensor, targets: Tensor | None) -> Tensor:
         """See the base class."""
-        scale = self._scale(outputs, targets).sqrt()[:, None]
-        return (scale * softmax_root(outputs, signs)).to(outputs)
+        if outputs.ndim == 2:
+            scale = self._scale(outputs, targets).sqrt()[:, None]
+            return (scale * softmax_root(outputs, signs)).to(outputs)
+        result = torch.empty(signs.shape, dtype=outputs.dtype, device=outputs.device)
+        for rows in torch.split(torch.arange(len(outputs)), max(1, _ELEMENTS // signs[:, 0].numel())):
+            part = self._at_positions(signs[:, rows], outputs[rows], None if targets is None else targets[rows])
+            result[:, rows] = part.to(outputs)
+        return result
+
+    def _at_positions(self, signs: Tensor, outputs: Tensor, targets: Tensor | None) -> Tensor:
+        """``F u``, ``(M, n, K)``, of n samples: for the softmax, each of their T positions is a sample of its own."""
+        (n, c), t = outputs.shape[:2], outputs[0, 0].numel()
+        if targets is not None:
+            targets = targets.flatten() if targets.ndim < outputs.ndim else _rows_of_classes(targets)
+        logits = _rows_of_classes(outputs)  # (n T, C)
+        scale = (self._scale(logits, targets) / (t if self._averages else 1)).sqrt()[:, None]
+        root = scale * softmax_root(logits, signs.reshape(-1, n, c, t).transpose(2, 3).flatten(1, 2))
+        return root.reshape(-1, n, t, c).transpose(2, 3).flatten(2)
 
     def _scale(self, outputs: Tensor, targets: Tensor | None) -> Tensor:
         """Factor of ``diag(p) − p pᵀ`` in each sample's Hessian, ``(N,)``: the total weight of its soft target."""
@@ -102,6 +124,9 @@ class ElementwiseRoot(GaussNewtonRoot):
         return (diagonal.clamp_min(0).sqrt().reshape(len(outputs), -1) * signs).to(outputs)
 
 
+_ELEMENTS = 2**16  # of dense logits, for all probes, whose root is taken together in float64
+
+
 ROOTS: dict[type[nn.Module], type[GaussNewtonRoot]] = {
     nn.CrossEntropyLoss: SoftmaxRoot,
     nn.MSELoss: ElementwiseRoot,
@@ -125,6 +150,11 @@ def softmax_root(logits: Tensor, signs: Tensor) -> Tensor:
     before = _cumulated(weighted) - weighted
     in_order = weighted * after - p * before
     return torch.zeros_like(in_order).scatter_(2, order.expand_as(in_order), in_order)
+
+
+def _rows_of_classes(values: Tensor) -> Tensor:
+    """Values ``(N, C, ...)`` as ``(N T, C)``, one row for each of T positions."""
+    return values.flatten(2).transpose(1, 2).flatten(0, 1)
 
 
 def _cumulated(values: Tensor) -> Tensor:

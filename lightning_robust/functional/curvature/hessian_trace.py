@@ -104,7 +104,8 @@ def hessian_trace(
     Args:
         model: Maps inputs ``(N, ...)`` to logits ``(N, C)``, sample by sample: a module, or a method of one.
         inputs: ``(N, ...)``, floating point.
-        targets: Targets as the loss takes them, ``(N,)`` class indices for cross-entropy. They may be None where the
+        targets: Targets as the loss takes them, ``(N,)`` class indices for cross-entropy, or ``(N, ...)`` with one
+            per position of outputs ``(N, C, ...)``. They may be None where the
             Gauss–Newton matrix suffices and does not depend on them (cross-entropy without class weights).
         estimator: ``"gauss_newton"`` measures the Gauss–Newton matrix instead of the Hessian in every layer;
             ``"hutchinson"`` multiplies the Hessian with random signs; ``"auto"`` finds the layers in which the two
@@ -118,8 +119,9 @@ def hessian_trace(
         max_probes: Largest number of probes, unless ``num_probes`` asks for more and ``rtol`` is None.
         loss_fn: Maps outputs and targets to a loss, cross-entropy by default. Gauss–Newton roots are known for torch's
             ``CrossEntropyLoss`` (with class weights and label smoothing), ``MSELoss`` and ``BCEWithLogitsLoss``, as
-            modules, functions or ``functools.partial`` of either. Any other loss is measured by Hutchinson probes; if
-            it returns the mean over a batch, it is called on single samples.
+            modules, functions or ``functools.partial`` of either. Outputs ``(N, C, ...)`` with a class per pixel or
+            token have the loss that torch gives the batch, a mean over the positions that count. Any other loss is
+            measured by Hutchinson probes; if it returns the mean over a batch, it is called on single samples.
         module: The module whose parameters are meant, by default the one that ``model`` is or belongs to.
         chunk_size: Largest number of samples that pass through the network together. By default a measurement takes at
             most twice the memory of a training step, and 16 MiB (256 MiB on a GPU) for gradients of samples.

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_robust.functional._validation.arguments import check_function, optional
-from lightning_robust.functional._validation.tensors import check_finite, check_logits, check_targets
+from lightning_robust.functional._validation.tensors import check_finite
+from lightning_robust.functional.curvature._class_losses import ClassLoss, check_classes, weights_of_classes
 from lightning_robust.functional.curvature._gauss_newton_root import ROOTS, ElementwiseRoot, GaussNewtonRoot
 from lightning_robust.functional.curvature._loss_checks import check_mean, check_second_derivative, check_weights
 
@@ -40,8 +41,10 @@ class SampleLoss:
     """A loss function, evaluated sample by sample.
 
     torch's own losses (modules, functions, or partial applications of either) return the losses of single samples when
-    asked to, and the mean weighs samples as torch does (class weights). A custom loss is called on one sample at a
-    time, unless it returns one loss per sample. The function itself is never changed.
+    asked to, and the mean weighs samples as torch does (class weights). Where every pixel or token has a class, torch's
+    mean is over positions rather than samples: the loss of a sample is then the sum over its positions, and its weight
+    that of all positions that count. A custom loss is called on one sample at a time, unless it returns one loss per
+    sample. The function itself is never changed.
 
     Args:
         loss_fn: Maps outputs ``(N, ...)`` and targets ``(N, ...)`` to a loss; None stands for cross-entropy.
@@ -70,13 +73,19 @@ class SampleLoss:
         """The root of the Hessian with respect to the outputs, if one is known."""
         for kind, root in ROOTS.items():
             if _is_exactly(self._function, kind):
-                return root(cast(nn.Module, self._function), self.values)
+                return root(cast(nn.Module, self._function), self.values, averages=self._averages)
         return None
 
     @property
     def takes_classes(self) -> bool:
         """Whether it is one of torch's losses of class indices."""
         return self.is_cross_entropy or _is_exactly(self._function, nn.NLLLoss)
+
+    @property
+    def _averages(self) -> bool:
+        """Whether the loss of a sample is the mean over its outputs, rather than their sum."""
+        of_positions = self.takes_classes and self._reduction == "mean"
+        return not of_positions and self._reduction not in ("sum", "batchmean")
 
     def prepared(self, targets: Tensor, *, num_samples: int) -> Tensor:
         """Return targets in the dtype that the loss takes, or raise a ``ValueError`` unless there is one per sample."""
@@ -94,29 +103,11 @@ class SampleLoss:
         torch checks class indices itself, but on a GPU it aborts the process.
         """
         if self.takes_classes:
-            check_logits(outputs, num_samples=len(outputs))
+            check_classes(cast(ClassLoss, self._function), outputs, targets)
         elif isinstance(self.root, ElementwiseRoot) and targets is not None and targets.shape != outputs.shape:
             raise ValueError(
                 f"Expected argument `targets` of the shape of the outputs, {tuple(outputs.shape)}, but got"
                 f" {tuple(targets.shape)}."
-            )
-        if not self.takes_classes or targets is None:
-            return
-        assert isinstance(self._function, nn.CrossEntropyLoss | nn.NLLLoss)
-        weight = self._function.weight
-        if weight is not None and weight.shape != outputs.shape[1:]:
-            raise ValueError(
-                f"Expected argument `loss_fn` to have one class weight for each of {outputs.shape[1]} classes, but it"
-                f" has shape {tuple(weight.shape)}."
-            )
-        if not targets.is_floating_point():
-            counted = check_targets(targets, num_samples=len(outputs))
-            counted = counted[counted != self._function.ignore_index]
-            check_targets(counted, num_samples=len(counted), num_classes=outputs.shape[1])
-        elif targets.shape != outputs.shape:
-            raise ValueError(
-                f"Expected argument `targets` to hold class indices ({len(outputs)},) or probabilities"
-                f" {tuple(outputs.shape)}, but got {targets.dtype} of shape {tuple(targets.shape)}."
             )
 
     def values(self, outputs: Tensor, targets: Tensor) -> Tensor:
@@ -133,7 +124,7 @@ class SampleLoss:
                 f" {tuple(losses.shape)}."
             )
         rest = losses.reshape(n, -1)
-        return rest.sum(dim=1) if self._reduction in ("sum", "batchmean") else rest.mean(dim=1)
+        return rest.mean(dim=1) if self._averages else rest.sum(dim=1)
 
     def _called(self, outputs: Tensor, targets: Tensor) -> Tensor:
         losses: object = self._function(outputs, targets)
@@ -164,15 +155,10 @@ class SampleLoss:
         return gradients
 
     def weights(self, outputs: Tensor, targets: Tensor | None) -> Tensor:
-        """Weight of each sample in the mean, ``(N,)``, float64: 1, or the class weight of its target."""
-        ones = outputs.new_ones(len(outputs), dtype=torch.float64)
-        if targets is None or targets.is_floating_point() or not self.takes_classes or self._reduction != "mean":
-            return ones
-        assert isinstance(self._function, nn.CrossEntropyLoss | nn.NLLLoss)
-        counted = targets != self._function.ignore_index
-        if self._function.weight is None:
-            return ones * counted
-        return self._function.weight.to(ones)[targets.where(counted, 0)] * counted
+        """Weight of each sample in the mean, ``(N,)``, float64: 1, or the sum over the positions that count."""
+        if self.takes_classes and self._reduction == "mean" and targets is not None:
+            return weights_of_classes(cast(ClassLoss, self._function), outputs, targets)
+        return outputs.new_ones(len(outputs), dtype=torch.float64)
 
 
 def _as_module(loss_fn: LossFn | None) -> LossFn:

@@ -21,6 +21,7 @@ from lightning_robust.functional import hessian_trace
 from tests.helpers import processes
 from tests.helpers.training import (
     CLOCKS,
+    NUM_CLASSES,
     Classifier,
     History,
     classifier,
@@ -293,6 +294,31 @@ def test_a_single_output_has_curvature(tmp_path: Path, output: slice | int, loss
     network = Outputs(lambda z: z[:, output])
     network.load_state_dict(model.network.state_dict())
     last = hessian_trace(network, x, y, loss_fn=loss_fn, rtol=None)
+    assert rows[-1]["robust/hessian_trace"] == pytest.approx(float(last.total), rel=1e-5)
+
+
+class Segments(nn.Module):
+    """Gives every pixel a class in eval mode, and the image one in train mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, NUM_CLASSES, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = self.layers(x)
+        return scores.mean(dim=(2, 3)) if self.training else scores
+
+
+def test_a_network_that_gives_every_pixel_a_class_has_curvature(tmp_path: Path) -> None:
+    x, _ = samples().tensors
+    y = (x[:, 0] > 0.5).long() + (x[:, 0] > 0.8)
+    y[::3, 0] = 255
+    loss_fn = nn.CrossEntropyLoss(ignore_index=255)
+    network = Segments()
+    data = loader(TensorDataset(x, y))
+    messages, rows = fit(Quiet(network), data, tmp_path, metrics=["hessian_trace"], loss_fn=loss_fn)
+    assert messages == []
+    last = hessian_trace(network, x, y, loss_fn=loss_fn, rtol=None, num_probes=2)
     assert rows[-1]["robust/hessian_trace"] == pytest.approx(float(last.total), rel=1e-5)
 
 
