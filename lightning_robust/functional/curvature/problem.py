@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lightning_robust.functional._isolation.stand_ins import full_precision
 from lightning_robust.functional._isolation.weights import Weights, differentiable_weights
 from lightning_robust.functional._validation.tensors import check_finite, check_inputs, outputs_of
+from lightning_robust.functional.curvature._grouped_convolution import TwiceDifferentiable
 from lightning_robust.functional.curvature._hutchinson import quadratic_forms, refuse_missing_derivatives
 from lightning_robust.functional.curvature._piecewise_linear import CurvedLayers
 from lightning_robust.functional.curvature._sample_gradients import SampleGradients
@@ -138,7 +139,8 @@ class ExaminedProblem:
             keys = [(seeds.seed, block, probe) for probe in probes[1]]
             most = self._problem.chunk_size or -(-len(self._inputs) // 4)
             for rows in torch.split((blocks == block).nonzero()[:, 0], most):
-                parts[1][:, block, places] += self._hutchinson_forms(rows, keys)
+                with TwiceDifferentiable():
+                    parts[1][:, block, places] += self._hutchinson_forms(rows, keys)
         for part in parts:
             check_finite(part.flatten(1), "curvature")
         counts = torch.zeros(NUM_BLOCKS, dtype=torch.float64).index_add_(0, blocks, self._counts)
