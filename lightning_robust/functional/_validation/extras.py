@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_robust.functional._isolation.stand_ins import full_precision
 from lightning_robust.functional._validation.arguments import check_kind, class_of
+from lightning_robust.functional._validation.outputs import logits_in
 
 Rows = slice | Tensor
 
@@ -18,7 +19,8 @@ class SampleModel:
     """A network, and those of its arguments that belong to the samples on which it is measured.
 
     Args:
-        model: Maps inputs ``(n, ...)``, and the extras of the same samples by keyword, to outputs ``(n, ...)``.
+        model: Maps inputs ``(n, ...)``, and the extras of the same samples by keyword, to outputs ``(n, ...)``, which
+            may lie in a tuple, dictionary or object (see :func:`logits_in`).
         extras: Tensors ``(N, ...)``, checked by :func:`check_extras`.
         num_samples: N.
 
@@ -31,11 +33,14 @@ class SampleModel:
         self.model = model
         self.extras = {name: full_precision(extra) for name, extra in check_extras(extras, num_samples).items()}
 
+    def __call__(self, x: Tensor, **extras: Tensor) -> Tensor:
+        """Outputs of some samples, whose rows of the extras these are."""
+        outputs: Tensor = logits_in(self.model(x, **extras), num_samples=len(x))
+        return outputs
+
     def on(self, rows: Rows) -> Callable[[Tensor], Tensor]:
         """The network as a function of the inputs of some samples alone."""
-        if not self.extras:
-            return self.model
-        return functools.partial(self.model, **{name: extra[rows] for name, extra in self.extras.items()})
+        return functools.partial(self, **{name: extra[rows] for name, extra in self.extras.items()})
 
     def on_all(self) -> Callable[[Tensor], Tensor]:
         """The network as a function of the inputs of all samples."""

@@ -71,7 +71,7 @@ class SampleGradients:
 
             def outputs(tensors: dict[str, Tensor]) -> Tensor:
                 with self._weights.replaced(tensors):
-                    return self._model.model(sample[None].clone(), **extras).flatten()
+                    return self._model(sample[None].clone(), **extras).flatten()
 
             def norms(cotangent: Tensor) -> Tensor:
                 return torch.stack([torch.linalg.vector_norm(g).square() for g in pull_back(cotangent)[0].values()])
