@@ -14,6 +14,7 @@ from torch import Tensor
 from lightning_robust.callbacks.monitor.overhead import Overhead
 from lightning_robust.callbacks.monitor.sample_selection import LoaderShare
 from lightning_robust.callbacks.monitor.status import WHOLE, Failure
+from lightning_robust.callbacks.monitor.token_embeddings import FromEmbeddings
 from lightning_robust.functional._isolation.context import differentiable
 from lightning_robust.functional._isolation.side_effects import watched_once
 from lightning_robust.functional._isolation.stand_ins import full_precision
@@ -189,6 +190,17 @@ def on_probe(probe: Probe) -> list[str]:
             again = outputs_of(probe.network, x)
     sentences = _about_model(probe, x, outputs.detach(), again, has_gradient=has_gradient)
     return [*sentences, *_about_classes(outputs), *_about_units(probe)]
+
+
+def note_on(probe: Probe) -> str | None:
+    """What is not wrong, but good to know: the units of token models, unless the user has chosen others."""
+    unit = probe.model.unit() if isinstance(probe.model, FromEmbeddings) else None
+    if unit is None or probe.input_std != unit:
+        return None
+    return (
+        "RobustnessMonitor perturbs the embeddings of the validation inputs, which are token ids: ε, margins and Fisher"
+        f" information are in units of the root mean square of the embedding's weights, {1 / unit:.3g}."
+    )
 
 
 def _has_gradient(outputs: Tensor, leaf: Tensor) -> bool:
