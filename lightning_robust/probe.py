@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, asdict, dataclass, field, replace
 from typing import Any, TypeVar, cast
 
@@ -17,13 +17,15 @@ from lightning_robust.functional._validation.arguments import (
     check_positive_integer,
     optional,
 )
+from lightning_robust.functional._validation.extras import SampleModel, check_extras
+from lightning_robust.functional._validation.outputs import as_one_logit, as_two_classes
 from lightning_robust.functional._validation.tensors import (
     check_input_type,
     check_logits,
     check_targets,
     outputs_of,
 )
-from lightning_robust.functional.curvature.losses import LossFn, check_loss_fn
+from lightning_robust.functional.curvature.losses import LossFn, SampleLoss, check_loss_fn
 from lightning_robust.functional.curvature.plan import Estimator
 from lightning_robust.functional.curvature.problem import CurvatureProblem
 from lightning_robust.functional.curvature.signs import ProbeSeeds
@@ -59,10 +61,14 @@ class Probe:
     Everything expensive is computed on first use and shared by all metrics that read the probe.
 
     Args:
-        model: Maps inputs ``(N, ...)`` to logits ``(N, C)``, sample by sample.
+        model: Maps inputs ``(N, ...)``, and ``extras`` by keyword, to logits ``(N, C)``, sample by sample. They may lie
+            in a tuple, dictionary or object where it is evident which they are (``logits``, or the only candidate).
         inputs: ``(N, ...)``, floating point.
         targets: ``(N,)``, class indices; with a ``loss_fn``, any targets ``(N, ...)`` that it takes. Metrics that need
             classes raise an error without them.
+        extras: Further arguments of the model, tensors ``(N, ...)`` whose rows belong to the samples, by name: padding
+            masks, categories, lengths. They are passed on by keyword and never perturbed. What a function closes over
+            instead stays as it is when samples are selected or pass in parts, and so meets other samples.
         input_std: Standard deviation by which the inputs were divided, one number or one per channel (dimension 1).
             With it every input-space number is in units of the un-normalised input.
         input_mean: Mean that was subtracted from the inputs before the division, one number or one per channel;
@@ -72,20 +78,22 @@ class Probe:
         chunk_size: Largest number of samples that pass through the network together, a bound on memory; see
             :func:`~lightning_robust.functional.linearize`.
         loss_fn: Maps logits and targets to the loss whose curvature is measured; cross-entropy by default. See
-            :func:`~lightning_robust.functional.hessian_trace`.
+            :func:`~lightning_robust.functional.hessian_trace`. With ``nn.BCEWithLogitsLoss()`` and one target per
+            sample, the model is a binary classifier whose single output z stands for the logits (0, z).
         module: The network whose weights curvature is about, if ``model`` is a plain function that calls it.
 
     Raises:
-        TypeError: If ``inputs`` or ``targets`` are not tensors, the inputs not floating point, ``model`` or ``loss_fn``
-            cannot be called, or ``module`` is not a module.
-        ValueError: If an option has a wrong value, there is not one class index (one target, with a ``loss_fn``) per
-            input, or a valid range of normalised inputs comes without their mean.
+        TypeError: If ``inputs``, ``targets`` or extras are not tensors, the inputs not floating point, ``model`` or
+            ``loss_fn`` cannot be called, or ``module`` is not a module.
+        ValueError: If an option has a wrong value, there is not one class index (one target, with a ``loss_fn``) or
+            one row of each of the ``extras`` per input, or a valid range of normalised inputs comes without their mean.
     """
 
-    model: Callable[[Tensor], Tensor]
+    model: Callable[..., Tensor]
     inputs: Tensor
     targets: Tensor
     _: KW_ONLY
+    extras: Mapping[str, Tensor] | None = None
     input_std: float | Sequence[float] | Tensor | None = None
     input_mean: float | Sequence[float] | Tensor | None = None
     valid_range: tuple[float, float] | None = None
@@ -101,6 +109,7 @@ class Probe:
         if self.chunk_size is not None:
             check_positive_integer("chunk_size", self.chunk_size)
         check_samples(self.inputs, self.targets, loss_fn=self.loss_fn)
+        check_extras(self.extras, len(self.inputs))
         check_units(input_std=self.input_std, input_mean=self.input_mean, valid_range=self.valid_range)
 
     def __len__(self) -> int:
@@ -110,19 +119,49 @@ class Probe:
     def linearization(self) -> Linearization:
         """Logits, Gram matrices and L1 gaps of all samples (see :func:`~lightning_robust.functional.linearize`)."""
         return self._once(
-            ("linearization",), lambda: linearize(self.model, self.inputs, chunk_size=self.chunk_size, **self._units)
+            ("linearization",),
+            lambda: linearize(self.classifier, self.inputs, chunk_size=self.chunk_size, **self._options),
         )
 
     def relinearization(self, norm: Norm) -> Linearization:
         """Gradients taken near the boundary (see :func:`~lightning_robust.functional.relinearize`)."""
-        options = {"norm": norm, "chunk_size": self.chunk_size, **self._units}
+        options = {"norm": norm, "chunk_size": self.chunk_size, **self._options}
         key = ("relinearization", norm)
-        return self._once(key, lambda: relinearize(self.model, self.inputs, self.linearization, **options))
+        return self._once(key, lambda: relinearize(self.classifier, self.inputs, self.linearization, **options))
 
     @property
-    def _units(self) -> dict[str, Any]:
-        """The options that tell estimators the units of the inputs."""
-        return {name: getattr(self, name) for name in ("input_std", "input_mean", "valid_range")}
+    def _options(self) -> dict[str, Any]:
+        """The options that all estimators on the inputs take."""
+        return {name: getattr(self, name) for name in ("extras", "input_std", "input_mean", "valid_range")}
+
+    @property
+    def is_binary(self) -> bool:
+        """Whether this is a binary classifier with one logit: its loss is BCE with logits, with one target each."""
+        return SampleLoss(self.loss_fn).is_binary_cross_entropy and self.targets.numel() == len(self)
+
+    @property
+    def classifier(self) -> Callable[..., Tensor]:
+        """The model, with one logit per class."""
+        return as_two_classes(self.model) if self.is_binary else self.model
+
+    @property
+    def labels(self) -> Tensor:
+        """Class indices ``(N,)``; raises a ``ValueError`` if the targets are no classes."""
+        targets = full_precision(self.targets)
+        if not self.is_binary:
+            return check_targets(targets, num_samples=len(self))
+        if not ((targets == 0) | (targets == 1)).all():
+            low, high = float(targets.min()), float(targets.max())
+            raise ValueError(
+                "Expected argument `targets` of a binary classifier to be 0 or 1, but got values from"
+                f" {low:.3g} to {high:.3g}. With soft targets only curvature can be measured."
+            )
+        return targets.reshape(len(self)).long()
+
+    @property
+    def network(self) -> Callable[[Tensor], Tensor]:
+        """The classifier as a function of the inputs of these samples alone."""
+        return SampleModel(self.classifier, self.extras, num_samples=len(self)).on_all()
 
     @property
     def unnormalised_inputs(self) -> Tensor:
@@ -132,8 +171,8 @@ class Probe:
 
     def attacked(self, attack: Attack) -> Tensor:
         """The inputs under an attack, ``(N, ...)``."""
-        options = asdict(attack) | self._units
-        return self._once(("attacked", attack), lambda: pgd(self.model, self.inputs, self.targets, **options))
+        options = asdict(attack) | self._options
+        return self._once(("attacked", attack), lambda: pgd(self.classifier, self.inputs, self.labels, **options))
 
     def curvature(
         self, *, estimator: Estimator = "auto", num_probes: int = 2, attack: Attack | None = None
@@ -150,9 +189,10 @@ class Probe:
 
     def _curvature(self, estimator: Estimator, num_probes: int, attack: Attack | None) -> CurvatureSums:
         problem = CurvatureProblem(
-            self.model,
+            as_one_logit(self.model) if self.is_binary else self.model,
             self.inputs if attack is None else self.attacked(attack),
-            self.targets,
+            full_precision(self.targets).float().reshape(len(self)) if self.is_binary else self.targets,
+            extras=self.extras,
             estimator=estimator,
             loss_fn=self.loss_fn,
             module=self.module,
@@ -171,33 +211,33 @@ class Probe:
         return self._once(
             ("fisher_rao_paths", num_targets, options),
             lambda: trace_fisher_rao_paths(
-                self.model,
+                self.classifier,
                 self.inputs,
                 targets=None if num_targets is None else self._most_probable_others(num_targets),
-                labels=self.targets,
+                labels=self.labels,
                 chunk_size=self.chunk_size,
                 **options._asdict(),
-                **self._units,
+                **self._options,
             ),
         )
 
     def _most_probable_others(self, count: int) -> Tensor:
         """Classes (N, count), or all others if there are fewer, in the order of the predictions."""
         logits = self.logits(self.inputs)
-        labels = check_targets(self.targets, num_samples=len(logits), num_classes=logits.shape[1])
+        labels = check_targets(self.labels, num_samples=len(logits), num_classes=logits.shape[1])
         others = logits.scatter(1, labels.to(logits.device)[:, None], -torch.inf)
         return others.topk(min(count, logits.shape[1] - 1), dim=1).indices
 
     def logits(self, inputs: Tensor) -> Tensor:
-        """Outputs of the network at other inputs, checked to be logits ``(N, C)``, in eval mode and without a graph."""
+        """Logits ``(N, C)`` of these samples at other inputs, in eval mode and without a graph."""
         logits = self.outputs(inputs)
         check_logits(logits, num_samples=len(inputs))
         return logits
 
     def outputs(self, inputs: Tensor) -> Tensor:
-        """Outputs of the network at other inputs, of any shape ``(N, ...)``, in eval mode and without a graph."""
+        """Outputs ``(N, ...)`` of these samples at other inputs, in eval mode and without a graph."""
         with differentiable(self.model), torch.no_grad():
-            return outputs_of(self.model, full_precision(inputs))
+            return outputs_of(self.network, full_precision(inputs))
 
     def _once(self, key: tuple[object, ...], compute: Callable[[], T]) -> T:
         """Compute a result on first use, and keep it under a key."""
@@ -207,7 +247,8 @@ class Probe:
 
     def rows(self, rows: slice) -> Probe:
         """Return a probe of some of the samples, without copying them."""
-        return replace(self, inputs=self.inputs[rows], targets=self.targets[rows])
+        extras = None if self.extras is None else {name: extra[rows] for name, extra in self.extras.items()}
+        return replace(self, inputs=self.inputs[rows], targets=self.targets[rows], extras=extras)
 
 
 def check_samples(inputs: Tensor, targets: Tensor, *, loss_fn: LossFn | None) -> None:

@@ -167,6 +167,7 @@ BAD: list[tuple[str, str, tuple[Any, ...]]] = [
     ),
     ("trace_fisher_rao_paths.targets", "class index per sample, an integer tensor", (torch.ones(4), torch.ones(2) > 0)),
     ("trace_fisher_rao_paths.targets", "other classes than the one to leave", (OWN[:, None], OWN[:1])),
+    ("extras", "a mapping from names of arguments of the model to tensors (N, ...)", (1, "m", [INPUTS], INPUTS, dict)),
     ("hessian_trace.targets", "a Tensor", NO_TENSOR),
     ("hessian_trace.targets", "one target per sample", (SINGLE, TARGETS[:3])),
 ]

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from lightning_robust.functional._validation.arguments import check_positive_integer
-from lightning_robust.functional._validation.tensors import check_targets
 from lightning_robust.functional.input_space.attacks import Norm, check_norm
 from lightning_robust.metrics.base import ProbeMetric, error_bar_of_share, joined
 from lightning_robust.metrics.keys import accuracy_key
@@ -54,7 +53,7 @@ class AdversarialAccuracy(ProbeMetric):
         self.add_float64_rows("correct")  # flat: len(epsilons) values per sample
 
     def _add(self, probe: Probe) -> None:
-        correct, targets = [], check_targets(probe.targets, num_samples=len(probe))
+        correct, targets = [], probe.labels
         for epsilon in self.epsilons:
             attacked = probe.attacked(Attack(epsilon, self.norm, self.steps))
             correct.append(probe.logits(attacked).argmax(dim=1) == targets)

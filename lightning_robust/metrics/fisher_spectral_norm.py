@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_robust.functional._validation.tensors import check_targets
 from lightning_robust.functional.input_space.fisher_information import (
     calibrated_fim_spectral_norm,
     fim_spectral_norm,
@@ -53,7 +52,7 @@ class FisherSpectralNorm(ProbeMetric):
         if self.num_classes not in (0, c):
             raise ValueError(f"Expected logits of {int(self.num_classes)} classes, as before, but got {c}.")
         upper = torch.triu_indices(c, c, device=linearization.gram.device)
-        targets = check_targets(probe.targets, num_samples=len(probe))
+        targets = probe.labels
         row = torch.cat([targets[:, None], linearization.logits, linearization.gram[:, upper[0], upper[1]]], dim=1)
         self.rows.append(row.to(self.num_classes).flatten())
         self.num_classes = torch.full_like(self.num_classes, c)

@@ -66,9 +66,9 @@ class LinearizedAccuracy(ProbeMetric):
     def _add(self, probe: Probe) -> None:
         linearization = probe.linearization if self.order == 1 else probe.relinearization(self.norm)
         if self.norm == "l2":
-            margins = linearized_margin(linearization.logits, linearization.gram, probe.targets)
+            margins = linearized_margin(linearization.logits, linearization.gram, probe.labels)
         elif linearization.gap_l1 is not None:
-            margins = linearized_margin_linf(linearization.logits, linearization.gap_l1, probe.targets)
+            margins = linearized_margin_linf(linearization.logits, linearization.gap_l1, probe.labels)
         else:
             raise ValueError("Expected a linearisation with `gap_l1` for norm 'linf', but it has none. Use norm='l2'.")
         check_finite(margins.masked_fill(margins.isposinf(), 0.0), "gradients of the logits")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_robust.callbacks.arguments import as_constant, as_metrics, misconfiguration
 from lightning_robust.callbacks.monitor import diagnostics
-from lightning_robust.callbacks.monitor.batches import read_batch
+from lightning_robust.callbacks.monitor.batch_reading import read_batch
 from lightning_robust.callbacks.monitor.measurement_loop import MeasurementLoop
 from lightning_robust.callbacks.monitor.overhead import check_budget
 from lightning_robust.callbacks.monitor.reporting import Reporter

@@ -14,6 +14,7 @@ from torch import Tensor
 from lightning_robust.callbacks.monitor.overhead import Overhead
 from lightning_robust.callbacks.monitor.sample_selection import LoaderShare
 from lightning_robust.callbacks.monitor.status import WHOLE, Failure
+from lightning_robust.callbacks.monitor.token_embeddings import FromEmbeddings
 from lightning_robust.functional._isolation.context import differentiable
 from lightning_robust.functional._isolation.side_effects import watched_once
 from lightning_robust.functional._isolation.stand_ins import full_precision
@@ -33,6 +34,16 @@ UNSHARED = (
     " cannot tell whether processes share samples. Each of n processes measures one in n of the samples that it would"
     " measure alone: fewer than `max_samples` in all, and some perhaps twice. To avoid this, let Lightning distribute"
     " the samples with `Trainer(use_distributed_sampler=True)`."
+)
+_MIXES = (
+    "The model mixes the samples of a batch (changing one sample changed the outputs of others), so no sample has a"
+    " robustness of its own, and the numbers depend on the batch. Look for a normalisation over the batch in eval mode,"
+    " such as `BatchNorm` with `track_running_stats=False`."
+)
+_BOUND = (
+    "The model's outputs for a sample depend on its place in the batch, so samples are measured with what belongs to"
+    " others. Does the model close over a tensor of the batch, such as a padding mask? Let it take that tensor as an"
+    " argument, and pass `Probe(model, inputs, targets, extras={'mask': mask})`: extras are selected with the samples."
 )
 OTHER_SAMPLES = (
     "The validation loader yields other samples than at the last measurement, so the curves of RobustnessMonitor carry"
@@ -162,22 +173,34 @@ def on_probe(probe: Probe) -> list[str]:
     Costs three forward passes and a backward pass of up to eight samples.
 
     Returns:
-        One sentence for each flaw: outputs that are probabilities, or random; samples that influence each other's
-        outputs; very many classes; inputs in other units than the options say.
+        One sentence for each flaw: outputs that are probabilities, or random; samples whose outputs depend on
+        other samples, or on their place in the batch; very many classes; inputs in other units than the options say.
 
     Raises:
         ValueError: If no gradient leads from the outputs to the inputs on which they depend.
     """
     check_inputs(probe.inputs)
-    x = full_precision(probe.inputs[:_EXAMINED])
+    probe = probe.rows(slice(_EXAMINED))
+    x = full_precision(probe.inputs)
     with differentiable(probe.model):
         leaf = x.clone().requires_grad_()
-        outputs = outputs_of(probe.model, leaf)
+        outputs = outputs_of(probe.network, leaf)
         has_gradient = outputs.requires_grad and _has_gradient(outputs, leaf)
         with torch.no_grad():  # in the same context: a network that remembers its last pass shows it
-            again = outputs_of(probe.model, x)
+            again = outputs_of(probe.network, x)
     sentences = _about_model(probe, x, outputs.detach(), again, has_gradient=has_gradient)
     return [*sentences, *_about_classes(outputs), *_about_units(probe)]
+
+
+def note_on(probe: Probe) -> str | None:
+    """What is not wrong, but good to know: the units of token models, unless the user has chosen others."""
+    unit = probe.model.unit() if isinstance(probe.model, FromEmbeddings) else None
+    if unit is None or probe.input_std != unit:
+        return None
+    return (
+        "RobustnessMonitor perturbs the embeddings of the validation inputs, which are token ids: ε, margins and Fisher"
+        f" information are in units of the root mean square of the embedding's weights, {1 / unit:.3g}."
+    )
 
 
 def _has_gradient(outputs: Tensor, leaf: Tensor) -> bool:
@@ -205,22 +228,36 @@ def _about_model(probe: Probe, x: Tensor, outputs: Tensor, again: Tensor, *, has
             " `training=self.training`."
         )
         return flaws
-    disturbed = x.clone()
-    disturbed[0] = x[-1]  # another sample rather than noise: some networks refuse inputs that are out of range
-    moves = (probe.outputs(disturbed) - outputs).abs().reshape(len(x), -1).amax(dim=1) > tolerance
-    if moves[1:].any():
-        flaws.append(
-            "The model mixes the samples of a batch (changing one sample changed the outputs of others), so no sample"
-            " has a robustness of its own, and the numbers depend on the batch. Look for a normalisation over the batch"
-            " in eval mode, such as `BatchNorm` with `track_running_stats=False`."
-        )
-    elif are_logits and moves[0] and not has_gradient:
+    dependence = _dependence(probe, x, outputs, tolerance)
+    if dependence:
+        flaws.append(dependence)
+    elif are_logits and (outputs - outputs[:1]).abs().max() > tolerance and not has_gradient:
         raise ValueError(
             "Expected a model whose outputs have gradients with respect to its inputs, but they change without any, and"
             " every number would claim perfect robustness. Does its forward pass use `torch.no_grad()`, `detach()` or"
             " rounding?"
         )
     return flaws
+
+
+def _dependence(probe: Probe, x: Tensor, outputs: Tensor, tolerance: Tensor) -> str | None:
+    """Say so if the outputs of a sample depend on the other samples in its batch, or on its place there."""
+
+    def moved(others: Tensor, expected: Tensor) -> bool:
+        return others.shape != expected.shape or bool(((others - expected).abs() > tolerance).any())
+
+    if len(x) < 2:
+        return None
+    others = probe.rows(slice(1, None))  # every sample in the place of its neighbour, and one sample less
+    try:
+        elsewhere = others.outputs(others.inputs)
+    except (RuntimeError, ValueError, IndexError) as error:
+        raise ValueError(f"{_BOUND} (Called on {len(x) - 1} of {len(x)} samples, it raised: {error})") from error
+    if not moved(elsewhere, outputs[1:]):
+        return None
+    disturbed = x.clone()
+    disturbed[0] = x[-1]  # another sample rather than noise: some networks refuse inputs that are out of range
+    return _MIXES if moved(probe.outputs(disturbed)[1:], outputs[1:]) else _BOUND
 
 
 def _about_classes(outputs: Tensor) -> list[str]:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import CombinedLoader
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from lightning_robust.callbacks.monitor import diagnostics
@@ -163,6 +164,8 @@ class MeasurementLoop:
         """Once per run, warn of anything that makes the numbers mean something else than they seem to."""
         if self._unexamined:
             self.warnings.once(*diagnostics.on_probe(probe))
+            if note := diagnostics.note_on(probe):
+                rank_zero_info(note)
             self._unexamined = False
 
     def _compare(self, measurement: Measurement) -> None:

@@ -112,9 +112,11 @@ def _with_hidden(modules: list[nn.Module]) -> list[nn.Module]:
 
 
 def _owner(function: object) -> object:
-    while isinstance(function, functools.partial):
-        function = function.func
-    return getattr(function, "__self__", function)
+    inner: object = None
+    while inner is not function:
+        inner = function
+        function = function.func if isinstance(function, functools.partial) else getattr(function, "__self__", function)
+    return function
 
 
 def _own_tensors(module: nn.Module) -> Iterator[Tensor]:

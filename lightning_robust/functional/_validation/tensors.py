@@ -95,14 +95,14 @@ def check_outputs(outputs: object, *, num_samples: int, are_logits: bool = False
             f"{error} {_WRAP} Where every pixel or token has a class of its own, only curvature can be measured, with"
             " `loss_fn=nn.CrossEntropyLoss()` and targets (N, ...) for outputs (N, C, ...)."
         )
+    if are_logits and outputs.shape in ((num_samples,), (num_samples, 1)):
+        raise ValueError(
+            f"{error} A single output z of a binary classifier stands for the logits (0, z): pass"
+            " `loss_fn=nn.BCEWithLogitsLoss()` to the monitor or the probe. For a regression, only curvature can be"
+            " measured, with its `loss_fn`."
+        )
     if outputs.ndim == 0 or len(outputs) != num_samples or (are_logits and outputs.ndim != 2):
         raise ValueError(f"{error} {_WRAP}")
-    if are_logits and outputs.shape[1] < 2:
-        raise ValueError(
-            f"{error} A single output z of a binary classifier stands for the logits (0, z): wrap the model so that it"
-            " returns both (in a callback, through `probe_fn`). For a regression, only curvature can be measured, with"
-            " its `loss_fn`."
-        )
     check_finite(outputs, "logits" if are_logits else "outputs")
 
 
@@ -132,8 +132,9 @@ def check_targets(
         raise ValueError(
             f"Expected argument `{name}` to hold one class index per sample, an integer tensor of shape"
             f" ({num_samples},), but got {targets.dtype} of shape {tuple(targets.shape)}. Take `.squeeze(1)` of a"
-            " column, `.argmax(dim=1)` of one-hot rows, `.long()` of classes in floating point. Where there are no"
-            " classes, only curvature can be measured, with its `loss_fn`."
+            " column, `.argmax(dim=1)` of one-hot rows, `.long()` of classes in floating point. For a binary classifier"
+            " with one logit pass `loss_fn=nn.BCEWithLogitsLoss()`. Where there are no classes, only curvature can be"
+            " measured, with its `loss_fn`."
         )
     labels = full_precision(targets).long()
     if num_classes is not None and num_samples and not (labels.min() >= 0 and labels.max() < num_classes):

@@ -11,13 +11,12 @@ checkpointing, custom functions), or differs from a plain backward pass on the f
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
 from lightning_robust.functional._isolation.side_effects import side_effects_reverted, watched
 from lightning_robust.functional._isolation.weights import Weights
+from lightning_robust.functional._validation.extras import SampleModel
 
 # Elements of per-sample gradients held at once when the user sets no bound: 16 MiB in float32 on a CPU, where more
 # would only leave the caches, and 256 MiB elsewhere.
@@ -29,7 +28,7 @@ _DEFAULT_CPU_SAMPLES = 32
 class SampleGradients:
     """Gradients of a network's outputs with respect to the L weight tensors of given names, sample by sample."""
 
-    def __init__(self, model: Callable[[Tensor], Tensor], weights: Weights, names: tuple[str, ...]) -> None:
+    def __init__(self, model: SampleModel, weights: Weights, names: tuple[str, ...]) -> None:
         self._model = model
         self._weights = weights
         self._tensors = {name: weights.tensors[name] for name in names}
@@ -45,27 +44,34 @@ class SampleGradients:
             samples = min(samples, _DEFAULT_CPU_ELEMENTS // size, _DEFAULT_CPU_SAMPLES)
         return max(1, min(samples, _DEFAULT_ELEMENTS // size))
 
-    def squared_norms(self, inputs: Tensor, cotangents: Tensor) -> Tensor:
-        """Compute ``‖∂(wᵀz)/∂W_k‖²`` of each sample, ``(M, N, L)``, float64, for cotangents ``w``, ``(M, N, K)``."""
+    def squared_norms(self, inputs: Tensor, rows: Tensor, cotangents: Tensor) -> Tensor:
+        """Compute ``‖∂(wᵀz)/∂W_k‖²`` of each sample, ``(M, N, L)``, float64, for cotangents ``w``, ``(M, N, K)``.
+
+        The samples are those of the numbers ``rows`` (N,).
+        """
         if self._vectorised:
             try:
-                norms = self._all_at_once(inputs, cotangents)
+                norms = self._all_at_once(inputs, rows, cotangents)
             except torch.OutOfMemoryError:
                 raise
             except Exception:  # unless vmap's limits caused it, the plain pass raises it again
                 self._vectorised = False
             else:
-                self._trusted = self._trusted or _near(norms[:, :1], self._one_by_one(inputs[:1], cotangents[:, :1]))
+                self._trusted = self._trusted or _near(
+                    norms[:, :1], self._one_by_one(inputs[:1], rows[:1], cotangents[:, :1])
+                )
                 if self._trusted:
                     return norms
                 self._vectorised = False
-        return self._one_by_one(inputs, cotangents)
+        return self._one_by_one(inputs, rows, cotangents)
 
-    def _all_at_once(self, inputs: Tensor, cotangents: Tensor) -> Tensor:
-        def of_one(tensors: dict[str, Tensor], sample: Tensor, cotangents: Tensor) -> Tensor:
+    def _all_at_once(self, inputs: Tensor, rows: Tensor, cotangents: Tensor) -> Tensor:
+        def of_one(tensors: dict[str, Tensor], sample: Tensor, extras: dict[str, Tensor], cotangents: Tensor) -> Tensor:
+            extras = {name: extra[None] for name, extra in extras.items()}
+
             def outputs(tensors: dict[str, Tensor]) -> Tensor:
                 with self._weights.replaced(tensors):
-                    return self._model(sample[None].clone()).flatten()
+                    return self._model(sample[None].clone(), **extras).flatten()
 
             def norms(cotangent: Tensor) -> Tensor:
                 return torch.stack([torch.linalg.vector_norm(g).square() for g in pull_back(cotangent)[0].values()])
@@ -74,15 +80,18 @@ class SampleGradients:
             with torch.no_grad():  # or autograd records the backward pass for a second derivative
                 return torch.stack([norms(cotangent) for cotangent in cotangents.unbind()])
 
+        extras = {name: extra[rows] for name, extra in self._model.extras.items()}
         with side_effects_reverted(self._weights.modules):
-            norms: Tensor = torch.func.vmap(of_one, in_dims=(None, 0, 1), out_dims=1)(self._tensors, inputs, cotangents)
+            norms: Tensor = torch.func.vmap(of_one, in_dims=(None, 0, 0, 1), out_dims=1)(
+                self._tensors, inputs, extras, cotangents
+            )
         return norms.detach().double()
 
-    def _one_by_one(self, inputs: Tensor, cotangents: Tensor) -> Tensor:
+    def _one_by_one(self, inputs: Tensor, rows: Tensor, cotangents: Tensor) -> Tensor:
         norms = inputs.new_zeros(*cotangents.shape[:2], len(self._tensors), dtype=torch.float64)
         for n in range(len(inputs)):
             with watched():
-                outputs = self._model(inputs[n : n + 1].clone()).flatten()
+                outputs = self._model.on(rows[n : n + 1])(inputs[n : n + 1].clone()).flatten()
             if not outputs.requires_grad:
                 continue
             for m, cotangent in enumerate(cotangents[:, n]):

@@ -30,7 +30,7 @@ Second derivatives of a custom ``torch.autograd.Function`` are trusted unless it
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -83,10 +83,11 @@ class TraceEstimate:
 
 
 def hessian_trace(
-    model: Callable[[Tensor], Tensor],
+    model: Callable[..., Tensor],
     inputs: Tensor,
     targets: Tensor | None = None,
     *,
+    extras: Mapping[str, Tensor] | None = None,
     estimator: Estimator = "auto",
     num_probes: int | None = None,
     rtol: float | None = 0.05,
@@ -107,6 +108,7 @@ def hessian_trace(
         targets: Targets as the loss takes them, ``(N,)`` class indices for cross-entropy, or ``(N, ...)`` with one
             per position of outputs ``(N, C, ...)``. They may be None where the
             Gauss–Newton matrix suffices and does not depend on them (cross-entropy without class weights).
+        extras: As in :func:`~lightning_robust.functional.linearize`.
         estimator: ``"gauss_newton"`` measures the Gauss–Newton matrix instead of the Hessian in every layer;
             ``"hutchinson"`` multiplies the Hessian with random signs; ``"auto"`` finds the layers in which the two
             matrices are equal, and adds the trace of their difference in the others.
@@ -149,7 +151,14 @@ def hessian_trace(
     optional(check_kind, "module", module, nn.Module)
     optional(check_kind, "generator", generator, torch.Generator)
     problem = CurvatureProblem(
-        model, inputs, targets, estimator=estimator, loss_fn=loss_fn, module=module, chunk_size=chunk_size
+        model,
+        inputs,
+        targets,
+        extras=extras,
+        estimator=estimator,
+        loss_fn=loss_fn,
+        module=module,
+        chunk_size=chunk_size,
     )
     seeds = ProbeSeeds.from_contents(inputs) if generator is None else ProbeSeeds.random(len(inputs), generator)
     first = min(max(2, -(-_ENOUGH // len(inputs))), max_probes) if num_probes is None else num_probes

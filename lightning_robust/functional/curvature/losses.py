@@ -69,6 +69,11 @@ class SampleLoss:
         return _is_exactly(self._function, nn.CrossEntropyLoss)
 
     @property
+    def is_binary_cross_entropy(self) -> bool:
+        """Whether it is torch's binary cross-entropy of logits."""
+        return _is_exactly(self._function, nn.BCEWithLogitsLoss)
+
+    @property
     def root(self) -> GaussNewtonRoot | None:
         """The root of the Hessian with respect to the outputs, if one is known."""
         for kind, root in ROOTS.items():

@@ -6,7 +6,7 @@ shared by all probes taken together, and a backward pass; a Hutchinson probe a H
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import KW_ONLY, dataclass
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lightning_robust.functional._isolation.stand_ins import full_precision
 from lightning_robust.functional._isolation.weights import Weights, differentiable_weights
+from lightning_robust.functional._validation.extras import SampleModel
 from lightning_robust.functional._validation.tensors import check_finite, check_inputs, outputs_of
 from lightning_robust.functional.curvature._grouped_convolution import TwiceDifferentiable
 from lightning_robust.functional.curvature._hutchinson import quadratic_forms, refuse_missing_derivatives
@@ -32,10 +33,11 @@ _FUSED = (nn.MultiheadAttention, nn.TransformerEncoder, nn.TransformerEncoderLay
 class CurvatureProblem:
     """A network, samples and a loss whose Hessian is wanted; the arguments are those of :func:`hessian_trace`."""
 
-    model: Callable[[Tensor], Tensor]
+    model: Callable[..., Tensor]
     inputs: Tensor
     targets: Tensor | None
     _: KW_ONLY
+    extras: Mapping[str, Tensor] | None = None
     estimator: Estimator = "auto"
     loss_fn: LossFn | None = None
     module: nn.Module | None = None
@@ -70,11 +72,12 @@ class ExaminedProblem:
         self._loss = loss
         self._weights = weights
         self._inputs = x = full_precision(problem.inputs)
+        self._model = SampleModel(problem.model, problem.extras, num_samples=len(x))
         given = problem.targets
         self._targets = None if given is None else loss.prepared(full_precision(given), num_samples=len(x))
         names = tuple(weights.tensors)
         gauss_newton = names if loss.root is not None and problem.estimator != "hutchinson" else ()
-        self._gradients = SampleGradients(problem.model, weights, gauss_newton)
+        self._gradients = SampleGradients(self._model, weights, gauss_newton)
         self._chunks = torch.split(torch.arange(len(x)), problem.chunk_size or self._gradients.samples_at_once(x))
         # torch's attention runs in a fused kernel without a graph, which rounds otherwise: every estimator takes its
         # outputs from there, so that they agree to the last bit in layers where they measure the same
@@ -92,12 +95,12 @@ class ExaminedProblem:
     def _examined(self, rows: Tensor, curved: CurvedLayers | None) -> Tensor:
         """Outputs of some samples, and on the way the layers in which they are curved."""
         with torch.no_grad() if curved is None else nullcontext():
-            outputs = outputs_of(self._problem.model, self._inputs[rows])
+            outputs = outputs_of(self._model.on(rows), self._inputs[rows])
         if curved is not None:
             curved.read(outputs)
             if self._is_fused:
                 with torch.no_grad():
-                    outputs = outputs_of(self._problem.model, self._inputs[rows])
+                    outputs = outputs_of(self._model.on(rows), self._inputs[rows])
         outputs = outputs.detach().clone()  # a network may write every batch of outputs to the same memory
         self._loss.check(outputs, self._targets_of(rows))
         return outputs
@@ -162,14 +165,14 @@ class ExaminedProblem:
         else:
             signs = sample_signs([seeds.keys[row] for row in rows], probes, size)
         cotangents = root.times(signs.to(outputs.device), outputs, self._targets_of(rows))
-        forms = self._gradients.squared_norms(self._inputs[rows], cotangents)
+        forms = self._gradients.squared_norms(self._inputs[rows], rows, cotangents)
         return (forms.sum(dim=0).expand(len(probes), -1, -1) if exact else forms), exact
 
     def _hutchinson_forms(self, rows: Tensor, keys: Sequence[tuple[int, ...]]) -> Tensor:
         """``v_kᵀ(Hv)_k`` summed over samples, or with ``R`` in place of ``H``, for each key and layer, ``(M, L)``."""
         assert self._targets is not None
         targets = self._targets[rows]
-        outputs = outputs_of(self._problem.model, self._inputs[rows])
+        outputs = outputs_of(self._model.on(rows), self._inputs[rows])
         refuse_missing_derivatives(outputs, self._weights)
         if self.plan.gauss_newton:
             objective = (self._loss.gradients(outputs, targets) * outputs).sum()

@@ -22,6 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_robust.functional._validation.extras import SampleModel
 from lightning_robust.functional.fisher_rao._state import Paths, other_classes
 from lightning_robust.functional.input_space.float64 import widened
 from lightning_robust.functional.input_space.jacobian import (
@@ -47,13 +48,13 @@ class NaturalGradient(NamedTuple):
 
 
 def natural_gradient_by_gram(
-    model: Callable[[Tensor], Tensor], units: Units, paths: Paths, x: Tensor, *, some: Tensor, which: Tensor
+    model: SampleModel, units: Units, paths: Paths, x: Tensor, *, some: Tensor, which: Tensor
 ) -> tuple[Tensor, NaturalGradient]:
     """Probabilities (m, C) and natural gradients of paths at points ``x`` (m, ...), from whole Jacobians.
 
     The distinct points are ``x[some]``, and path i is at ``x[some[which[i]]]``: shared points are linearised once.
     """
-    leaf, logits = leaf_and_logits(model, x[some], check=None)
+    leaf, logits = leaf_and_logits(model.on(paths.sample[some]), x[some], check=None)
     source = paths.source[some]
     probs = widened(logits.detach()).softmax(dim=1)[which]
     # S ignores what is common to all logits, so logits relative to the source save one backward pass
@@ -65,11 +66,9 @@ def natural_gradient_by_gram(
     return probs, natural._replace(change=torch.zeros_like(probs).scatter(1, others, natural.change))
 
 
-def natural_gradient_by_cg(
-    model: Callable[[Tensor], Tensor], units: Units, paths: Paths, x: Tensor
-) -> tuple[Tensor, NaturalGradient]:
+def natural_gradient_by_cg(model: SampleModel, units: Units, paths: Paths, x: Tensor) -> tuple[Tensor, NaturalGradient]:
     """Probabilities (m, C) and natural gradients of paths at points ``x`` (m, ...), without Jacobians."""
-    leaf, logits = leaf_and_logits(model, x, check=None)
+    leaf, logits = leaf_and_logits(model.on(paths.sample), x, check=None)
     probs = widened(logits.detach()).softmax(dim=1)
     cotangent = torch.zeros_like(logits, requires_grad=True)
     pulled = torch.zeros_like(leaf)

@@ -30,7 +30,7 @@ def approach_target(
     logits: Tensor,
     *,
     step_at: Callable[[Paths, Tensor], Tensor],
-    logits_at: Callable[[Tensor], Tensor],
+    logits_at: Callable[[Paths, Tensor], Tensor],
 ) -> tuple[Tensor, Tensor]:
     """Replace steps after which the gap to the target has not shrunk by shorter ones.
 
@@ -46,7 +46,7 @@ def approach_target(
     step = step_at(there, there.x)
     for _ in range(_HALVINGS):
         shorter = there.within_bounds(there.x - step)
-        found = logits_at(shorter)
+        found = logits_at(there, shorter)
         closer = there.gap(found) < gap[rows]
         ahead[rows[closer]], logits[rows[closer]] = shorter[closer], found[closer]
         rows, there, step = rows[~closer], there.rows(~closer), step[~closer] / 2
@@ -56,7 +56,7 @@ def approach_target(
 
 
 def locate_crossing(
-    paths: Paths, ahead: Tensor, logits: Tensor, *, logits_at: Callable[[Tensor], Tensor]
+    paths: Paths, ahead: Tensor, logits: Tensor, *, logits_at: Callable[[Paths, Tensor], Tensor]
 ) -> tuple[Tensor, Tensor]:
     """Find where segments from ``paths.x``, inside a class, to points ``ahead`` (m, ...), outside, cross the boundary.
 
@@ -72,7 +72,7 @@ def locate_crossing(
         share = (lead_before + allowed / 2) / (lead_before - lead_beyond)
         share = share.nan_to_num(nan=0.5).clamp(0, 1) if trial % 3 < 2 else torch.full_like(share, 0.5)
         middle = before + share.to(ahead).view(shape) * (beyond - before)
-        found = logits_at(middle)
+        found = logits_at(paths, middle)
         lead, outside = _lead(found, paths.source), found.argmax(dim=1) != paths.source
         logits = torch.where(outside[:, None], found, logits)
         lead_before, lead_beyond = torch.where(outside, lead_before, lead), torch.where(outside, lead, lead_beyond)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from lightning_robust.functional._validation.extras import SampleModel
 from lightning_robust.functional._validation.tensors import outputs_of
 from lightning_robust.functional.fisher_rao._natural_gradient import natural_gradient_by_cg, natural_gradient_by_gram
 from lightning_robust.functional.fisher_rao._state import Paths, flat, joined
@@ -25,7 +26,7 @@ from lightning_robust.functional.input_space.units import Units
 class Tracer:
     """Follows the natural gradient of the gap to a target through a network, downwards."""
 
-    def __init__(self, model: Callable[[Tensor], Tensor], units: Units, options: PathOptions) -> None:
+    def __init__(self, model: SampleModel, units: Units, options: PathOptions) -> None:
         self._model = model
         self._units = units
         self._options = options
@@ -52,7 +53,7 @@ class Tracer:
     def _prepared(self, paths: Paths) -> Paths:
         """Set damping, step bound and first move, which depend on the starting point."""
         options = self._options
-        leaf, logits = leaf_and_logits(self._model, paths.x, check=None)
+        leaf, logits = leaf_and_logits(self._model.on(paths.sample), paths.x, check=None)
         gap = paths.gap(logits)
         slope = widened(input_gradient(gap, leaf, self._units.std)).square().sum(dim=1)
         if options.damping is None:
@@ -72,7 +73,7 @@ class Tracer:
         # the midpoint rule stays of second order with a midpoint extrapolated from the previous step
         middle = paths.x if self._unit_steps else paths.within_bounds(paths.x + paths.move / 2)
         ahead = paths.within_bounds(paths.x - self._step_at(paths, middle))
-        logits = self._logits_at(ahead)
+        logits = self._logits_at(paths, ahead)
         if not self._unit_steps:
             ahead, logits = approach_target(paths, ahead, logits, step_at=self._step_at, logits_at=self._logits_at)
         computable = flat(ahead).isfinite().all(dim=1) & logits.isfinite().all(dim=1)
@@ -91,10 +92,10 @@ class Tracer:
         stuck = joined(paths.rows(~moved), there.rows(moved & ~crossed & ~on))
         return there.rows(on), there.rows(crossed), stuck
 
-    def _logits_at(self, x: Tensor) -> Tensor:
-        """Logits at points (m, ...), without a graph. They need not be finite: a path ends there."""
+    def _logits_at(self, paths: Paths, x: Tensor) -> Tensor:
+        """Logits of paths at points (m, ...), without a graph. They need not be finite: a path ends there."""
         with torch.no_grad():
-            return outputs_of(self._model, x, check=None)
+            return outputs_of(self._model.on(paths.sample), x, check=None)
 
     def _step_at(self, paths: Paths, x: Tensor) -> Tensor:
         """Steps of paths at points (m, ...) of their own."""

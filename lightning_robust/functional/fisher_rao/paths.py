@@ -25,7 +25,7 @@ passes where they end.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -34,6 +34,7 @@ from torch import Tensor
 from lightning_robust.functional._isolation.context import differentiable
 from lightning_robust.functional._isolation.stand_ins import full_precision
 from lightning_robust.functional._validation.arguments import check_kind
+from lightning_robust.functional._validation.extras import SampleModel
 from lightning_robust.functional._validation.tensors import check_logits, check_pass, check_targets, outputs_of
 from lightning_robust.functional.fisher_rao._state import Paths, flat, other_classes
 from lightning_robust.functional.fisher_rao._tracing import Tracer
@@ -107,7 +108,7 @@ class FisherRaoPaths:
 
 
 def trace_fisher_rao_paths(
-    model: Callable[[Tensor], Tensor],
+    model: Callable[..., Tensor],
     inputs: Tensor,
     *,
     targets: Tensor | None = None,
@@ -118,6 +119,7 @@ def trace_fisher_rao_paths(
     max_steps: int = 100,
     solver: Solver = "gram",
     mode: Mode = "path",
+    extras: Mapping[str, Tensor] | None = None,
     input_std: float | Sequence[float] | Tensor | None = None,
     input_mean: float | Sequence[float] | Tensor | None = None,
     valid_range: tuple[float, float] | None = None,
@@ -151,6 +153,7 @@ def trace_fisher_rao_paths(
             millionth of the Fisher information or less.
         mode: ``"path"``, or ``"unit_steps"`` for the poster's steps ``v / √(gᵀv)``, of length 1 in the damped metric,
             unbounded unless ``max_euclidean_step`` is given; margins are then numbers of steps.
+        extras: As in :func:`~lightning_robust.functional.linearize`.
         input_std: As in :func:`~lightning_robust.functional.linearize`.
         input_mean: As in :func:`~lightning_robust.functional.linearize`.
         valid_range: As in :func:`~lightning_robust.functional.linearize`; each step is clamped to it.
@@ -170,12 +173,13 @@ def trace_fisher_rao_paths(
     """
     options = check_path_options(damping, step_length, max_euclidean_step, max_steps, solver, mode)
     check_pass(model, inputs, chunk_size=chunk_size)
+    network = SampleModel(model, extras, num_samples=len(inputs))
     units = Units.of(inputs, std=input_std, mean=input_mean, valid_range=valid_range)
     with differentiable(model, twice=solver == "cg"):
         x = full_precision(inputs)
-        parts = torch.split(x, largest_chunk(x, chunk_size))
+        parts = torch.split(torch.arange(len(x)), largest_chunk(x, chunk_size))
         with torch.no_grad():
-            start_logits = torch.cat([outputs_of(model, part, check=check_logits) for part in parts])
+            start_logits = torch.cat([outputs_of(network.on(part), x[part], check=check_logits) for part in parts])
         num_classes = start_logits.shape[1]
         predicted = start_logits.argmax(dim=1)
         source = predicted if labels is None else class_indices("labels", labels, start_logits)
@@ -209,7 +213,7 @@ def trace_fisher_rao_paths(
         steps = torch.zeros_like(aims)
         margins, l2, linf = (x.new_zeros(aims.shape) for _ in range(3))
         logits = start_logits[:, None].repeat(1, aims.shape[1], 1)
-        for paths, has_left in Tracer(model, units, options).trace(begin, len(samples), at_once=at_once):
+        for paths, has_left in Tracer(network, units, options).trace(begin, len(samples), at_once=at_once):
             place = samples[paths.number], columns[paths.number]
             way = units.raw_change(paths.x - paths.start)
             l2[place] = torch.linalg.vector_norm(flat(way), dim=1)

@@ -7,7 +7,7 @@ Cost: one forward and one backward pass with respect to the input per step.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, get_args
 
 import torch
@@ -24,6 +24,7 @@ from lightning_robust.functional._validation.arguments import (
     check_positive_integer,
     optional,
 )
+from lightning_robust.functional._validation.extras import SampleModel
 from lightning_robust.functional._validation.tensors import check_logits, check_pass, check_targets, outputs_of
 from lightning_robust.functional.input_space.units import Units, changes_within
 
@@ -33,7 +34,7 @@ Schedule = Literal["constant", "cosine"]
 
 
 def pgd(
-    model: Callable[[Tensor], Tensor],
+    model: Callable[..., Tensor],
     inputs: Tensor,
     targets: Tensor,
     *,
@@ -43,6 +44,7 @@ def pgd(
     loss: Loss = "cross_entropy",
     step_size: float | None = None,
     schedule: Schedule = "constant",
+    extras: Mapping[str, Tensor] | None = None,
     valid_range: tuple[float, float] | None = None,
     input_mean: float | Sequence[float] | Tensor | None = None,
     input_std: float | Sequence[float] | Tensor | None = None,
@@ -65,6 +67,7 @@ def pgd(
         step_size: Length of a step. By default 2.5 · epsilon / steps, as in the source, or epsilon / 2 with the cosine
             schedule.
         schedule: ``"constant"``, or ``"cosine"``, which lets the steps decay from ``step_size`` to zero.
+        extras: As in :func:`~lightning_robust.functional.linearize`.
         valid_range: Smallest and largest value of an un-normalised input, to which the result is clamped; no clamping
             by default. An input outside the range, e.g. by rounding, may stay but not move further out.
         input_mean: As in :func:`~lightning_robust.functional.linearize`.
@@ -90,6 +93,7 @@ def pgd(
     optional(check_kind, "generator", generator, torch.Generator)
     check_pass(model, inputs)
     labels = check_targets(targets, num_samples=len(inputs))
+    network = SampleModel(model, extras, num_samples=len(inputs)).on_all()
     units = Units.of(inputs, std=input_std, mean=input_mean, valid_range=valid_range)
     if size is None:
         size = 2.5 * epsilon / steps if schedule == "constant" else epsilon / 2
@@ -108,7 +112,7 @@ def pgd(
             delta = into_ball_and_range(_uniform_in_ball(clean, epsilon, norm, generator))
         for step in range(steps):
             leaf = delta.detach().clone().requires_grad_()
-            logits = outputs_of(model, clean + units.change(leaf), check=check_logits if step == 0 else None)
+            logits = outputs_of(network, clean + units.change(leaf), check=check_logits if step == 0 else None)
             if step == 0:  # later checks would only wait for the device
                 check_targets(labels, num_samples=len(clean), num_classes=logits.shape[1])
             if not logits.requires_grad:  # the logits do not depend on the input: there is nowhere to go

@@ -18,7 +18,7 @@ chunk size, one more forward pass of the first chunk if the number of classes ca
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +27,7 @@ from torch import Tensor
 from lightning_robust.functional._isolation.context import differentiable
 from lightning_robust.functional._isolation.stand_ins import full_precision
 from lightning_robust.functional._validation.arguments import check_kind, check_number
+from lightning_robust.functional._validation.extras import SampleModel
 from lightning_robust.functional._validation.tensors import check_finite, check_logits, check_pass
 from lightning_robust.functional.input_space.attacks import Norm, check_norm
 from lightning_robust.functional.input_space.jacobian import (
@@ -60,9 +61,10 @@ class Linearization:
 
 
 def linearize(
-    model: Callable[[Tensor], Tensor],
+    model: Callable[..., Tensor],
     inputs: Tensor,
     *,
+    extras: Mapping[str, Tensor] | None = None,
     input_std: float | Sequence[float] | Tensor | None = None,
     input_mean: float | Sequence[float] | Tensor | None = None,
     valid_range: tuple[float, float] | None = None,
@@ -76,6 +78,8 @@ def linearize(
     Args:
         model: Maps inputs ``(N, ...)`` to logits ``(N, C)``, sample by sample.
         inputs: ``(N, ...)``, floating point, any shape.
+        extras: Further arguments of the model, passed on by keyword: tensors ``(N, ...)`` whose rows belong to the
+            samples, such as padding masks. They are never perturbed.
         input_std: Standard deviation by which the inputs were divided, one number or one per channel (dimension 1).
             If given, all results are in units of the un-normalised input.
         input_mean: Mean that was subtracted before the division, one number or one per channel; 0 by default. Only
@@ -97,14 +101,16 @@ def linearize(
     Source: ours; see the module's docstring.
     """
     check_pass(model, inputs, chunk_size=chunk_size)
+    network = SampleModel(model, extras, num_samples=len(inputs))
     units = Units.of(inputs, std=input_std, mean=input_mean, valid_range=valid_range)
     with differentiable(model):
         x = full_precision(inputs)
         chunks, start = [], 0
         size, fitted = samples_at_once(x, chunk_size), False
         while start < len(x):
-            chunk = x[start : start + size]
-            leaf, logits = leaf_and_logits(model, chunk)
+            rows = slice(start, start + size)
+            chunk = x[rows]
+            leaf, logits = leaf_and_logits(network.on(rows), chunk)
             fitting = size if fitted else samples_at_once(x, chunk_size, num_classes=logits.shape[1])
             if fitting == size:
                 chunks.append(gram_and_gaps(logits, leaf, units.std, BoxConstraint.of(chunk, units)))
@@ -115,10 +121,11 @@ def linearize(
 
 
 def relinearize(
-    model: Callable[[Tensor], Tensor],
+    model: Callable[..., Tensor],
     inputs: Tensor,
     linearization: Linearization,
     *,
+    extras: Mapping[str, Tensor] | None = None,
     norm: Norm = "linf",
     fraction: float = 0.9,
     input_std: float | Sequence[float] | Tensor | None = None,
@@ -138,6 +145,7 @@ def relinearize(
         model: As in :func:`linearize`.
         inputs: ``(N, ...)``, the inputs of the linearisation.
         linearization: Result of :func:`linearize` with the same options.
+        extras: As in :func:`linearize`.
         norm: ``"linf"`` or ``"l2"``: the norm in which the way to the boundary is shortest, and in which margins of the
             result are valid.
         fraction: Share of the way to the predicted boundary, between 0 and 1.
@@ -169,6 +177,7 @@ def relinearize(
         )
     if norm == "linf" and linearization.gap_l1 is None:
         raise ValueError("Expected a linearisation with `gap_l1` for norm 'linf', but it has none.")
+    network = SampleModel(model, extras, num_samples=len(inputs))
     units = Units.of(inputs, std=input_std, mean=input_mean, valid_range=valid_range)
     with differentiable(model):
         x = full_precision(inputs)
@@ -179,14 +188,16 @@ def relinearize(
             gap_l1 = None if linearization.gap_l1 is None else linearization.gap_l1[rows]
             here = Linearization(linearization.logits[rows], linearization.gram[rows], gap_l1)
             box = BoxConstraint.of(x[rows], units)
-            moved = x[rows] + units.change(fraction * _way_to_boundary(model, x[rows], here, units, norm, box))
-            leaf, logits = leaf_and_logits(model, moved, check=None)
+            moved = x[rows] + units.change(
+                fraction * _way_to_boundary(network.on(rows), x[rows], here, units, norm, box)
+            )
+            leaf, logits = leaf_and_logits(network.on(rows), moved, check=None)
             # the boundary of a sample with almost no gradient may lie beyond what the network can compute
             computable = logits.isfinite().all(dim=1)
             if not computable.all():
                 moved = torch.where(computable.view(-1, *(1,) * (x.ndim - 1)), moved, x[rows])
                 del leaf, logits
-                leaf, logits = leaf_and_logits(model, moved, check=None)
+                leaf, logits = leaf_and_logits(network.on(rows), moved, check=None)
             check_logits(logits, num_samples=len(moved))
             chunks.append(gram_and_gaps(logits, leaf, units.std, box, logits_before=here.logits))
             del leaf, logits  # free the graph before the next pass builds another

@@ -7,8 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_robust import Probe
-from lightning_robust.callbacks.monitor.batches import Batch, read_batch
+from lightning_robust.callbacks.monitor.batches import Batch
 from lightning_robust.callbacks.monitor.sample_collection import SampleCollector
 from lightning_robust.callbacks.monitor.sample_selection import LoaderShare
 from tests.helpers.networks import build, random
@@ -100,6 +99,23 @@ def test_constants_are_compared_by_value(twins: tuple[Any, Any]) -> None:
     assert [len(group) for group in groups(parts, largest=9)] == [4]
 
 
+def test_extras_stay_with_their_samples() -> None:
+    inputs, targets, mask = random(0, 9, 12), torch.arange(9), torch.arange(9.0)
+    model = nn.Identity()
+    parts = [Batch(inputs[r], targets[r], {"model": model}, {"mask": mask[r]}) for r in (slice(0, 4), slice(4, 9))]
+    collector = SampleCollector(LoaderShare(9), max_samples=5, seed=0)
+    for part in parts:
+        collector.add(part)
+    (group,) = collector.groups()
+    assert len(group) == 5
+    assert torch.equal(group.extras["mask"], group.targets.float())
+    other = Batch(inputs, targets, {"model": model}, {"length": mask})
+    longer = Batch(inputs, targets, {"model": model}, {"mask": mask[:, None]})
+    assert not parts[0].matches(other)
+    assert not parts[0].matches(longer)
+    assert parts[0].matches(parts[1])
+
+
 def test_kept_samples_do_not_follow_later_changes_of_the_batch() -> None:
     (batch,) = pieces([5], nn.Identity())
     inputs, targets = batch.inputs.clone(), batch.targets.clone()
@@ -119,43 +135,3 @@ def test_a_stream_keeps_no_more_samples_than_it_measures() -> None:
         assert sum(len(kept.inputs) for _, kept in collector._kept) == 7
         assert sum(kept.inputs.untyped_storage().nbytes() for _, kept in collector._kept) == 7 * 12 * 4
     assert len(collector) == 7
-
-
-class Module(nn.Module):
-    """The parts of a LightningModule that reading a batch needs."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embedding, self.head = nn.Embedding(10, 12), nn.Linear(12, 6)
-
-
-def test_a_probe_function_is_called_with_whole_batches_and_its_open_options_are_filled_in() -> None:
-    module, ids = Module(), torch.arange(8)
-    seen = []
-
-    def probe_fn(pl_module: Any, batch: Any) -> Probe:
-        seen.append(batch)
-        return Probe(pl_module.head, pl_module.embedding(batch["ids"]), batch["label"], input_std=3.0)
-
-    given = {"ids": ids, "label": ids % 6}
-    defaults = {"input_std": 2.0, "input_mean": 1.0, "valid_range": None, "chunk_size": 4, "loss_fn": None}
-    probe = read_batch(module, given, probe_fn=probe_fn, defaults=defaults).probe()  # type: ignore[arg-type]
-    assert seen == [given]
-    assert (probe.model, probe.input_std, probe.input_mean, probe.chunk_size) == (module.head, 3.0, 1.0, 4)
-    assert torch.equal(probe.inputs, module.embedding(ids))
-
-
-def test_a_plain_function_is_assumed_to_call_the_module() -> None:
-    module = Module()
-    batch = read_batch(
-        module,  # type: ignore[arg-type]
-        (torch.ones(2, 12), torch.tensor([0, 1])),
-        probe_fn=lambda pl_module, batch: Probe(lambda x: pl_module.head(x), *batch),  # noqa: PLW0108
-        defaults={},
-    )
-    assert batch.options["module"] is module
-
-
-def test_a_batch_without_one_target_per_input_is_refused_before_it_is_cut() -> None:
-    with pytest.raises(ValueError, match=r"`targets` to hold one class index per sample.*\(3,\)"):
-        read_batch(Module(), (torch.ones(3, 12), torch.tensor([0, 1])), probe_fn=None, defaults={})  # type: ignore[arg-type]

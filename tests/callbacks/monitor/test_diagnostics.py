@@ -38,6 +38,11 @@ def pairwise(x: Tensor) -> Tensor:
     return (x @ x.roll(1, 0).T)[:, :3] if len(x) > 2 else x[:, :3]
 
 
+def beside(scale: Tensor) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+    """Two functions that close over one number per sample: one takes as many as it needs, one insists on all."""
+    return lambda x: x[:, :3] * (1 + scale[: len(x), None]), lambda x: x[:, :3] * (1 + scale[:, None])
+
+
 @pytest.mark.parametrize(
     ("model", "sentence"),
     [
@@ -46,13 +51,26 @@ def pairwise(x: Tensor) -> Tensor:
         (Noisy(nn.Linear(12, 6)), "called twice"),
         (batch_normalised, "mixes the samples"),
         (pairwise, "mixes the samples"),
+        (lambda x: x @ x.T, "mixes the samples"),
+        (beside(torch.arange(8.0))[0], "place in the batch"),
+        (beside(torch.tensor([1.0, 2, 2, 2, 2, 2, 2, 1]))[0], "place in the batch"),
     ],
-    ids=["softmax", "sigmoid", "dropout", "batch statistics", "similarities"],
+    ids=["softmax", "sigmoid", "dropout", "batch statistics", "similarities", "outer product", "closure", "few differ"],
 )
 def test_a_flaw_is_found(model: Callable[[Tensor], Tensor], sentence: str) -> None:
     (flaw,) = find_flaws(probe_of(model))
     assert sentence in flaw
     assert flaw.startswith("The model")
+
+
+def test_a_function_that_only_takes_the_whole_batch_is_refused_with_the_remedy() -> None:
+    scale = torch.arange(8.0)
+    with pytest.raises(ValueError, match=r"close over .*extras=\{'mask': mask\}.*7 of 8 samples, it raised"):
+        find_flaws(probe_of(beside(scale)[1]))
+    inputs = random(0, 20, 12)
+    extras = {"scale": torch.arange(20.0)}
+    probe = Probe(lambda x, scale: x[:, :3] * (1 + scale[:, None]), inputs, torch.zeros(20).long(), extras=extras)
+    assert find_flaws(probe) == []
 
 
 def test_several_flaws_are_all_found() -> None:
@@ -96,7 +114,7 @@ def test_looking_for_flaws_takes_a_few_passes_of_a_few_samples_and_changes_nothi
     before = state_of(recorder)
     with torch.inference_mode():
         find_flaws(Probe(recorder, given, targets))
-    assert recorder.record.batch_sizes == [8, 8, 8]
+    assert recorder.record.batch_sizes == [8, 8, 7]
     assert state_of(recorder) == before
     assert torch.equal(given, inputs)
 

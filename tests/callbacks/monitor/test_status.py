@@ -9,7 +9,7 @@ from torch import nn
 
 from lightning_robust import Probe
 from lightning_robust.callbacks.monitor import diagnostics
-from lightning_robust.callbacks.monitor.batches import read_batch
+from lightning_robust.callbacks.monitor.batch_reading import read_batch
 from lightning_robust.callbacks.monitor.overhead import Times
 from lightning_robust.callbacks.monitor.status import WHOLE, Failure, JointStatus, Status
 from lightning_robust.functional import linearize

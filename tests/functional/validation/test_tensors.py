@@ -95,16 +95,18 @@ def test_inputs_without_a_derivative_or_a_value_are_refused(
 @pytest.mark.parametrize(
     ("model", "error", "sentence"),
     [
-        (lambda x: (x, x), TypeError, r"logits of shape \(N, C\).*returned tuple.*`probe_fn`"),
-        (lambda x: {"logits": x}, TypeError, "returned dict"),
-        (lambda x: x[:, 0], ValueError, r"returned shape \(\d,\)"),
+        (lambda x: [x.sum()], TypeError, r"logits of shape \(N, C\).*returned list.*`probe_fn`"),
+        (lambda x: {"loss": 1.0}, TypeError, "returned dict"),
+        (lambda x: (x, x), ValueError, r"returned tuple with several .*\[0\] of shape .* and \[1\].*model\(x\)\[0\]"),
+        (lambda x: {"a": x, "b": 2 * x}, ValueError, r"returned dict with several .* and \['b'\].*model\(x\)\['a'\]"),
+        (lambda x: x[:, 0], ValueError, r"returned shape \(\d,\).*binary classifier.*BCEWithLogitsLoss"),
         (lambda x: x[:, :, None].expand(-1, 3, 2), ValueError, r"returned shape \(\d, 3, 2\)"),
         (lambda x: x[:1], ValueError, r"returned shape \(1, 3\)"),
         (lambda x: x[:, :1], ValueError, r"single output z of a binary classifier.*\(0, z\)"),
         (lambda x: x * NAN, ValueError, "finite logits"),
         (Linear(with_nan(torch.eye(3))), ValueError, "finite logits"),
     ],
-    ids=["tuple", "dict", "1-D", "3-D", "reduced", "C=1", "nan", "nan weights"],
+    ids=["list", "dict", "two of a tuple", "two of a dict", "1-D", "3-D", "reduced", "C=1", "nan", "nan weights"],
 )
 def test_outputs_that_are_no_finite_logits_are_refused(
     function: Any, model: Any, error: type[Exception], sentence: str
