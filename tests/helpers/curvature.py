@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lightning_robust.functional import TraceEstimate
 from lightning_robust.functional._isolation.weights import differentiable_weights
+from lightning_robust.functional._validation.extras import SampleModel
 from lightning_robust.functional.curvature import _hutchinson
 from lightning_robust.functional.curvature._sample_gradients import SampleGradients
 from lightning_robust.functional.curvature.losses import LossFn, SampleLoss
@@ -160,12 +161,13 @@ def enumerated(case: Case, loss_fn: LossFn | None = None) -> dict[str, float]:
     loss = SampleLoss(loss_fn)
     assert loss.root is not None
     with differentiable_weights(case.model, loss_fn) as weights:
-        gradients = SampleGradients(case.model, weights, tuple(weights.tensors))
+        model = SampleModel(case.model, None, num_samples=len(case.inputs))
+        gradients = SampleGradients(model, weights, tuple(weights.tensors))
         with torch.no_grad():
             outputs = case.model(case.inputs.clone())
         columns = torch.eye(outputs[0].numel()).unsqueeze(1).expand(-1, len(outputs), -1)
         cotangents = loss.root.times(columns, outputs, case.targets)
-        norms = gradients.squared_norms(case.inputs, cotangents).sum(dim=0)  # (N, L)
+        norms = gradients.squared_norms(case.inputs, torch.arange(len(case.inputs)), cotangents).sum(dim=0)  # (N, L)
         traces = norms.sum(dim=0) / loss.weights(outputs, case.targets).sum()
         return dict(zip(weights.tensors, traces.tolist(), strict=True))
 
