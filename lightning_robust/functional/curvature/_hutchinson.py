@@ -30,11 +30,12 @@ def quadratic_forms(objective: Tensor, tensors: dict[str, Tensor], keys: Sequenc
         slopes = torch.autograd.grad(objective, wanted, create_graph=True, allow_unused=True)
         for m, key in enumerate(keys):
             signs = weight_signs(wanted, *key)
-            terms = [(s * v).sum() for s, v in zip(slopes, signs, strict=True) if s is not None and s.requires_grad]
-            if not terms:
+            pairs = [(s, v) for s, v in zip(slopes, signs, strict=True) if s is not None and s.requires_grad]
+            if not pairs:
                 break
+            curved, directions = zip(*pairs, strict=True)
             products = torch.autograd.grad(
-                torch.stack(terms).sum(), wanted, retain_graph=m + 1 < len(keys), allow_unused=True
+                curved, wanted, directions, retain_graph=m + 1 < len(keys), allow_unused=True
             )
             forms[m] = torch.stack([(v * (0 if p is None else p)).sum() for p, v in zip(products, signs, strict=True)])
     except RuntimeError as error:

@@ -17,7 +17,7 @@ from lightning_robust.functional._isolation.stand_ins import full_precision
 from lightning_robust.functional._isolation.weights import Weights, differentiable_weights
 from lightning_robust.functional._validation.extras import SampleModel
 from lightning_robust.functional._validation.tensors import check_finite, check_inputs, outputs_of
-from lightning_robust.functional.curvature._grouped_convolution import TwiceDifferentiable
+from lightning_robust.functional.curvature._convolution import TwiceDifferentiable
 from lightning_robust.functional.curvature._hutchinson import quadratic_forms, refuse_missing_derivatives
 from lightning_robust.functional.curvature._piecewise_linear import CurvedLayers
 from lightning_robust.functional.curvature._sample_gradients import SampleGradients

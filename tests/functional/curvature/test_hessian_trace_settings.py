@@ -15,6 +15,7 @@ from torch.nn.utils import parametrizations, weight_norm
 from torch.utils.checkpoint import checkpoint
 
 from lightning_robust.functional import TraceEstimate, hessian_trace
+from lightning_robust.functional.curvature import _use_norms
 from lightning_robust.functional.curvature._sample_gradients import SampleGradients
 from tests.helpers import networks
 from tests.helpers.contexts import CONTEXTS, every_context
@@ -490,21 +491,28 @@ class Unvectorisable(nn.Module):
         return self.model(x) if float(x.detach().sum()) > -1e9 else x
 
 
-@every_estimator
+@pytest.fixture
+def no_rules(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No weight has a gradient that follows from the operation that uses it."""
+    monkeypatch.setattr(_use_norms, "_RULES", {})
+
+
 @every_small_network
-def test_a_network_that_cannot_be_vectorised_gives_the_same_numbers(name: str, estimator: Any) -> None:
+def test_a_network_without_rules_gives_the_same_numbers(name: str, request: pytest.FixtureRequest) -> None:
     case = small(name)
-    expected = measure(case, estimator=estimator)
-    assert_same(measure(case._replace(model=Unvectorisable(case.model)), estimator=estimator), expected)
+    expected = measure(case, estimator="gauss_newton")
+    request.getfixturevalue("no_rules")
+    for model in (case.model, Unvectorisable(case.model)):
+        assert_same(measure(case._replace(model=model), estimator="gauss_newton"), expected)
 
 
 @pytest.mark.parametrize("estimator", ["auto", "gauss_newton"])
-def test_a_network_that_can_be_vectorised_is_called_twice_per_chunk(estimator: Any) -> None:
+def test_a_network_is_called_twice_per_chunk(estimator: Any) -> None:
     case = small("relu_cnn")
     recorder = Recorder(case.model)
     measure(case._replace(model=recorder), estimator=estimator, chunk_size=4)
-    # all chunks to examine them, then all inside vmap, and a single sample to check the first of these
-    assert recorder.record.batch_sizes == [4, 4, 4, 1, 1, 1, 1]
+    # all chunks to examine them, a single sample to compare with, then all chunks
+    assert recorder.record.batch_sizes == [4, 4, 4, 1, 4, 4, 4]
     assert not any(recorder.record.any_training)
 
 
@@ -514,7 +522,7 @@ def test_further_probes_examine_nothing_again(name: str, estimator: Any) -> None
     recorder = Recorder(case.model)
     options = {"estimator": estimator, "chunk_size": 4, "rtol": 1e-9, "num_probes": 1}
     assert measure(case._replace(model=recorder), max_probes=2, **options).num_probes == 2
-    assert recorder.record.batch_sizes == [4, 4, 4, 1, 1, 1, 1, 1, 1, 1]
+    assert recorder.record.batch_sizes == [4, 4, 4, 1, 4, 4, 4, 4, 4, 4]
 
 
 def test_a_custom_loss_is_examined_once_however_many_rounds_of_probes_follow() -> None:
@@ -542,11 +550,12 @@ def test_second_derivatives_take_one_more_forward_pass() -> None:
     assert sum(products) == len(case.inputs)
 
 
+@pytest.mark.usefixtures("no_rules")
 def test_a_network_that_cannot_be_vectorised_is_tried_once() -> None:
     case = small("relu_cnn")
     recorder = Recorder(Unvectorisable(case.model))
     measure(case._replace(model=recorder), estimator="gauss_newton", chunk_size=4)
-    assert recorder.record.batch_sizes == [4, 4, 4, 1, *[1] * 12]
+    assert recorder.record.batch_sizes == [4, 4, 4, 1, 4, 1, *[1] * 12]
 
 
 class DoublesInPlace(nn.Module):
@@ -572,13 +581,15 @@ def test_a_network_that_changes_its_input_in_place_gets_a_fresh_copy_in_every_pa
     assert_same(actual, measure(Case(model, 2 * inputs, targets), estimator=estimator, generator=seed(0)))
 
 
+@pytest.mark.usefixtures("no_rules")
 def test_a_network_that_changes_its_input_in_place_can_still_be_vectorised() -> None:
     case = small("tanh_mlp")
     recorder = Recorder(DoublesInPlace(case.model))
     measure(case._replace(model=recorder), estimator="gauss_newton", chunk_size=4)
-    assert recorder.record.batch_sizes == [4, 4, 4, 1, 1, 1, 1]
+    assert recorder.record.batch_sizes == [4, 4, 4, 1, 4, 1, 1, 1]
 
 
+@pytest.mark.usefixtures("no_rules")
 def test_a_vectorised_result_is_not_trusted_before_it_agrees_for_one_sample(monkeypatch: pytest.MonkeyPatch) -> None:
     case = small("tanh_mlp")
     expected = measure(case)

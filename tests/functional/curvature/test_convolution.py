@@ -10,8 +10,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from lightning_robust.functional import hessian_trace
-from lightning_robust.functional.curvature import _grouped_convolution, problem
-from lightning_robust.functional.curvature._grouped_convolution import TwiceDifferentiable
+from lightning_robust.functional.curvature import _convolution, problem
+from lightning_robust.functional.curvature._convolution import TwiceDifferentiable
 from tests.helpers.curvature import assert_same, assert_within, seed, seeded
 from tests.helpers.networks import random
 from tests.helpers.oracles import dense_hessian_traces
@@ -34,7 +34,7 @@ CALLS: dict[str, tuple[Callable[..., Tensor], tuple[int, ...], tuple[int, ...], 
 @pytest.mark.parametrize("name", CALLS)
 def test_derivatives_up_to_the_second_are_torchs(name: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if device == "elsewhere":  # where torch's kernel computes gradients of depthwise weights
-        monkeypatch.setattr(_grouped_convolution, "is_depthwise", lambda *arguments: False)
+        monkeypatch.setattr(_convolution, "is_depthwise", lambda *arguments: False)
     function, size, kernel, options = CALLS[name]
     tensors = [t.requires_grad_() for t in (random(0, *size), random(1, *kernel), random(2, kernel[0]))]
     directions = [random(3 + k, *t.shape) for k, t in enumerate(tensors)]
@@ -59,7 +59,7 @@ def separable() -> nn.Module:
     )  # fmt: skip
 
 
-def test_traces_of_a_network_with_grouped_convolutions_are_those_of_its_hessian() -> None:
+def test_traces_of_a_network_with_convolutions_are_those_of_its_hessian() -> None:
     case = seeded(separable, 1, 4, 4, dtype=torch.float64)
     expected = dense_hessian_traces(*case, F.cross_entropy)
     estimate = hessian_trace(*case, num_probes=16, rtol=None, generator=seed(0))

@@ -1,9 +1,10 @@
-"""Grouped convolutions that are fast to differentiate twice, depthwise ones above all.
+"""Convolutions that are fast to differentiate twice, depthwise ones above all.
 
-torch differentiates a grouped convolution a second time group by group, with a convolution for each, and its CPU kernel
-for the gradient of a depthwise weight takes some twenty times as long as the convolution itself. A convolution, its
-gradient in the input and its gradient in the weight are each linear in two tensors, and the gradients of each are two
-of the three again: three functions that refer to one another have derivatives of any order without a loop over groups.
+torch differentiates a grouped convolution a second time group by group, with a convolution for each; in any other it
+takes a gradient of the weight by a convolution whose kernel is as large as the map; and its CPU kernel for the gradient
+of a depthwise weight takes some twenty times as long as the convolution itself. A convolution, its gradient in the
+input and its gradient in the weight are each linear in two tensors, and the gradients of each are two of the three
+again: three functions that refer to one another have derivatives of any order by torch's fast kernels.
 
 Source: ours.
 """
@@ -36,7 +37,7 @@ class Geometry(NamedTuple):
 
 
 class TwiceDifferentiable(TorchFunctionMode):
-    """Inside, grouped convolutions are the functions of this module.
+    """Inside, convolutions are the functions of this module.
 
     Second derivatives are taken inside, too: checkpointed layers compute their outputs again.
     """
@@ -55,11 +56,11 @@ class TwiceDifferentiable(TorchFunctionMode):
 
 
 def _geometry(given: dict[str, Any], dimensions: int) -> Geometry | None:
-    """The geometry of a grouped convolution with these arguments; None for any other."""
+    """The geometry of a convolution with these arguments; None if its padding is given by name."""
     defaults = {"stride": 1, "padding": 0, "dilation": 1}
     numbers = [given.get(name, default) for name, default in defaults.items()]
     groups = given.get("groups", 1)
-    if groups == 1 or any(isinstance(number, str) for number in numbers):
+    if any(isinstance(number, str) for number in numbers):
         return None
     stride, padding, dilation = ((n,) * dimensions if isinstance(n, int) else tuple(n) for n in numbers)
     stride, padding, dilation = (n * dimensions if len(n) == 1 else n for n in (stride, padding, dilation))
