@@ -18,6 +18,7 @@ from lightning_robust.functional._validation.arguments import (
     optional,
 )
 from lightning_robust.functional._validation.extras import SampleModel, check_extras
+from lightning_robust.functional._validation.independence import check_place
 from lightning_robust.functional._validation.outputs import as_one_logit, as_two_classes
 from lightning_robust.functional._validation.tensors import (
     check_input_type,
@@ -115,6 +116,10 @@ class Probe:
     def __len__(self) -> int:
         return len(self.inputs)
 
+    def check_place(self) -> None:
+        """Raise a ``ValueError`` if the model is a function that gives a sample other outputs at other places."""
+        self._once(("place",), lambda: check_place(self.network, self.inputs))
+
     @property
     def linearization(self) -> Linearization:
         """Logits, Gram matrices and L1 gaps of all samples (see :func:`~lightning_robust.functional.linearize`)."""
@@ -159,9 +164,9 @@ class Probe:
         return targets.reshape(len(self)).long()
 
     @property
-    def network(self) -> Callable[[Tensor], Tensor]:
-        """The classifier as a function of the inputs of these samples alone."""
-        return SampleModel(self.classifier, self.extras, num_samples=len(self)).on_all()
+    def network(self) -> SampleModel:
+        """The classifier, with the extras of these samples."""
+        return SampleModel(self.classifier, self.extras, num_samples=len(self))
 
     @property
     def unnormalised_inputs(self) -> Tensor:
@@ -237,7 +242,7 @@ class Probe:
     def outputs(self, inputs: Tensor) -> Tensor:
         """Outputs ``(N, ...)`` of these samples at other inputs, in eval mode and without a graph."""
         with differentiable(self.model), torch.no_grad():
-            return outputs_of(self.network, full_precision(inputs))
+            return outputs_of(self.network.on_all(), full_precision(inputs))
 
     def _once(self, key: tuple[object, ...], compute: Callable[[], T]) -> T:
         """Compute a result on first use, and keep it under a key."""

@@ -40,6 +40,6 @@ class WarnOnce:
                 self._said.add(sentence)
                 self.warn(sentence)
 
-    def were(self, beginning: str) -> bool:
+    def were(self, beginning: str | tuple[str, ...]) -> bool:
         """Whether a sentence with this beginning has been given."""
         return any(sentence.startswith(beginning) for sentence in self._said)

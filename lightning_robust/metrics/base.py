@@ -93,6 +93,8 @@ class ProbeMetric(Metric, ABC):
 
         Raises:
             TypeError: If ``probe`` is not a Probe.
+            ValueError: If its model is a function that closes over tensors of the batch, or the metric cannot measure
+                it.
         """
         if not isinstance(probe, Probe):
             raise TypeError(
@@ -100,6 +102,7 @@ class ProbeMetric(Metric, ABC):
                 f" {type(probe).__name__}."
             )
         if len(probe):
+            probe.check_place()
             self._add(probe)
 
     @abstractmethod

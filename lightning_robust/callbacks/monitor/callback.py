@@ -235,8 +235,9 @@ class RobustnessMonitor(Callback):
         self._loop.conclude(trainer, pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Lay out TensorBoard's Custom Scalars page; the first monitor does it for all of the trainer."""
+        """Compare accuracies, and lay out TensorBoard's Custom Scalars page, one monitor for all of the trainer."""
         monitors = monitors_of(trainer)
+        self._loop.compare_accuracy(trainer, prefixes=[monitor.log_key_prefix for monitor in monitors])
         if self is monitors[0] and trainer.is_global_zero:
             reporters = [monitor._reporter for monitor in monitors]
             self._loop.guard(lambda: self._reporter.lay_out(trainer, reporters), "lay out TensorBoard's page")

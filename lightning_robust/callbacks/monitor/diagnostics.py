@@ -18,6 +18,7 @@ from lightning_robust.callbacks.monitor.token_embeddings import FromEmbeddings
 from lightning_robust.functional._isolation.context import differentiable
 from lightning_robust.functional._isolation.side_effects import watched_once
 from lightning_robust.functional._isolation.stand_ins import full_precision
+from lightning_robust.functional._validation.independence import dependence
 from lightning_robust.functional._validation.tensors import check_inputs, outputs_of
 from lightning_robust.metrics import ProbeMetric
 from lightning_robust.probe import Probe
@@ -34,16 +35,6 @@ UNSHARED = (
     " cannot tell whether processes share samples. Each of n processes measures one in n of the samples that it would"
     " measure alone: fewer than `max_samples` in all, and some perhaps twice. To avoid this, let Lightning distribute"
     " the samples with `Trainer(use_distributed_sampler=True)`."
-)
-_MIXES = (
-    "The model mixes the samples of a batch (changing one sample changed the outputs of others), so no sample has a"
-    " robustness of its own, and the numbers depend on the batch. Look for a normalisation over the batch in eval mode,"
-    " such as `BatchNorm` with `track_running_stats=False`."
-)
-_BOUND = (
-    "The model's outputs for a sample depend on its place in the batch, so samples are measured with what belongs to"
-    " others. Does the model close over a tensor of the batch, such as a padding mask? Let it take that tensor as an"
-    " argument, and pass `Probe(model, inputs, targets, extras={'mask': mask})`: extras are selected with the samples."
 )
 OTHER_SAMPLES = (
     "The validation loader yields other samples than at the last measurement, so the curves of RobustnessMonitor carry"
@@ -184,10 +175,10 @@ def on_probe(probe: Probe) -> list[str]:
     x = full_precision(probe.inputs)
     with differentiable(probe.model):
         leaf = x.clone().requires_grad_()
-        outputs = outputs_of(probe.network, leaf)
+        outputs = outputs_of(probe.network.on_all(), leaf)
         has_gradient = outputs.requires_grad and _has_gradient(outputs, leaf)
         with torch.no_grad():  # in the same context: a network that remembers its last pass shows it
-            again = outputs_of(probe.network, x)
+            again = outputs_of(probe.network.on_all(), x)
     sentences = _about_model(probe, x, outputs.detach(), again, has_gradient=has_gradient)
     return [*sentences, *_about_classes(outputs), *_about_units(probe)]
 
@@ -228,9 +219,10 @@ def _about_model(probe: Probe, x: Tensor, outputs: Tensor, again: Tensor, *, has
             " `training=self.training`."
         )
         return flaws
-    dependence = _dependence(probe, x, outputs, tolerance)
-    if dependence:
-        flaws.append(dependence)
+    with differentiable(probe.model):
+        dependent = dependence(probe.network, x, outputs, tolerance=tolerance)
+    if dependent is not None:
+        flaws.append(dependent)
     elif are_logits and (outputs - outputs[:1]).abs().max() > tolerance and not has_gradient:
         raise ValueError(
             "Expected a model whose outputs have gradients with respect to its inputs, but they change without any, and"
@@ -238,26 +230,6 @@ def _about_model(probe: Probe, x: Tensor, outputs: Tensor, again: Tensor, *, has
             " rounding?"
         )
     return flaws
-
-
-def _dependence(probe: Probe, x: Tensor, outputs: Tensor, tolerance: Tensor) -> str | None:
-    """Say so if the outputs of a sample depend on the other samples in its batch, or on its place there."""
-
-    def moved(others: Tensor, expected: Tensor) -> bool:
-        return others.shape != expected.shape or bool(((others - expected).abs() > tolerance).any())
-
-    if len(x) < 2:
-        return None
-    others = probe.rows(slice(1, None))  # every sample in the place of its neighbour, and one sample less
-    try:
-        elsewhere = others.outputs(others.inputs)
-    except (RuntimeError, ValueError, IndexError) as error:
-        raise ValueError(f"{_BOUND} (Called on {len(x) - 1} of {len(x)} samples, it raised: {error})") from error
-    if not moved(elsewhere, outputs[1:]):
-        return None
-    disturbed = x.clone()
-    disturbed[0] = x[-1]  # another sample rather than noise: some networks refuse inputs that are out of range
-    return _MIXES if moved(probe.outputs(disturbed)[1:], outputs[1:]) else _BOUND
 
 
 def _about_classes(outputs: Tensor) -> list[str]:

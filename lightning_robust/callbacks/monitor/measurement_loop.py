@@ -21,6 +21,7 @@ from lightning_robust.callbacks.monitor.sample_collection import SampleCollector
 from lightning_robust.callbacks.monitor.sample_selection import LoaderShare
 from lightning_robust.callbacks.monitor.schedule import Schedule
 from lightning_robust.callbacks.monitor.status import JointStatus, in_words
+from lightning_robust.callbacks.monitor.validation_witness import ValidationWitness, other_accuracy
 from lightning_robust.callbacks.warn_once import WarnOnce
 from lightning_robust.metrics import ProbeMetric
 from lightning_robust.probe import Probe
@@ -58,21 +59,25 @@ class MeasurementLoop:
         self.warnings = WarnOnce()
         self.incomplete = False
         self.per_sample: dict[str, Tensor] = {}
-        self._unexamined = True
+        self._unexamined, self._compared = True, False
         self._samples_at_once: int | None = None  # that fit into memory
         self._measurement: Measurement | None = None  # in progress
+        self._witness: ValidationWitness | None = None  # of the first batch of a run
+        self._clean: tuple[float, int] | None = None  # accuracy and number of the samples, after the first measurement
+        self._known: set[str] = set()  # keys that were logged before a validation
         self._targets: list[int] | None = None  # of the last measurement in `fit`
 
     def begin_run(self, schedule: Schedule | None) -> None:
         """Begin a new run; with a schedule, a new ``fit``."""
-        self._unexamined = True
+        self._unexamined, self._compared = True, False
         self.warnings.forget()
         if schedule is not None:
             self.schedule, self._targets = schedule, None
 
     def begin(self, trainer: Trainer) -> None:
         """Begin a measurement, if one is due, possible and affordable."""
-        self._measurement = self.schedule.share = None
+        self._measurement = self.schedule.share = self._clean = None
+        self._known = set(trainer.callback_metrics)
         fitting, schedule, index = trainer.state.fn == TrainerFn.FITTING, self.schedule, self._dataloader_idx
         if trainer.sanity_checking or (fitting and not schedule.is_due(trainer.current_epoch)):
             return
@@ -117,13 +122,18 @@ class MeasurementLoop:
 
     def _collect(self, measurement: Measurement, pl_module: LightningModule, batch: object) -> None:
         assert measurement.collector is not None
-        measurement.collector.add(self._read(pl_module, batch))
+        samples = self._read(pl_module, batch)
+        if self._unexamined and measurement.collector.is_empty and len(samples):
+            self._witness = ValidationWitness(pl_module, samples)
+        measurement.collector.add(samples)
         if measurement.collector.irregular:
             self.warnings.once(diagnostics.reservoir(self._max_samples))
 
     def measure(self, pl_module: LightningModule, *, batch_idx: int, dataloader_idx: int) -> None:
         """Measure after the last batch, on the weights that were validated: a later hook may exchange them."""
         measurement = self._measurement
+        if self._witness is not None:
+            self._witness.stop()
         at = (dataloader_idx, batch_idx)
         if measurement is not None and at == (self._dataloader_idx, measurement.last_batch):
             with self.schedule.overhead.counted():
@@ -166,7 +176,10 @@ class MeasurementLoop:
             self.warnings.once(*diagnostics.on_probe(probe))
             if note := diagnostics.note_on(probe):
                 rank_zero_info(note)
-            self._unexamined = False
+            discrepancy = None if self._witness is None else self._witness.discrepancy()
+            if discrepancy is not None and not self.warnings.were("The model "):
+                self.warnings.once(discrepancy)
+            self._unexamined, self._witness = False, None
 
     def _compare(self, measurement: Measurement) -> None:
         """Warn if the samples differ from those of the last measurement."""
@@ -175,8 +188,23 @@ class MeasurementLoop:
             if before is not None and before != self._targets and not self.warnings.were(diagnostics.SHUFFLES):
                 self.warnings.once(diagnostics.OTHER_SAMPLES)
 
+    def compare_accuracy(self, trainer: Trainer, *, prefixes: Sequence[str]) -> None:
+        """After the first validation of a run, compare the accuracy of the samples with what the module has logged."""
+        if self._clean is not None and not self.warnings.were(("The m", "`validation_step`")):
+            clean, num_samples = self._clean
+            logged = {
+                key: float(value)
+                for key, value in trainer.callback_metrics.items()
+                if key not in self._known and not key.startswith(tuple(prefixes))
+            }
+            if sentence := other_accuracy(logged, clean, num_samples=num_samples):
+                self.warnings.once(sentence)
+
     def _report(self, trainer: Trainer, pl_module: LightningModule, values: Values, status: JointStatus) -> None:
         logged = self._reporter.report(trainer, pl_module, self._metrics, values, status)
+        if not self._compared:
+            clean = [value for key, value in logged.items() if key.endswith(("accuracy_linf_0", "accuracy_l2_0"))]
+            self._clean, self._compared = (clean[0], status.num_samples) if clean else None, True
         prefix, measured = self._reporter.prefix, [self._metrics[number] for number in values]
         self.warnings.once(*diagnostics.not_finite(logged, prefix=prefix))
         if not self.warnings.were("The model "):  # then every number is in doubt
@@ -184,7 +212,9 @@ class MeasurementLoop:
 
     def abandon(self) -> None:
         """Drop a measurement that will not be finished, with its samples."""
-        self._measurement = None
+        if self._witness is not None:
+            self._witness.stop()
+        self._measurement = self._witness = None
 
     def guard(self, step: Callable[[], None], purpose: str) -> None:
         """Take a step whose failure must not end a run."""

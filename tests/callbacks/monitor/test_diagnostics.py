@@ -65,7 +65,7 @@ def test_a_flaw_is_found(model: Callable[[Tensor], Tensor], sentence: str) -> No
 
 def test_a_function_that_only_takes_the_whole_batch_is_refused_with_the_remedy() -> None:
     scale = torch.arange(8.0)
-    with pytest.raises(ValueError, match=r"close over .*extras=\{'mask': mask\}.*7 of 8 samples, it raised"):
+    with pytest.raises(ValueError, match=r"close over .*extras=\{'mask': mask\}.*On 7 of 8 samples it raised"):
         find_flaws(probe_of(beside(scale)[1]))
     inputs = random(0, 20, 12)
     extras = {"scale": torch.arange(20.0)}
