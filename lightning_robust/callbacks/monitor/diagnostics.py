@@ -19,6 +19,7 @@ from lightning_robust.functional._isolation.side_effects import watched_once
 from lightning_robust.functional._isolation.stand_ins import full_precision
 from lightning_robust.functional._validation.tensors import check_inputs, outputs_of
 from lightning_robust.metrics import ProbeMetric
+from lightning_robust.metrics.keys import has_renamed_characters, leaves_and_folders
 from lightning_robust.probe import Probe
 
 _MANY_CLASSES = 200
@@ -120,6 +121,29 @@ def reservoir(max_samples: int) -> str:
         " loader yields the same samples in the same order. To be safe, use a loader with a length whose batches hold"
         " `batch_size` samples each."
     )
+
+
+def on_keys(keys: Iterable[str], others: Iterable[str], *, prefix: str) -> list[str]:
+    """Logged keys with which some loggers cannot deal.
+
+    Args:
+        keys: Those of the monitor, with the prefix.
+        others: Everything that is logged.
+        prefix: What the monitor puts before its keys.
+    """
+    ours, sentences = set(keys), []
+    if pair := next((pair for pair in leaves_and_folders({*ours, *others}) if not ours.isdisjoint(pair)), None):
+        sentences.append(
+            f"Both `{pair[0]}` and `{pair[1]}` are logged. Loggers that make folders of '/' (MLflow's file store,"
+            " DVCLive) cannot keep both and end the training. Give one of them another name, e.g. with"
+            " `RobustnessMonitor(log_key_prefix='robustness_monitor/')`."
+        )
+    if odd := sorted(key for key in ours if has_renamed_characters(key.removeprefix(prefix))):
+        sentences.append(
+            f"`{odd[0]}` holds characters that some loggers rename or refuse. Let `compute` of"
+            " the metric return keys of letters, digits, '_', '-', '.' and '/'."
+        )
+    return sentences
 
 
 def not_finite(values: Mapping[str, float], *, prefix: str) -> list[str]:

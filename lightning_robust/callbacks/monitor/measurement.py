@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from contextlib import ExitStack
 from typing import Literal
 
@@ -23,9 +23,11 @@ from lightning_robust.functional import gathered_weights
 from lightning_robust.functional._isolation.context import differentiable
 from lightning_robust.functional._validation.arguments import class_of
 from lightning_robust.metrics import ProbeMetric
+from lightning_robust.metrics.keys import leaves_and_folders
 from lightning_robust.probe import Probe
 
 Values = dict[int, dict[str, Tensor]]  # of each metric, by its index
+OWN_KEYS = frozenset({"num_samples", "seconds", "overhead"})  # that the monitor logs itself
 # messages that Lightning does not know
 _SHORTAGE = re.compile(
     r"out of memory|not enough memory|CUBLAS_STATUS_ALLOC_FAILED|CUDNN_STATUS_ALLOC_FAILED"
@@ -179,11 +181,7 @@ class Measurement:
 
     def _compute(self, number: int, metric: ProbeMetric, values: Values) -> None:
         computed = metric.compute()
-        if twice := {key for earlier in values.values() for key in earlier}.intersection(computed):
-            raise ValueError(
-                f"Expected each metric to log its own keys, but two log {sorted(twice)[:3]}."
-                " Another RobustnessMonitor with another `log_key_prefix` can measure the second."
-            )
+        check_keys(computed, {*OWN_KEYS, *(key for earlier in values.values() for key in earlier)})
         self.per_sample[number] = _kept(metric.per_sample)
         values[number] = computed
 
@@ -195,6 +193,24 @@ class Measurement:
     def _reset(self) -> None:
         for metric in self._metrics:
             metric.reset()
+
+
+def check_keys(keys: Iterable[str], earlier: Set[str]) -> None:
+    """Raise unless a metric's keys can be logged beside each other and beside those of earlier metrics."""
+    if twice := earlier & set(keys):
+        raise ValueError(
+            f"Expected each metric to log its own keys, but two log {sorted(twice)[:3]}."
+            " Another RobustnessMonitor with another `log_key_prefix` can measure the second."
+        )
+    if pair := next(leaves_and_folders({*earlier, *keys}), None):
+        raise ValueError(
+            f"Expected no key to be the folder of another, but got {pair[0]!r} and {pair[1]!r}: loggers that make"
+            f" folders of '/' end the training. Rename the second, e.g. to {_beside(*pair)!r}."
+        )
+
+
+def _beside(key: str, below: str) -> str:
+    return f"{key}_of{below.removeprefix(key)}"
 
 
 def _kept(per_sample: Mapping[str, Tensor]) -> dict[str, Tensor]:

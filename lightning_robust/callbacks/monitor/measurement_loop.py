@@ -175,6 +175,7 @@ class MeasurementLoop:
     def _report(self, trainer: Trainer, pl_module: LightningModule, values: Values, status: JointStatus) -> None:
         logged = self._reporter.report(trainer, pl_module, self._metrics, values, status)
         prefix, measured = self._reporter.prefix, [self._metrics[number] for number in values]
+        self.warnings.once(*diagnostics.on_keys(self._reporter.values, trainer.callback_metrics, prefix=prefix))
         self.warnings.once(*diagnostics.not_finite(logged, prefix=prefix))
         if not self.warnings.were("The model "):  # then every number is in doubt
             self.warnings.once(*diagnostics.on_values(measured, logged, prefix=prefix))

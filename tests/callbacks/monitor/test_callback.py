@@ -46,8 +46,8 @@ DOCUMENTED = {
     *(f"robust/fim_spectral_norm_{statistic}" for statistic in ("median", "p95", "max")),
     *(f"robust/{key}" for key in ("fim_trace", "temperature", "saturated", "num_samples", "seconds", "overhead")),
     *(f"robust/{key}_stderr_probes" for key in ("hessian_trace", "wci")),
-    *(f"robust/hessian_trace/network.{name}" for name in PARAMETERS),
-    *(f"robust/wci/network.{name}" for name in ("0.weight", "5.weight")),
+    *(f"robust/hessian_trace_per_layer/network.{name}" for name in PARAMETERS),
+    *(f"robust/wci_per_layer/network.{name}" for name in ("0.weight", "5.weight")),
     "robust/wci_negative_layers",
 }
 
@@ -431,7 +431,11 @@ def test_fisher_rao_margins_have_a_monitor_of_their_own_at_a_slower_cadence(tmp_
         "paths/fisher_rao_margin_bound",
         "paths/fisher_rao_margin_unreached",
         "paths/num_samples",
-        *(f"paths/{key}/{label}" for key in ("fisher_rao_margin", "shielded") for label in range(NUM_CLASSES)),
+        *(
+            f"paths/{key}_per_class/{label}"
+            for key in ("fisher_rao_margin", "shielded")
+            for label in range(NUM_CLASSES)
+        ),
     }
     values = [row["paths/fisher_rao_margin"] for row in history.rows]  # Lightning keeps showing the last one
     assert values[0] == values[1] != values[2] == values[3]

@@ -1,5 +1,6 @@
 """Whatever goes wrong inside a measurement, a warning names the cause and training goes on."""
 
+import re
 from collections.abc import Callable
 from contextlib import redirect_stderr
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
@@ -18,6 +20,7 @@ from lightning_robust import FisherSpectralNorm, HessianTrace, LinearizedAccurac
 from lightning_robust.callbacks.monitor import diagnostics
 from lightning_robust.callbacks.warn_once import WarnOnce
 from lightning_robust.functional import hessian_trace
+from lightning_robust.metrics import ProbeMetric
 from tests.helpers import processes
 from tests.helpers.training import (
     CLOCKS,
@@ -40,11 +43,13 @@ class Quiet(Classifier):
         self.log("val_acc", 1.0, batch_size=1)
 
 
-def fit(model: Classifier, val_loader: Any, root: Path, **options: Any) -> tuple[list[str], list[dict[str, float]]]:
+def fit(
+    model: Classifier, val_loader: Any, root: Path, logger: Any = False, **options: Any
+) -> tuple[list[str], list[dict[str, float]]]:
     """Train for two epochs; return the warnings, and what was logged after each epoch."""
     history = History()
     with robustness_warnings() as messages:
-        run = trainer(RobustnessMonitor(**options), history, root=root)
+        run = trainer(RobustnessMonitor(**options), history, root=root, logger=logger)
         run.fit(model, loader(), val_loader)
     assert run.state.finished
     assert run.current_epoch == len(history.rows) == 2
@@ -363,7 +368,10 @@ def test_the_two_matrices_can_be_logged_side_by_side(tmp_path: Path) -> None:
     assert messages == []
     for row in rows:
         assert row["robust/hessian_trace"] != row["robust/hessian_trace_gauss_newton"]
-        assert row["robust/hessian_trace/network.1.weight"] != row["robust/hessian_trace_gauss_newton/network.1.weight"]
+        assert (
+            row["robust/hessian_trace_per_layer/network.1.weight"]
+            != row["robust/hessian_trace_gauss_newton_per_layer/network.1.weight"]
+        )
 
 
 def test_the_hint_about_calling_the_module_follows_only_its_own_errors(tmp_path: Path) -> None:
@@ -399,7 +407,7 @@ def test_a_function_that_calls_the_module_is_measured_on_the_module_s_weights(tm
         messages, rows = fit(classifier(), loader(), tmp_path, **options)
         assert messages == []
         results.append([{key: value for key, value in row.items() if key not in CLOCKS} for row in rows])
-    assert "robust/hessian_trace/network.0.weight" in results[0][0]
+    assert "robust/hessian_trace_per_layer/network.0.weight" in results[0][0]
     assert results[0] == results[1]
 
 
@@ -486,3 +494,89 @@ def test_a_barebones_trainer_warns_that_nothing_is_measured(tmp_path: Path) -> N
 def test_bad_arguments_are_named(options: dict[str, Any], sentence: str) -> None:
     with pytest.raises(MisconfigurationException, match=sentence):
         RobustnessMonitor(**options)
+
+
+class Own(ProbeMetric):
+    """A metric that a user writes, with values under the given keys."""
+
+    def __init__(self, *keys: str) -> None:
+        super().__init__()
+        self.add_float64_state("count")
+        self.keys = keys
+
+    def _add(self, probe: Probe) -> None:
+        self.count = self.count + len(probe)
+
+    def compute(self) -> dict[str, Tensor]:
+        return dict.fromkeys(self.keys, self.count)
+
+
+class FolderLogger(DummyLogger):
+    """Writes each value to a file in folders that the key names, as file stores do."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__()
+        self.root = root
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        for key, value in metrics.items():
+            path = self.root / key
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(str(value))
+
+
+def test_every_default_key_fits_a_logger_that_makes_folders(tmp_path: Path) -> None:
+    messages, rows = fit(classifier(), loader(), tmp_path, logger=FolderLogger(tmp_path / "log"))
+    assert messages == []
+    assert all((tmp_path / "log" / key).is_file() for key in rows[-1])
+
+
+@pytest.mark.parametrize(
+    ("metrics", "refused"),
+    [
+        ([Own("mine", "mine/a"), Own("other")], "'mine' and 'mine/a'.*to 'mine_of/a'"),
+        ([Own("other"), Own("other/a")], "'other' and 'other/a'"),
+        ([Own("other"), Own("seconds/a")], "'seconds' and 'seconds/a'"),
+        ([Own("other"), Own("a/b/c", "a")], "'a' and 'a/b/c'"),
+        ([Own("other"), Own("num_samples")], r"two log \['num_samples'\]"),
+    ],
+    ids=["of itself", "of another", "of the monitor", "further up", "twice"],
+)
+def test_a_metric_with_a_key_that_is_a_folder_is_left_out(
+    tmp_path: Path, metrics: list[ProbeMetric], refused: str
+) -> None:
+    messages, rows = fit(classifier(), loader(), tmp_path, metrics=metrics, logger=FolderLogger(tmp_path / "log"))
+    assert all(
+        {key for key in row if not key.endswith(("seconds", "overhead", "samples"))} == {"robust/other"} for row in rows
+    )
+    assert re.search(f"skipped in epoch 0 Own: ValueError: .*{refused}", messages[0])
+
+
+@pytest.mark.parametrize(
+    ("logged", "prefix", "pair"),
+    [
+        ("robust", "robust/", ("robust", "robust/")),
+        ("robust/mine/a", "robust/", ("robust/mine", "robust/mine/a")),
+        ("robust_mine", "robust/", None),
+        ("robust/loss", "robust/", None),
+    ],
+)
+def test_a_key_of_the_module_that_is_a_folder_of_the_monitor_is_told(
+    tmp_path: Path, logged: str, prefix: str, pair: tuple[str, str] | None
+) -> None:
+    class Logs(Quiet):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.log(logged, 1.0, batch_size=1)
+
+    messages, _ = fit(Logs(), loader(), tmp_path, metrics=[Own("mine")], log_key_prefix=prefix)
+    assert len(messages) == (0 if pair is None else 1)
+    if pair is not None:
+        assert messages[0].startswith(f"Both `{pair[0]}` and `{pair[1]}")
+        assert "RobustnessMonitor(log_key_prefix=" in messages[0]
+
+
+def test_characters_that_loggers_rename_are_told_once(tmp_path: Path) -> None:
+    messages, rows = fit(Quiet(), loader(), tmp_path, metrics=[Own("accuracy (mean)", "größe")])
+    assert all({"robust/accuracy (mean)", "robust/größe"} <= row.keys() for row in rows)
+    assert len(messages) == 1
+    assert messages[0].startswith("`robust/accuracy (mean)` holds characters that some loggers rename")
