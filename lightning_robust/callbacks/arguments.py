@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
+from torchmetrics import Metric
 
 from lightning_robust.functional._validation.arguments import as_number, as_numbers, expected_but_got
 from lightning_robust.functional.input_space.units import check_constant
@@ -42,8 +43,24 @@ def as_metrics(metrics: Sequence[str | ProbeMetric] | None) -> list[ProbeMetric]
             raise ValueError(expected_but_got("metrics", expected, metric))
     for number, metric in enumerate(metrics):
         if any(metric is other for other in metrics[:number]):  # an object would count every sample twice
-            raise ValueError(expected_but_got("metrics", "a list that holds each metric once", list(metrics)))
+            expected = "a list that holds each metric once (`metric.clone()` makes another)"
+            raise ValueError(expected_but_got("metrics", expected, list(metrics)))
     return [METRICS[metric]() if isinstance(metric, str) else metric for metric in metrics]
+
+
+def check_unshared(metrics: Sequence[ProbeMetric], others: Sequence[ProbeMetric]) -> None:
+    """Raise a ``ValueError`` if a metric, or one within it, is also among those of another monitor."""
+    theirs = {id(metric) for metric in _within(others)}
+    if shared := next((metric for metric in _within(metrics) if id(metric) in theirs), None):
+        name = type(shared).__name__
+        raise ValueError(
+            f"Expected argument `metrics` to hold metrics of one RobustnessMonitor alone, but got one {name} object in"
+            f" two of them, which would add up the samples of both. Give each its own, e.g. `metrics=[metric.clone()]`."
+        )
+
+
+def _within(metrics: Sequence[ProbeMetric]) -> list[Metric]:
+    return [inner for metric in metrics for inner in metric.modules() if isinstance(inner, Metric)]
 
 
 def as_constant(

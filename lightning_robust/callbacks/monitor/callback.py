@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
-from lightning_robust.callbacks.arguments import as_constant, as_metrics, misconfiguration
+from lightning_robust.callbacks.arguments import as_constant, as_metrics, check_unshared, misconfiguration
 from lightning_robust.callbacks.monitor import diagnostics
 from lightning_robust.callbacks.monitor.batches import read_batch
 from lightning_robust.callbacks.monitor.measurement_loop import MeasurementLoop
@@ -190,7 +190,14 @@ class RobustnessMonitor(Callback):
     # ---- hooks -------------------------------------------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Begin a new run. Validations and tests after ``fit`` are not part of it."""
+        """Begin a new run. Validations and tests after ``fit`` are not part of it.
+
+        Raises:
+            MisconfigurationException: If another monitor of the trainer has a metric of this one.
+        """
+        others = [metric for monitor in monitors_of(trainer) if monitor is not self for metric in monitor.metrics]
+        with misconfiguration():
+            check_unshared(self.metrics, others)
         fitting = stage == "fit"
         self._loop.begin_run(Schedule(self.every_n_epochs, self.overhead_budget) if fitting else None)
         if fitting:
