@@ -32,7 +32,7 @@ from lightning_robust.functional.fisher_rao.path_options import PathOptions
 from lightning_robust.functional.fisher_rao.paths import FisherRaoPaths, trace_fisher_rao_paths
 from lightning_robust.functional.input_space.attacks import Norm, pgd
 from lightning_robust.functional.input_space.linearization import Linearization, linearize, relinearize
-from lightning_robust.functional.input_space.units import Units, check_units
+from lightning_robust.functional.input_space.units import Units, check_units, check_valid_range
 
 T = TypeVar("T")
 
@@ -102,6 +102,7 @@ class Probe:
             check_positive_integer("chunk_size", self.chunk_size)
         check_samples(self.inputs, self.targets, loss_fn=self.loss_fn)
         check_units(input_std=self.input_std, input_mean=self.input_mean, valid_range=self.valid_range)
+        object.__setattr__(self, "valid_range", check_valid_range(self.valid_range))  # from a list, tensor or array
 
     def __len__(self) -> int:
         return len(self.inputs)

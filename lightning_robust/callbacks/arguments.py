@@ -10,7 +10,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_robust.functional._validation.arguments import as_number, as_numbers, expected_but_got
+from lightning_robust.functional._validation.arguments import as_number, as_numbers, as_sequence, expected_but_got
 from lightning_robust.functional.input_space.units import check_constant
 from lightning_robust.metrics import (
     METRICS,
@@ -31,21 +31,23 @@ def misconfiguration() -> Iterator[None]:
         raise MisconfigurationException(str(error)) from error
 
 
-def as_metrics(metrics: Sequence[str | ProbeMetric] | None) -> list[ProbeMetric]:
-    """Return metrics for metrics or their names, the defaults for None, or raise a ``ValueError``."""
+def as_metrics(metrics: Sequence[str | ProbeMetric] | str | ProbeMetric | None) -> list[ProbeMetric]:
+    """Return metrics for a metric or a name, or several; the defaults for None; or raise a ``ValueError``."""
     if metrics is None:
         return [FisherSpectralNorm(), LinearizedAccuracy(), HessianTrace(), WeightCurvatureIndex()]
-    if isinstance(metrics, str | bytes) or not isinstance(metrics, Sequence) or not metrics:
+    entries = [metrics] if isinstance(metrics, str | ProbeMetric) else as_sequence(metrics)
+    if not entries:
         raise ValueError(expected_but_got("metrics", "a non-empty list of metrics or their names", metrics))
-    for metric in metrics:
+    found: list[ProbeMetric] = []
+    for metric in entries:
         if not isinstance(metric, ProbeMetric) and not (isinstance(metric, str) and metric in METRICS):
             expected = f"a list of metrics of lightning_robust.metrics or names among {sorted(METRICS)}"
             raise ValueError(expected_but_got("metrics", expected, metric))
-    for number, metric in enumerate(metrics):
-        if any(metric is other for other in metrics[:number]):  # an object would count every sample twice
+        if any(metric is other for other in found):  # an object would count every sample twice
             expected = "a list that holds each metric once (`metric.clone()` makes another)"
-            raise ValueError(expected_but_got("metrics", expected, list(metrics)))
-    return [METRICS[metric]() if isinstance(metric, str) else metric for metric in metrics]
+            raise ValueError(expected_but_got("metrics", expected, list(entries)))
+        found.append(METRICS[metric]() if isinstance(metric, str) else metric)
+    return found
 
 
 def check_unshared(metrics: Sequence[ProbeMetric], others: Sequence[ProbeMetric]) -> None:
@@ -76,10 +78,11 @@ def as_constant(
 def as_monitor_weights(monitor: str | Sequence[str] | Mapping[str, float]) -> dict[str, float]:
     """Return a weight for each key, 1 by default, or raise a ``ValueError``."""
     expected = "a key, a list of different keys, or a mapping of keys to positive numbers"
-    keys = [monitor] if isinstance(monitor, str) else monitor
+    keys: Mapping[str, float] | Sequence[object] | None
+    keys = [monitor] if isinstance(monitor, str) else monitor if isinstance(monitor, Mapping) else as_sequence(monitor)
     weights: dict[str, float] = {}
-    if isinstance(keys, Mapping | Sequence) and all(isinstance(key, str) and key for key in keys):
-        weights = {key: as_number(keys[key]) if isinstance(keys, Mapping) else 1.0 for key in keys}
-    if not weights or len(weights) < len(keys) or not all(0 < weight < math.inf for weight in weights.values()):
+    if keys and all(isinstance(key, str) and key for key in keys):
+        weights = {str(key): as_number(keys[key]) if isinstance(keys, Mapping) else 1.0 for key in keys}
+    if not keys or len(weights) < len(keys) or not all(0 < weight < math.inf for weight in weights.values()):
         raise ValueError(expected_but_got("monitor", expected, monitor))
     return weights

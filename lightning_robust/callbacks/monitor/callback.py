@@ -55,7 +55,7 @@ class RobustnessMonitor(Callback):
     puts any accuracy that the module logs on one chart with the predicted robust accuracy.
 
     Args:
-        metrics: Metrics to measure, by object or by name; by default ``fisher_spectral_norm``,
+        metrics: Metrics to measure, by object or by name, or a single one; by default ``fisher_spectral_norm``,
             ``linearized_accuracy``, ``hessian_trace`` and ``weight_curvature_index``.
         every_n_epochs: Epochs from one measurement to the next.
         max_samples: Size of the subset, over all processes.
@@ -92,7 +92,7 @@ class RobustnessMonitor(Callback):
 
     def __init__(
         self,
-        metrics: Sequence[str | ProbeMetric] | None = None,
+        metrics: Sequence[str | ProbeMetric] | str | ProbeMetric | None = None,
         *,
         every_n_epochs: int = 1,
         max_samples: int = 256,
