@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
@@ -78,11 +79,11 @@ def as_constant(
 def as_monitor_weights(monitor: str | Sequence[str] | Mapping[str, float]) -> dict[str, float]:
     """Return a weight for each key, 1 by default, or raise a ``ValueError``."""
     expected = "a key, a list of different keys, or a mapping of keys to positive numbers"
-    keys: Mapping[str, float] | Sequence[object] | None
-    keys = [monitor] if isinstance(monitor, str) else monitor if isinstance(monitor, Mapping) else as_sequence(monitor)
+    given: Mapping[Any, Any] | None = monitor if isinstance(monitor, Mapping) else None
+    keys = [monitor] if isinstance(monitor, str) else list(given or as_sequence(monitor) or [])
     weights: dict[str, float] = {}
-    if keys and all(isinstance(key, str) and key for key in keys):
-        weights = {str(key): as_number(keys[key]) if isinstance(keys, Mapping) else 1.0 for key in keys}
+    if all(isinstance(key, str) and key for key in keys):
+        weights = {str(key): 1.0 if given is None else as_number(given[key]) for key in keys}
     if not keys or len(weights) < len(keys) or not all(0 < weight < math.inf for weight in weights.values()):
         raise ValueError(expected_but_got("monitor", expected, monitor))
     return weights

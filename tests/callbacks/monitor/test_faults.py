@@ -580,3 +580,40 @@ def test_characters_that_loggers_rename_are_told_once(tmp_path: Path) -> None:
     assert all({"robust/accuracy (mean)", "robust/größe"} <= row.keys() for row in rows)
     assert len(messages) == 1
     assert messages[0].startswith("`robust/accuracy (mean)` holds characters that some loggers rename")
+
+
+@pytest.mark.parametrize("in_probe", [False, True], ids=["loss of the monitor", "loss of the probe"])
+def test_the_loss_of_the_monitor_says_what_the_targets_of_a_probe_may_be(tmp_path: Path, in_probe: bool) -> None:
+    x, y = samples().tensors
+    wanted, loss = nn.functional.one_hot(y).float(), {"loss_fn": nn.MSELoss()}
+    in_monitor, in_probe_fn = ({}, loss) if in_probe else (loss, {})
+
+    def probe_fn(module: Any, batch: Any) -> Probe:
+        return Probe(module, batch[0], batch[2], **in_probe_fn)
+
+    def measured(data: DataLoader, **options: Any) -> float:
+        run = trainer(RobustnessMonitor("hessian_trace", max_samples=120, on_error="raise", **options), root=tmp_path)
+        run.validate(Quiet(classifier().network), data, verbose=False)
+        return float(run.callback_metrics["robust/hessian_trace"])
+
+    found = measured(loader(TensorDataset(x, y, wanted)), probe_fn=probe_fn, **in_monitor)
+    assert found == measured(loader(TensorDataset(x, wanted)), **loss)
+
+
+def test_a_probe_may_leave_the_mean_of_its_range_to_the_monitor(tmp_path: Path) -> None:
+    def probe_fn(module: Any, batch: Any) -> Probe:
+        return Probe(module, *batch, input_std=0.5, valid_range=(0, 1))
+
+    messages, rows = fit(Quiet(), loader(), tmp_path, metrics="linearized_accuracy", probe_fn=probe_fn, input_mean=0.0)
+    assert messages == []
+    assert all(row["robust/num_samples"] == 120 for row in rows)
+
+
+@pytest.mark.parametrize("targets", [Tensor.float, nn.functional.one_hot], ids=["floats", "one-hot"])
+def test_without_a_loss_wrong_targets_of_a_probe_are_told_at_once(tmp_path: Path, targets: Any) -> None:
+    messages, _ = fit(
+        Quiet(), loader(), tmp_path, probe_fn=lambda module, batch: Probe(module, batch[0], targets(batch[1]))
+    )
+    assert "`targets` to hold one class index per sample" in messages[0]
+    with pytest.raises(ValueError, match="one class index per sample"):  # the monitor's loss is not assumed afterwards
+        Probe(classifier(), torch.ones(2, 1, 4, 4), torch.ones(2, 4))
