@@ -97,6 +97,17 @@ def no_best_weights(epoch: int) -> str:
     )
 
 
+def other_structure(record: Record, reason: str) -> str:
+    """The network is no longer the one whose weights were kept."""
+    key, series = next(iter(record.series.items()))
+    mode = "max" if series.higher_is_better else "min"
+    return (
+        f"RobustnessDriftStopping did not put back the weights of epoch {record.best_epoch}: the network has changed"
+        f" since then ({reason}). The module has the weights of the last epoch. To keep the best ones in a file, add"
+        f" `ModelCheckpoint(monitor={key!r}, mode={mode!r})`."
+    )
+
+
 def could_not_stop(counts: Mapping[str, int], *, least: int) -> str:
     """A run ended with too few measurements to stop it."""
     times = {0: "never logged in a validation", 1: "measured once"}
