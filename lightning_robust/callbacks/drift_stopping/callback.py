@@ -22,7 +22,7 @@ from lightning_robust.callbacks.drift_stopping.best_weights import (
     copy_of_weights,
     put_weights_back,
 )
-from lightning_robust.callbacks.drift_stopping.readings import Readings, no_direction, owner_of, read
+from lightning_robust.callbacks.drift_stopping.readings import Readings, no_direction, owner_of, read, remedy
 from lightning_robust.callbacks.drift_stopping.record import Record, Series
 from lightning_robust.callbacks.warn_once import WarnOnce
 from lightning_robust.functional._validation.arguments import as_number, check_boolean, check_choice, expected_but_got
@@ -250,7 +250,7 @@ class RobustnessDriftStopping(EarlyStopping):
         enough = {key: Drift(drifted=count >= least) for key, count in counts.items()}
         fast_dev_run: bool | int = trainer.fast_dev_run  # type: ignore[attr-defined]
         if not (fast_dev_run or self.stopped_epoch or drifted_together(enough, self.monitor_weights, self.combine)):
-            self._warnings.once(messages.could_not_stop(counts, least=least))
+            self._warnings.once(messages.could_not_stop(counts, least=least, remedy=remedy(trainer, counts)))
 
     # ---- one measurement ---------------------------------------------------------------------------------------------
 

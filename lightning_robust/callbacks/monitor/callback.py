@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 from lightning_robust.callbacks.arguments import as_constant, as_metrics, check_unshared, misconfiguration
-from lightning_robust.callbacks.monitor import diagnostics
+from lightning_robust.callbacks.monitor import run_diagnostics
 from lightning_robust.callbacks.monitor.batches import Batch, read_batch
 from lightning_robust.callbacks.monitor.measurement_loop import MeasurementLoop
 from lightning_robust.callbacks.monitor.overhead import check_budget
@@ -161,6 +161,11 @@ class RobustnessMonitor(Callback):
         return self._reporter.best_untrained
 
     @property
+    def num_measurements(self) -> int:
+        """How many measurements of this run have given values."""
+        return self._loop.record.measured
+
+    @property
     def incomplete(self) -> bool:
         """Whether anything failed in the last measurement."""
         return self._loop.incomplete
@@ -206,15 +211,21 @@ class RobustnessMonitor(Callback):
             self._reporter.values = {}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clock. Warn if nothing will be measured, or if EarlyStopping will misread the cadence."""
+        """Start the clock. Warn if nothing will be measured, or if others will misread the cadence."""
         self._loop.schedule.overhead.begin()
-        sentences = diagnostics.before_fit(
-            trainer, prefix=self.log_key_prefix, every_n_epochs=self.every_n_epochs, budget=self.overhead_budget
+        sentences = run_diagnostics.before_fit(
+            trainer,
+            prefix=self.log_key_prefix,
+            other_prefixes=[monitor.log_key_prefix for monitor in monitors_of(trainer)],
+            every_n_epochs=self.every_n_epochs,
+            budget=self.overhead_budget,
         )
         self._loop.warnings.once(*sentences)
+        self._loop.record.impossible = run_diagnostics.no_measurement(trainer) is not None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put the last values back in a resumed run, where other callbacks look for them."""
+        self._loop.record.first_epoch, self._loop.record.first_step = trainer.current_epoch, trainer.global_step
         trainer.callback_metrics.update({key: torch.tensor(value) for key, value in self._reporter.values.items()})
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -251,11 +262,11 @@ class RobustnessMonitor(Callback):
             self._loop.guard(lambda: self._reporter.lay_out(trainer, reporters), "lay out TensorBoard's page")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Warn if the budget left hardly a curve."""
+        """Warn if nothing was measured, or less than it seems."""
         overhead = self._loop.schedule.overhead
         overhead.end()
-        if overhead.left_out and self.overhead_budget is not None:
-            self._loop.warnings.once(*diagnostics.hardly_a_curve(overhead, budget=self.overhead_budget))
+        sentences = run_diagnostics.after_fit(trainer, self._loop.record, overhead, budget=self.overhead_budget)
+        self._loop.warnings.once(*sentences)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Stop the clock, and drop a measurement that will not be finished."""

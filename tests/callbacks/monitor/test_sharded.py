@@ -175,7 +175,7 @@ def test_strategies_that_cannot_be_undone_are_refused_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     pretended = type(kind, (SingleDeviceStrategy,), {})  # neither runs on a CPU
-    monkeypatch.setattr(f"lightning_robust.callbacks.monitor.diagnostics.{kind}", pretended)
+    monkeypatch.setattr(f"lightning_robust.callbacks.monitor.run_diagnostics.{kind}", pretended)
     for method in ("fit", "validate"):
         history = History()
         with robustness_warnings() as messages:
