@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -17,7 +17,6 @@ from lightning_robust.metrics import ProbeMetric
 from lightning_robust.metrics.keys import has_renamed_characters, leaves_and_folders
 from lightning_robust.probe import Probe
 
-_MANY_CLASSES = 200
 _EXAMINED = 8  # samples
 SHUFFLES = (
     "The validation loader shuffles, so RobustnessMonitor measures different samples each time, and its curves carry"
@@ -130,14 +129,18 @@ def _ended(sentence: str) -> str:
     return sentence if sentence.endswith(("?", "!")) else f"{sentence.rstrip('.')}."
 
 
-def on_probe(probe: Probe) -> list[str]:
+def on_probe(probe: Probe, *, more: Callable[[Tensor], Iterable[str]] = lambda outputs: ()) -> list[str]:
     """Check, on the first samples of a run, what must be true for the numbers to mean anything.
 
     Costs three forward passes and a backward pass of up to eight samples.
 
+    Args:
+        probe: The samples.
+        more: Finds more to tell, from the outputs.
+
     Returns:
         One sentence for each flaw: outputs that are probabilities, or random; samples that influence each other's
-        outputs; very many classes; inputs in other units than the options say.
+        outputs; inputs in other units than the options say.
 
     Raises:
         ValueError: If no gradient leads from the outputs to the inputs on which they depend.
@@ -151,7 +154,7 @@ def on_probe(probe: Probe) -> list[str]:
         with torch.no_grad():  # in the same context: a network that remembers its last pass shows it
             again = outputs_of(probe.model, x)
     sentences = _about_model(probe, x, outputs.detach(), again, has_gradient=has_gradient)
-    return [*sentences, *_about_classes(outputs), *_about_units(probe)]
+    return [*sentences, *more(outputs.detach()), *_about_units(probe)]
 
 
 def _has_gradient(outputs: Tensor, leaf: Tensor) -> bool:
@@ -195,17 +198,6 @@ def _about_model(probe: Probe, x: Tensor, outputs: Tensor, again: Tensor, *, has
             " rounding?"
         )
     return flaws
-
-
-def _about_classes(outputs: Tensor) -> list[str]:
-    num_classes = outputs.shape[1] if outputs.ndim == 2 else 0
-    if num_classes <= _MANY_CLASSES:
-        return []
-    return [
-        f"The model has {num_classes} classes. An exact measurement costs one backward pass per class and sample, and"
-        f" memory for {num_classes}² numbers per sample. If it takes too long, lower `max_samples` or raise"
-        " `every_n_epochs`."
-    ]
 
 
 def _about_units(probe: Probe) -> list[str]:

@@ -44,7 +44,7 @@ class Measurement:
 
     Args:
         metrics: What to measure.
-        examine: Sees the samples before the metrics do.
+        examine: Sees the samples before the metrics do, with the number of samples that this process measures.
         on_error: ``"raise"`` raises failures.
         samples_at_once: Bound on the samples that pass through the network together, if one is known.
 
@@ -59,7 +59,7 @@ class Measurement:
     def __init__(
         self,
         metrics: Sequence[ProbeMetric],
-        examine: Callable[[Probe], None],
+        examine: Callable[..., None],
         *,
         on_error: Literal["warn", "raise"],
         samples_at_once: int | None = None,
@@ -121,7 +121,10 @@ class Measurement:
             self._key = self.collector.key()
         for metric in self._metrics:  # Metal has no float64 (and does not run several processes)
             metric.to("cpu" if pl_module.device.type == "mps" else pl_module.device)
-        viewers = {WHOLE: self._examine} | {number: metric.update for number, metric in enumerate(self._metrics)}
+        examine = functools.partial(self._examine, num_samples=len(self.collector))
+        viewers: dict[int, Callable[[Probe], object]] = {WHOLE: examine} | {
+            number: metric.update for number, metric in enumerate(self._metrics)
+        }
         with muted_logging(pl_module), differentiable(pl_module, *self.collector.callables()):
             for group in self.collector.groups():
                 self._show(group.probe(), viewers)
@@ -172,9 +175,11 @@ class Measurement:
         """
         status, values = self._agree(times()), Values()
         if WHOLE not in status.failures:
+            start = time.perf_counter()
             for number, metric in enumerate(self._metrics):
                 if number not in status.failures:  # the same ones on every process, because computing is a collective
                     self._try(number, functools.partial(self._compute, number, metric, values))
+            self._seconds += time.perf_counter() - start
             status = self._agree(times())
         self._try(WHOLE, self._reset)
         return status, {number: value for number, value in values.items() if number not in status.failures}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -13,6 +14,7 @@ from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor
 
 from lightning_robust.callbacks.monitor import diagnostics, run_diagnostics
+from lightning_robust.callbacks.monitor.announced_cost import on_cost
 from lightning_robust.callbacks.monitor.batches import Batch
 from lightning_robust.callbacks.monitor.measurement import Measurement, Values
 from lightning_robust.callbacks.monitor.overhead import Times
@@ -181,10 +183,16 @@ class MeasurementLoop:
         if new:
             self.warnings.warn(diagnostics.skipped(new, names, epoch=epoch))
 
-    def _examine(self, probe: Probe) -> None:
-        """Once per run, warn of anything that makes the numbers mean something else than they seem to."""
+    def _examine(self, probe: Probe, *, num_samples: int) -> None:
+        """Once per run, warn of anything that makes the numbers mean something else than they seem to, or take long."""
+        start = time.perf_counter()
+
+        def cost(outputs: Tensor) -> list[str]:
+            seconds = time.perf_counter() - start
+            return on_cost(self._metrics, probe, outputs, num_samples=num_samples, seconds=seconds)
+
         if self._unexamined:
-            self.warnings.once(*diagnostics.on_probe(probe))
+            self.warnings.once(*diagnostics.on_probe(probe, more=cost))
             self._unexamined = False
 
     def _compare(self, measurement: Measurement) -> None:
