@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import KW_ONLY, asdict, dataclass, field, replace
+from types import MappingProxyType
 from typing import Any, TypeVar, cast
 
 import torch
@@ -35,9 +38,23 @@ from lightning_robust.functional.fisher_rao.path_options import PathOptions
 from lightning_robust.functional.fisher_rao.paths import FisherRaoPaths, trace_fisher_rao_paths
 from lightning_robust.functional.input_space.attacks import Norm, pgd
 from lightning_robust.functional.input_space.linearization import Linearization, linearize, relinearize
-from lightning_robust.functional.input_space.units import Units, check_units
+from lightning_robust.functional.input_space.units import Units, check_units, check_valid_range
 
 T = TypeVar("T")
+
+
+# What probes get later for options that they leave open. With a loss, for example, targets need not be classes.
+_DEFAULTS: ContextVar[Mapping[str, Any]] = ContextVar("defaults", default=MappingProxyType({}))
+
+
+@contextmanager
+def checked_with(defaults: Mapping[str, Any]) -> Iterator[None]:
+    """Check new probes as if options that they leave open had these values, which they get later."""
+    token = _DEFAULTS.set(defaults)
+    try:
+        yield
+    finally:
+        _DEFAULTS.reset(token)
 
 
 @dataclass(frozen=True)
@@ -109,9 +126,12 @@ class Probe:
         optional(check_kind, "module", self.module, nn.Module)
         if self.chunk_size is not None:
             check_positive_integer("chunk_size", self.chunk_size)
-        check_samples(self.inputs, self.targets, loss_fn=self.loss_fn)
+        options = {name: getattr(self, name) for name in ("loss_fn", "input_std", "input_mean", "valid_range")}
+        options = {name: _DEFAULTS.get().get(name) if given is None else given for name, given in options.items()}
+        check_samples(self.inputs, self.targets, loss_fn=options.pop("loss_fn"))
         check_extras(self.extras, len(self.inputs))
-        check_units(input_std=self.input_std, input_mean=self.input_mean, valid_range=self.valid_range)
+        check_units(**options)
+        object.__setattr__(self, "valid_range", check_valid_range(self.valid_range))  # from a list, tensor or array
 
     def __len__(self) -> int:
         return len(self.inputs)

@@ -12,6 +12,7 @@ from lightning_robust.functional.curvature.plan import Estimator, check_estimato
 from lightning_robust.functional.curvature.sums import NUM_BLOCKS, CurvatureSums
 from lightning_robust.functional.curvature.weight_curvature_index import weight_norms
 from lightning_robust.metrics.base import ProbeMetric, joined
+from lightning_robust.metrics.keys import parameter_names_in_keys
 from lightning_robust.probe import Attack, Probe
 
 
@@ -19,7 +20,8 @@ class CurvatureMetric(ProbeMetric):
     """Base of the curvature metrics.
 
     State: ``B + L + 2 M B L`` numbers for M probes, B = 16 blocks of samples and L parameter tensors. The names of the
-    tensors are stored as well, as code points, because a process without samples does not know them.
+    tensors are stored as well, as code points and as they appear in keys, because a process without samples does not
+    know them.
     """
 
     higher_is_better = False
@@ -44,7 +46,7 @@ class CurvatureMetric(ProbeMetric):
         norms = torch.tensor([float(known.get(name, torch.nan)) for name in sums.names], dtype=torch.float64)
         parts = [part if len(part) else part.new_zeros(self.num_probes, *part.shape[1:]) for part in sums.parts]
         row = torch.cat([norms, sums.weights, *(part.flatten() for part in parts)]).to(self.device)
-        text = row.new_tensor([ord(char) for char in "\n".join(sums.names) + "\0"])
+        text = row.new_tensor([ord(char) for char in "\n".join(parameter_names_in_keys(sums.names)) + "\0"])
         if self.rows and not torch.equal(text, self.text[0]):
             raise ValueError("Expected the trained parameters of the model to be those of earlier updates.")
         if self.rows:

@@ -60,6 +60,7 @@ class LinearizedAccuracy(ProbeMetric):
         if as_number(order) not in (1, 2):
             raise ValueError(expected_but_got("order", "1 or 2", order))
         self.order = int(order)
+        self.linearizations = ("first",) if self.order == 1 else ("first", f"near the boundary in {norm}")
         self.add_configuration(self.epsilons, norm, self.order)
         self.add_float64_rows("margins")
 

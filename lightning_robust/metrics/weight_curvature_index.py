@@ -15,6 +15,7 @@ from lightning_robust.functional.curvature.weight_curvature_index import curvatu
 from lightning_robust.functional.input_space.attacks import Norm, check_norm
 from lightning_robust.metrics._curvature import CurvatureMetric, stderr_of_probes
 from lightning_robust.metrics.base import error_bar
+from lightning_robust.metrics.keys import per_layer
 from lightning_robust.probe import Attack
 
 
@@ -29,7 +30,7 @@ class WeightCurvatureIndex(CurvatureMetric):
       the delta method
     - ``wci_stderr_probes``: the error from the choice of probes alone
     - ``wci_negative_layers``: how many layers have a negative trace and count as 0
-    - ``wci/<parameter>``: the term of each weight tensor; they add up to the index
+    - ``wci_per_layer/<parameter>``: the term of each weight tensor; they add up to the index
     - with ``attack`` all of these under ``adversarial_wci``
     - with ``estimator="gauss_newton"`` under ``wci_gauss_newton`` or ``adversarial_wci_gauss_newton``
 
@@ -104,7 +105,7 @@ class WeightCurvatureIndex(CurvatureMetric):
         values[f"{key}_negative_layers"] = (counted & (traces < 0)).sum().to(terms)
         if self.per_layer:
             layers = zip(sums.names, terms, counted, strict=True)
-            values |= {f"{key}/{name}": term for name, term, is_counted in layers if is_counted}
+            values |= per_layer(key, {name: term for name, term, is_counted in layers if is_counted})
         return values
 
     def caveats(self, values: Mapping[str, float]) -> dict[str, str]:

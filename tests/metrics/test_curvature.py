@@ -34,7 +34,7 @@ def test_the_trace_is_the_functional_estimate(name: str) -> None:
     assert values["hessian_trace"] == pytest.approx(float(expected.total), rel=1e-6)
     assert values["hessian_trace_stderr"] == pytest.approx(float(expected.total_sample_stderr), rel=1e-5)
     assert values["hessian_trace_stderr_probes"] == pytest.approx(float(expected.total_stderr), rel=1e-5)
-    layers = {key.removeprefix("hessian_trace/"): value for key, value in values.items() if "/" in key}
+    layers = {key.removeprefix("hessian_trace_per_layer/"): value for key, value in values.items() if "/" in key}
     assert layers == pytest.approx({key: float(value) for key, value in expected.layers.items()}, rel=1e-6)
     assert sum(layers.values()) == pytest.approx(values["hessian_trace"])
 
@@ -49,7 +49,7 @@ def test_the_index_follows_from_norms_and_traces_of_weight_tensors(name: str) ->
     )
     values = measured(WeightCurvatureIndex(), sample)
     assert values["wci"] == pytest.approx(float(expected), rel=1e-5)
-    assert {key.removeprefix("wci/") for key in values if "/" in key} == weights.keys()
+    assert {key.removeprefix("wci_per_layer/") for key in values if "/" in key} == weights.keys()
     assert sum(value for key, value in values.items() if "/" in key) == pytest.approx(values["wci"])
     assert values["wci_negative_layers"] == sum(float(traces[key]) < 0 for key in weights)
 
@@ -161,9 +161,9 @@ def test_the_index_stays_finite_and_counts_layers_of_negative_trace() -> None:
     traces = hessian_trace(
         sample.model, sample.inputs, sample.targets, estimator="hutchinson", rtol=None, num_probes=1
     ).layers
-    negative = [key for key in traces if f"wci/{key}" in values and traces[key] < 0]
+    negative = [key for key in traces if f"wci_per_layer/{key}" in values and traces[key] < 0]
     assert len(negative) == values["wci_negative_layers"]
-    assert all(values[f"wci/{key}"] == 0 for key in negative)
+    assert all(values[f"wci_per_layer/{key}"] == 0 for key in negative)
 
 
 def test_a_single_probe_has_no_error_of_its_own() -> None:

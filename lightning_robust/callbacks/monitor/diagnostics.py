@@ -1,17 +1,12 @@
-"""Warnings of the monitor: anything that makes numbers mean something else than they seem to, with the remedy."""
+"""Warnings of the monitor about a measurement whose numbers mean something else than they seem to, with the remedy."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
-from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import EarlyStopping
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor
 
-from lightning_robust.callbacks.monitor.overhead import Overhead
 from lightning_robust.callbacks.monitor.sample_selection import LoaderShare
 from lightning_robust.callbacks.monitor.status import WHOLE, Failure
 from lightning_robust.callbacks.monitor.token_embeddings import FromEmbeddings
@@ -21,10 +16,9 @@ from lightning_robust.functional._isolation.stand_ins import full_precision
 from lightning_robust.functional._validation.independence import dependence
 from lightning_robust.functional._validation.tensors import check_inputs, outputs_of
 from lightning_robust.metrics import ProbeMetric
+from lightning_robust.metrics.keys import has_renamed_characters, leaves_and_folders
 from lightning_robust.probe import Probe
 
-_MANY_CLASSES = 200
-_FEW_POINTS = 5  # measurements; fewer hardly make a curve
 _EXAMINED = 8  # samples
 SHUFFLES = (
     "The validation loader shuffles, so RobustnessMonitor measures different samples each time, and its curves carry"
@@ -42,70 +36,12 @@ OTHER_SAMPLES = (
 )
 
 
-def obstacle(trainer: Trainer) -> str | None:
-    """The reason why a run cannot be measured, if there is one."""
-    if trainer.barebones:
-        return "`Trainer(barebones=True)` logs nothing, so RobustnessMonitor measures nothing. Drop `barebones=True`."
-    strategy, spread = trainer.strategy, None
-    if isinstance(strategy, DeepSpeedStrategy | FSDPStrategy):
-        spread = type(strategy).__name__
-    elif isinstance(strategy, ModelParallelStrategy) and strategy.device_mesh["tensor_parallel"].size() > 1:
-        spread = "tensor parallelism"
-    if spread is None:
-        return None
-    return (
-        f"RobustnessMonitor measures nothing under {spread}, which spreads the weights over processes in a way that it"
-        " cannot undo. Use `DDPStrategy`, or `ModelParallelStrategy(tensor_parallel_size=1)` with"
-        " `torch.distributed.fsdp.fully_shard` in `configure_model`."
-    )
-
-
-def no_such_loader(dataloader_idx: int, *, num_loaders: int) -> str:
-    """The loader to measure on does not exist."""
-    return (
-        f"RobustnessMonitor was told to measure on `dataloader_idx={dataloader_idx}`, but there are {num_loaders}"
-        f" loaders, so nothing is measured. Pass an index below {num_loaders}."
-    )
-
-
 def out_of_memory(samples_at_once: int) -> str:
     """Memory ran out, and fewer samples pass at once from now on."""
     return (
         f"RobustnessMonitor ran out of memory, and from now on measures at most {samples_at_once} samples at once. The"
         f" numbers stay the same, but take longer. Pass `chunk_size={samples_at_once}` to avoid the failed attempt."
     )
-
-
-def before_fit(trainer: Trainer, *, prefix: str, every_n_epochs: int, budget: float | None) -> list[str]:
-    """Nothing will ever be measured, or EarlyStopping will count validations without a measurement."""
-    if sentence := obstacle(trainer):
-        return [sentence]
-    if not trainer.enable_validation:
-        return [
-            "RobustnessMonitor measures inside the validation loop, but this run has none, so nothing will be"
-            " measured. Define `validation_step` and a validation dataloader, with `limit_val_batches` above 0."
-        ]
-    if every_n_epochs == 1 and budget is None:
-        return []
-    when = f"every {every_n_epochs} epochs" if budget is None else "as often as the budget allows"
-    return [
-        f"EarlyStopping follows `{callback.monitor}`, which is measured {when}. Its `patience` counts validations, and"
-        " a validation without a measurement counts as no improvement. `RobustnessDriftStopping` counts measurements."
-        for callback in trainer.callbacks  # type: ignore[attr-defined]
-        if type(callback) is EarlyStopping and callback.monitor.startswith(prefix)
-    ]
-
-
-def hardly_a_curve(overhead: Overhead, *, budget: float) -> list[str]:
-    """A budget of time has left few measurements."""
-    made, due = overhead.made, overhead.made + overhead.left_out
-    if made >= _FEW_POINTS:
-        return []
-    return [
-        f"RobustnessMonitor made {made} of {due} measurements within `overhead_budget={budget:g}`; the last one took"
-        f" {overhead.times.cost:.2g} s. So few points hardly make a curve: lower `max_samples`, measure fewer `metrics`"
-        " or raise the budget."
-    ]
 
 
 def on_loader(share: LoaderShare, *, max_samples: int) -> list[str]:
@@ -124,13 +60,39 @@ def reservoir(max_samples: int) -> str:
     )
 
 
-def not_finite(values: Mapping[str, float], *, prefix: str) -> list[str]:
-    """Values that are not logged."""
-    return [
-        f"`{prefix}{key}` is not finite, so it is not logged. Its curve has gaps wherever this happens."
-        for key, value in values.items()
-        if not math.isfinite(value)
-    ]
+def on_keys(keys: Iterable[str], others: Iterable[str], *, prefix: str) -> list[str]:
+    """Logged keys with which some loggers cannot deal.
+
+    Args:
+        keys: Those of the monitor, with the prefix.
+        others: Everything that is logged.
+        prefix: What the monitor puts before its keys.
+    """
+    ours, sentences = set(keys), []
+    if pair := next((pair for pair in leaves_and_folders({*ours, *others}) if not ours.isdisjoint(pair)), None):
+        sentences.append(
+            f"Both `{pair[0]}` and `{pair[1]}` are logged. Loggers that make folders of '/' (MLflow's file store,"
+            " DVCLive) cannot keep both and end the training. Give one of them another name, e.g. with"
+            " `RobustnessMonitor(log_key_prefix='robustness_monitor/')`."
+        )
+    if odd := sorted(key for key in ours if has_renamed_characters(key.removeprefix(prefix))):
+        sentences.append(
+            f"`{odd[0]}` holds characters that some loggers rename or refuse. Let `compute` of"
+            " the metric return keys of letters, digits, '_', '-', '.' and '/'."
+        )
+    return sentences
+
+
+def not_finite(keys: Sequence[str], *, prefix: str) -> list[str]:
+    """Keys whose values are not finite and therefore not logged."""
+    if len(keys) <= 1:
+        return [
+            f"`{prefix}{key}` is not finite, so it is not logged. Its curve has gaps wherever this happens."
+            for key in keys
+        ]
+    names = [f"`{prefix}{key}`" for key in keys]
+    listed = f"{', '.join(names[:3])} and {len(names) - 3} more" if len(names) > 3 else " and ".join(names)
+    return [f"{listed} are not finite, so they are not logged. Their curves have gaps wherever this happens."]
 
 
 def on_values(metrics: Iterable[ProbeMetric], values: Mapping[str, float], *, prefix: str) -> list[str]:
@@ -150,7 +112,18 @@ def skipped(failures: Mapping[int, Failure], names: Mapping[int, str], *, epoch:
         parts = [f"{' and '.join(metrics)}: {message}" for message, metrics in by_message.items()]
         what = f"in epoch {epoch} {' '.join(parts)}"
     raised = any(failure.kind == "raised" for failure in failures.values())
-    hint = " If the module is not called as `pl_module(inputs)`, pass `probe_fn`." if raised else ""
+    hint = ""
+    if raised:
+        hint = (
+            " If the module is not called as `pl_module(inputs)`, pass"
+            " `probe_fn=lambda pl_module, batch: Probe(pl_module.network, batch[0], batch[1])`, with the network and"
+            " the tensors that it takes."
+        )
+    elif "Expected the model to return" in what and "probe_fn=" not in what:
+        hint = (
+            " To wrap it, pass `probe_fn=lambda pl_module, batch: Probe(lambda x: logits_of(pl_module(x)), batch[0],"
+            " batch[1])`, where your `logits_of` picks or reshapes the output."
+        )
     return f"RobustnessMonitor skipped {what} The run goes on.{hint} `on_error='raise'` stops with a traceback instead."
 
 
@@ -158,14 +131,18 @@ def _ended(sentence: str) -> str:
     return sentence if sentence.endswith(("?", "!")) else f"{sentence.rstrip('.')}."
 
 
-def on_probe(probe: Probe) -> list[str]:
+def on_probe(probe: Probe, *, more: Callable[[Tensor], Iterable[str]] = lambda outputs: ()) -> list[str]:
     """Check, on the first samples of a run, what must be true for the numbers to mean anything.
 
     Costs three forward passes and a backward pass of up to eight samples.
 
+    Args:
+        probe: The samples.
+        more: Finds more to tell, from the outputs.
+
     Returns:
         One sentence for each flaw: outputs that are probabilities, or random; samples whose outputs depend on
-        other samples, or on their place in the batch; very many classes; inputs in other units than the options say.
+        other samples, or on their place in the batch; inputs in other units than the options say.
 
     Raises:
         ValueError: If no gradient leads from the outputs to the inputs on which they depend.
@@ -180,7 +157,7 @@ def on_probe(probe: Probe) -> list[str]:
         with torch.no_grad():  # in the same context: a network that remembers its last pass shows it
             again = outputs_of(probe.network.on_all(), x)
     sentences = _about_model(probe, x, outputs.detach(), again, has_gradient=has_gradient)
-    return [*sentences, *_about_classes(outputs), *_about_units(probe)]
+    return [*sentences, *more(outputs.detach()), *_about_units(probe)]
 
 
 def note_on(probe: Probe) -> str | None:
@@ -230,17 +207,6 @@ def _about_model(probe: Probe, x: Tensor, outputs: Tensor, again: Tensor, *, has
             " rounding?"
         )
     return flaws
-
-
-def _about_classes(outputs: Tensor) -> list[str]:
-    num_classes = outputs.shape[1] if outputs.ndim == 2 else 0
-    if num_classes <= _MANY_CLASSES:
-        return []
-    return [
-        f"The model has {num_classes} classes. An exact measurement costs one backward pass per class and sample, and"
-        f" memory for {num_classes}² numbers per sample. If it takes too long, lower `max_samples` or raise"
-        " `every_n_epochs`."
-    ]
 
 
 def _about_units(probe: Probe) -> list[str]:

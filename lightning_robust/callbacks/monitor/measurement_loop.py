@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
@@ -12,15 +14,17 @@ from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
-from lightning_robust.callbacks.monitor import diagnostics
+from lightning_robust.callbacks.monitor import diagnostics, run_diagnostics
+from lightning_robust.callbacks.monitor.announced_cost import on_cost
 from lightning_robust.callbacks.monitor.batches import Batch
 from lightning_robust.callbacks.monitor.measurement import Measurement, Values
 from lightning_robust.callbacks.monitor.overhead import Times
 from lightning_robust.callbacks.monitor.reporting import Reporter
+from lightning_robust.callbacks.monitor.run_record import RunRecord
 from lightning_robust.callbacks.monitor.sample_collection import SampleCollector
 from lightning_robust.callbacks.monitor.sample_selection import LoaderShare
 from lightning_robust.callbacks.monitor.schedule import Schedule
-from lightning_robust.callbacks.monitor.status import JointStatus, in_words
+from lightning_robust.callbacks.monitor.status import WHOLE, Failure, JointStatus, in_words
 from lightning_robust.callbacks.monitor.validation_witness import ValidationWitness, other_accuracy
 from lightning_robust.callbacks.warn_once import WarnOnce
 from lightning_robust.metrics import ProbeMetric
@@ -38,6 +42,7 @@ class MeasurementLoop:
     Attributes:
         schedule: When to measure; a run begins with a new one.
         warnings: The sentences of this run.
+        record: What happened in this run.
         incomplete: Whether anything failed in the last measurement.
         per_sample: By key without the prefix, per-sample values of the last measurement.
     """
@@ -57,6 +62,7 @@ class MeasurementLoop:
         self._max_samples, self._dataloader_idx, self._seed = max_samples, dataloader_idx, seed
         self.schedule = Schedule(1, None)
         self.warnings = WarnOnce()
+        self.record = RunRecord()
         self.incomplete = False
         self.per_sample: dict[str, Tensor] = {}
         self._unexamined, self._compared = True, False
@@ -71,6 +77,7 @@ class MeasurementLoop:
         """Begin a new run; with a schedule, a new ``fit``."""
         self._unexamined, self._compared = True, False
         self.warnings.forget()
+        self.record = RunRecord()
         if schedule is not None:
             self.schedule, self._targets = schedule, None
 
@@ -79,18 +86,23 @@ class MeasurementLoop:
         self._measurement = self.schedule.share = self._clean = None
         self._known = set(trainer.callback_metrics)
         fitting, schedule, index = trainer.state.fn == TrainerFn.FITTING, self.schedule, self._dataloader_idx
-        if trainer.sanity_checking or (fitting and not schedule.is_due(trainer.current_epoch)):
+        if trainer.sanity_checking:
+            return
+        self.record.validations += 1
+        if fitting and not schedule.is_due(trainer.current_epoch):
             return
         loaders = CombinedLoader(trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders).flattened
-        obstacle = diagnostics.obstacle(trainer)
+        obstacle = run_diagnostics.obstacle(trainer)
         if obstacle is None and index >= len(loaders):
-            obstacle = diagnostics.no_such_loader(index, num_loaders=len(loaders))
+            obstacle = run_diagnostics.no_such_loader(index, num_loaders=len(loaders))
         if obstacle is not None:
+            self.record.impossible = True
             self.warnings.once(obstacle)
             return
         with schedule.overhead.counted(as_cost=False):
             if fitting and not schedule.is_affordable():
                 return
+        self.record.begun += 1
         schedule.overhead.begin_measurement()
         with schedule.overhead.counted():
             measurement = Measurement(
@@ -165,15 +177,33 @@ class MeasurementLoop:
             self.warnings.once(diagnostics.UNSHARED)
         self.per_sample = {key: found for number in values for key, found in measurement.per_sample[number].items()}
         if values:
+            self.record.measured += 1
             self.guard(lambda: self._report(trainer, pl_module, values, status), "log a measurement")
         if status.failures:
-            names = {number: type(metric).__name__ for number, metric in enumerate(self._metrics)}
-            self.warnings.warn(diagnostics.skipped(status.failures, names, epoch=trainer.current_epoch))
+            self._explain(status.failures, epoch=trainer.current_epoch)
 
-    def _examine(self, probe: Probe) -> None:
-        """Once per run, warn of anything that makes the numbers mean something else than they seem to."""
+    def _explain(self, failures: Mapping[int, Failure], *, epoch: int) -> None:
+        """Warn of failures whose cause is new in this run."""
+        names = {number: type(metric).__name__ for number, metric in enumerate(self._metrics)}
+        if WHOLE in failures or failures.keys() >= names.keys():
+            first = failures[min(failures)]
+            new = dict(failures) if self.record.is_new(WHOLE, None, first.message, epoch=epoch) else {}
+        else:
+            is_new = functools.partial(self.record.is_new, epoch=epoch)
+            new = {number: found for number, found in failures.items() if is_new(number, names[number], found.message)}
+        if new:
+            self.warnings.warn(diagnostics.skipped(new, names, epoch=epoch))
+
+    def _examine(self, probe: Probe, *, num_samples: int) -> None:
+        """Once per run, warn of anything that makes the numbers mean something else than they seem to, or take long."""
+        start = time.perf_counter()
+
+        def cost(outputs: Tensor) -> list[str]:
+            seconds = time.perf_counter() - start
+            return on_cost(self._metrics, probe, outputs, num_samples=num_samples, seconds=seconds)
+
         if self._unexamined:
-            self.warnings.once(*diagnostics.on_probe(probe))
+            self.warnings.once(*diagnostics.on_probe(probe, more=cost))
             if note := diagnostics.note_on(probe):
                 rank_zero_info(note)
             discrepancy = None if self._witness is None else self._witness.discrepancy()
@@ -206,7 +236,8 @@ class MeasurementLoop:
             clean = [value for key, value in logged.items() if key.endswith(("accuracy_linf_0", "accuracy_l2_0"))]
             self._clean, self._compared = (clean[0], status.num_samples) if clean else None, True
         prefix, measured = self._reporter.prefix, [self._metrics[number] for number in values]
-        self.warnings.once(*diagnostics.not_finite(logged, prefix=prefix))
+        self.warnings.once(*diagnostics.on_keys(self._reporter.values, trainer.callback_metrics, prefix=prefix))
+        self.warnings.once(*diagnostics.not_finite(self.record.newly_not_finite(logged), prefix=prefix))
         if not self.warnings.were("The model "):  # then every number is in doubt
             self.warnings.once(*diagnostics.on_values(measured, logged, prefix=prefix))
 
@@ -223,4 +254,4 @@ class MeasurementLoop:
         except Exception as error:
             if self._on_error == "raise":
                 raise
-            self.warnings.warn_here(f"RobustnessMonitor could not {purpose}: {in_words(error)}. The run goes on.")
+            self.warnings.once_here(f"RobustnessMonitor could not {purpose}: {in_words(error)}. The run goes on.")

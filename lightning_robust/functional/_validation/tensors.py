@@ -18,6 +18,8 @@ from lightning_robust.functional._validation.arguments import (
     optional,
 )
 
+# Elements checked at once: the check takes memory of their size, and some tensors are the largest that there are.
+_CHECKED_ELEMENTS = 2**22
 _WRAP = "Wrap the model so that it does (in a callback, through `probe_fn`)."
 
 
@@ -142,9 +144,11 @@ def check_targets(
 
 def check_finite(values: Tensor, what: str) -> None:
     """Raise, with the number of samples concerned, if any of ``values`` ``(N, ...)`` is NaN or infinite."""
-    finite = values.detach().isfinite()
+    size = max(1, _CHECKED_ELEMENTS // max(1, values.shape[1:].numel()))
+    parts = (part.isfinite() for part in torch.split(values.detach(), size))
+    finite = torch.cat([part.flatten(1).all(dim=1) if part.ndim > 1 else part for part in parts])
     if not finite.all():
-        bad = (~finite.flatten(1).all(dim=1) if finite.ndim > 1 else ~finite).nonzero()[:, 0]
+        bad = (~finite).nonzero()[:, 0]
         raise ValueError(
             f"Expected finite {what}, but got NaN or infinity in {len(bad)} of {len(values)} samples"
             f" (first: sample {int(bad[0])})."

@@ -203,7 +203,7 @@ def _largest_eigenpairs(z: Tensor, gram: Tensor, temperature: Tensor) -> tuple[T
     for part, part_gram in _chunks(z, gram):
         eigenvalues, eigenvectors = torch.linalg.eigh(_class_information(part, part_gram, temperature))
         values.append(eigenvalues[:, -1].clamp_min(0))
-        vectors.append(eigenvectors[:, :, -1])
+        vectors.append(eigenvectors[:, :, -1].clone())  # a view would keep all eigenvectors of all samples
     return torch.cat(values), torch.cat(vectors)
 
 

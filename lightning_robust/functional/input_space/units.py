@@ -89,7 +89,7 @@ def check_valid_range(valid_range: tuple[float, float] | None) -> tuple[float, f
     """Return ``valid_range`` as floats, or raise unless it is None or two numbers in ascending order."""
     if valid_range is None:
         return None
-    ends = as_numbers(valid_range) if isinstance(valid_range, tuple | list) else None
+    ends = as_numbers(valid_range)
     if ends is None or len(ends) != 2 or not ends[0] < ends[1]:
         raise ValueError(expected_but_got("valid_range", "(low, high) with low < high", valid_range))
     return ends[0], ends[1]
