@@ -30,11 +30,14 @@ class ProbeMetric(Metric, ABC):
             by process and in the order of the updates. They tell how well two measurements of the same samples can be
             told apart.
         best_untrained: Whether values are best at initialisation.
+        depends_on_units: Whether values depend on the units of the inputs: on perturbation sizes, or on gradients with
+            respect to inputs.
     """
 
     full_state_update = False
     is_differentiable = False
     best_untrained = False
+    depends_on_units = True
 
     def __init__(self) -> None:
         super().__init__()
