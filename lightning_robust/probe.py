@@ -24,8 +24,8 @@ from lightning_robust.functional._validation.extras import SampleModel, check_ex
 from lightning_robust.functional._validation.independence import check_place
 from lightning_robust.functional._validation.outputs import as_one_logit, as_two_classes
 from lightning_robust.functional._validation.tensors import (
-    check_input_type,
     check_logits,
+    check_real,
     check_targets,
     outputs_of,
 )
@@ -34,6 +34,7 @@ from lightning_robust.functional.curvature.plan import Estimator
 from lightning_robust.functional.curvature.problem import CurvatureProblem
 from lightning_robust.functional.curvature.signs import ProbeSeeds
 from lightning_robust.functional.curvature.sums import CurvatureSums
+from lightning_robust.functional.fisher_rao.geometry import other_classes
 from lightning_robust.functional.fisher_rao.path_options import PathOptions
 from lightning_robust.functional.fisher_rao.paths import FisherRaoPaths, trace_fisher_rao_paths
 from lightning_robust.functional.input_space.attacks import Norm, pgd
@@ -81,7 +82,8 @@ class Probe:
     Args:
         model: Maps inputs ``(N, ...)``, and ``extras`` by keyword, to logits ``(N, C)``, sample by sample. They may lie
             in a tuple, dictionary or object where it is evident which they are (``logits``, or the only candidate).
-        inputs: ``(N, ...)``, floating point.
+        inputs: ``(N, ...)``, floating point; or integers, such as token ids, of which metrics of the weights alone
+            (:class:`~lightning_robust.HessianTrace`) can be measured, as integers have no derivative.
         targets: ``(N,)``, class indices; with a ``loss_fn``, any targets ``(N, ...)`` that it takes. Metrics that need
             classes raise an error without them.
         extras: Further arguments of the model, tensors ``(N, ...)`` whose rows belong to the samples, by name: padding
@@ -101,7 +103,7 @@ class Probe:
         module: The network whose weights curvature is about, if ``model`` is a plain function that calls it.
 
     Raises:
-        TypeError: If ``inputs``, ``targets`` or extras are not tensors, the inputs not floating point, ``model`` or
+        TypeError: If ``inputs``, ``targets`` or extras are not tensors, the inputs are complex, ``model`` or
             ``loss_fn`` cannot be called, or ``module`` is not a module.
         ValueError: If an option has a wrong value, there is not one class index (one target, with a ``loss_fn``) or
             one row of each of the ``extras`` per input, or a valid range of normalised inputs comes without their mean.
@@ -250,8 +252,9 @@ class Probe:
         """Classes (N, count), or all others if there are fewer, in the order of the predictions."""
         logits = self.logits(self.inputs)
         labels = check_targets(self.labels, num_samples=len(logits), num_classes=logits.shape[1])
-        others = logits.scatter(1, labels.to(logits.device)[:, None], -torch.inf)
-        return others.topk(min(count, logits.shape[1] - 1), dim=1).indices
+        others = other_classes(labels.to(logits.device), logits.shape[1])
+        most_probable = logits.gather(1, others).topk(min(count, others.shape[1]), dim=1).indices
+        return others.gather(1, most_probable)
 
     def logits(self, inputs: Tensor) -> Tensor:
         """Logits ``(N, C)`` of these samples at other inputs, in eval mode and without a graph."""
@@ -277,8 +280,8 @@ class Probe:
 
 
 def check_samples(inputs: Tensor, targets: Tensor, *, loss_fn: LossFn | None) -> None:
-    """Raise unless there is one class index (with a ``loss_fn``, one target) per floating-point input ``(N, ...)``."""
-    check_input_type(inputs)
+    """Raise unless there is one class index (with a ``loss_fn``, one target) per input ``(N, ...)``."""
+    check_real(inputs)
     if inputs.ndim == 0:
         raise ValueError("Expected argument `inputs` to be a tensor (N, ...), but got a single number.")
     if loss_fn is None:

@@ -26,6 +26,7 @@ class CurvatureMetric(ProbeMetric):
 
     higher_is_better = False
     best_untrained = True
+    depends_on_units = False  # unless the inputs are attacked
     rows: list[Tensor]
     text: list[Tensor]
 

@@ -32,12 +32,15 @@ class ProbeMetric(Metric, ABC):
         best_untrained: Whether values are best at initialisation.
         linearizations: Names of the linearisations of a probe that updates take. Each costs a backward pass per class;
             metrics share those of one name.
+        depends_on_units: Whether values depend on the units of the inputs: on perturbation sizes, or on gradients with
+            respect to inputs.
     """
 
     full_state_update = False
     is_differentiable = False
     best_untrained = False
     linearizations: tuple[str, ...] = ()
+    depends_on_units = True
 
     def __init__(self) -> None:
         super().__init__()

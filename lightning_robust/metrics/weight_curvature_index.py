@@ -78,6 +78,7 @@ class WeightCurvatureIndex(CurvatureMetric):
             raise ValueError(expected_but_got("epsilon", "a finite number ≥ 0", epsilon))
         check_norm(norm)
         if attack is not None:
+            self.depends_on_units = True
             self.attack = Attack(size, norm, steps if attack == "pgd" else 1)
             self.add_configuration(estimator, num_probes, self.attack)
 

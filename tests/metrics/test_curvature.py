@@ -7,12 +7,22 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from lightning_robust import HessianTrace, Probe, WeightCurvatureIndex
+from lightning_robust import (
+    AdversarialAccuracy,
+    FisherRaoMargin,
+    FisherSpectralNorm,
+    HessianTrace,
+    LinearizedAccuracy,
+    Probe,
+    WeightCurvatureIndex,
+)
 from lightning_robust.functional import hessian_trace, pgd, weight_curvature_index
 from lightning_robust.metrics._curvature import CurvatureMetric
 from tests.helpers import processes
 from tests.helpers.networks import build
+from tests.helpers.oracles import dense_hessian_traces
 from tests.helpers.recording import Recorder
 
 
@@ -240,6 +250,44 @@ def test_the_index_is_invariant_to_rescaling_of_layers() -> None:
     assert one["wci"] == pytest.approx(two["wci"], rel=1e-5)
     one, two = (measured(HessianTrace(), Probe(m, inputs, targets)) for m in (model, rescaled))
     assert two["hessian_trace"] > 3 * one["hessian_trace"]
+
+
+# --- inputs without a derivative --------------------------------------------------------------------------------------
+
+
+class Tokens(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.embedding, self.head = nn.Embedding(9, 4), nn.Linear(4, 3)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.embedding(ids.long()).mean(dim=1).tanh())
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8, torch.float32], ids=str)
+@pytest.mark.parametrize("estimator", ["auto", "hutchinson"])
+def test_networks_of_token_ids_have_curvature(estimator: str, dtype: torch.dtype) -> None:
+    model, generator = Tokens(), torch.Generator().manual_seed(0)
+    ids, targets = torch.randint(9, (20, 5), generator=generator).to(dtype), torch.arange(20) % 3
+    expected = dense_hessian_traces(model, ids.long(), targets, F.cross_entropy)
+    estimate = hessian_trace(model, ids, targets, estimator=estimator, num_probes=64, rtol=None)  # type: ignore[arg-type]
+    values = measured(HessianTrace(estimator, num_probes=64), Probe(model, ids, targets))  # type: ignore[arg-type]
+    for name, trace in expected.items():
+        assert abs(float(estimate.layers[name]) - trace) <= 4 * float(estimate.stderr[name]) + 1e-5
+        assert values[f"hessian_trace/{name}"] == pytest.approx(float(estimate.layers[name]), rel=1e-4, abs=1e-7)
+
+
+def test_only_what_needs_a_derivative_refuses_token_ids() -> None:
+    model, ids = Tokens(), torch.arange(20).reshape(4, 5) % 9
+    sample = Probe(model, ids, torch.zeros(4, dtype=torch.long))
+    measured(WeightCurvatureIndex(), sample)
+    others = (FisherSpectralNorm(), LinearizedAccuracy(), AdversarialAccuracy(), FisherRaoMargin(), ATTACKED)
+    for metric in others:
+        with pytest.raises(TypeError, match=r"torch.int64: integers, such as token ids .* have no derivative"):
+            metric.update(sample)
+    assert [metric.depends_on_units for metric in (*others, CLEAN, HessianTrace())] == [True] * 5 + [False] * 2
 
 
 # --- caveats --------------------------------------------------------------------------------------------------------

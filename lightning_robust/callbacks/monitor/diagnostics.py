@@ -11,10 +11,11 @@ from lightning_robust.callbacks.monitor.sample_selection import LoaderShare
 from lightning_robust.callbacks.monitor.status import WHOLE, Failure
 from lightning_robust.callbacks.monitor.token_embeddings import FromEmbeddings
 from lightning_robust.functional._isolation.context import differentiable
-from lightning_robust.functional._isolation.side_effects import watched_once
 from lightning_robust.functional._isolation.stand_ins import full_precision
 from lightning_robust.functional._validation.independence import dependence
+from lightning_robust.functional._validation.scales import tolerances
 from lightning_robust.functional._validation.tensors import check_inputs, outputs_of
+from lightning_robust.functional.input_space.units import are_images_of_unknown_scale
 from lightning_robust.metrics import ProbeMetric
 from lightning_robust.metrics.keys import has_renamed_characters, leaves_and_folders
 from lightning_robust.probe import Probe
@@ -131,13 +132,16 @@ def _ended(sentence: str) -> str:
     return sentence if sentence.endswith(("?", "!")) else f"{sentence.rstrip('.')}."
 
 
-def on_probe(probe: Probe, *, more: Callable[[Tensor], Iterable[str]] = lambda outputs: ()) -> list[str]:
+def on_probe(
+    probe: Probe, *, units_matter: bool = True, more: Callable[[Tensor], Iterable[str]] = lambda outputs: ()
+) -> list[str]:
     """Check, on the first samples of a run, what must be true for the numbers to mean anything.
 
-    Costs three forward passes and a backward pass of up to eight samples.
+    Costs three forward passes of up to eight samples.
 
     Args:
         probe: The samples.
+        units_matter: Whether anything is measured that depends on the units of the inputs.
         more: Finds more to tell, from the outputs.
 
     Returns:
@@ -145,19 +149,20 @@ def on_probe(probe: Probe, *, more: Callable[[Tensor], Iterable[str]] = lambda o
         other samples, or on their place in the batch; inputs in other units than the options say.
 
     Raises:
-        ValueError: If no gradient leads from the outputs to the inputs on which they depend.
+        TypeError: If the inputs are integers, and the network takes none.
+        ValueError: If the network cannot be called on some of the samples, or its outputs are not finite. Outputs
+            without gradients are refused where gradients are taken.
     """
-    check_inputs(probe.inputs)
+    check_inputs(probe.inputs, with_derivative=False)
     probe = probe.rows(slice(_EXAMINED))
     x = full_precision(probe.inputs)
     with differentiable(probe.model):
-        leaf = x.clone().requires_grad_()
-        outputs = outputs_of(probe.network.on_all(), leaf)
-        has_gradient = outputs.requires_grad and _has_gradient(outputs, leaf)
+        leaf = x.clone().requires_grad_() if x.is_floating_point() else x
+        outputs = outputs_of(probe.network.on_all(), leaf).detach()
         with torch.no_grad():  # in the same context: a network that remembers its last pass shows it
             again = outputs_of(probe.network.on_all(), x)
-    sentences = _about_model(probe, x, outputs.detach(), again, has_gradient=has_gradient)
-    return [*sentences, *more(outputs.detach()), *_about_units(probe)]
+    sentences = [*_about_model(probe, x, outputs, again), *more(outputs)]
+    return [*sentences, *_about_units(probe)] if units_matter and x.is_floating_point() else sentences
 
 
 def note_on(probe: Probe) -> str | None:
@@ -171,16 +176,7 @@ def note_on(probe: Probe) -> str | None:
     )
 
 
-def _has_gradient(outputs: Tensor, leaf: Tensor) -> bool:
-    """Whether any gradient of the outputs differs from zero."""
-    # random weights: outputs that always add up to the same have a gradient, too
-    weights = torch.rand(outputs.shape, generator=torch.Generator().manual_seed(0)).to(outputs)
-    with watched_once():
-        (gradient,) = torch.autograd.grad((weights * outputs).sum(), leaf, materialize_grads=True)
-    return bool(gradient.any())
-
-
-def _about_model(probe: Probe, x: Tensor, outputs: Tensor, again: Tensor, *, has_gradient: bool) -> list[str]:
+def _about_model(probe: Probe, x: Tensor, outputs: Tensor, again: Tensor) -> list[str]:
     are_logits = outputs.ndim == 2 and outputs.shape[1] > 1
     flaws = []
     if are_logits and outputs.min() >= 0 and torch.allclose(outputs.sum(dim=1), outputs.new_ones(()), atol=1e-3):
@@ -188,8 +184,8 @@ def _about_model(probe: Probe, x: Tensor, outputs: Tensor, again: Tensor, *, has
             "The model returns probabilities (non-negative rows that sum to 1), but logits are expected: softmax would"
             " be applied twice and every number is wrong. Return the values before softmax."
         )
-    tolerance = 1e-4 * outputs.abs().max()
-    if (again - outputs).abs().max() > tolerance:
+    tolerance = tolerances(outputs)
+    if ((again - outputs).abs() > tolerance).any():
         flaws.append(
             "The model returns other outputs when it is called twice on the same inputs, even in eval mode, so the"
             " numbers are partly noise. Look for random layers that ignore eval mode, such as `F.dropout(x)` without"
@@ -197,22 +193,14 @@ def _about_model(probe: Probe, x: Tensor, outputs: Tensor, again: Tensor, *, has
         )
         return flaws
     with differentiable(probe.model):
-        dependent = dependence(probe.network, x, outputs, tolerance=tolerance)
-    if dependent is not None:
-        flaws.append(dependent)
-    elif are_logits and (outputs - outputs[:1]).abs().max() > tolerance and not has_gradient:
-        raise ValueError(
-            "Expected a model whose outputs have gradients with respect to its inputs, but they change without any, and"
-            " every number would claim perfect robustness. Does its forward pass use `torch.no_grad()`, `detach()` or"
-            " rounding?"
-        )
-    return flaws
+        dependent = dependence(probe.network, x, outputs)
+    return flaws if dependent is None else [*flaws, dependent]
 
 
 def _about_units(probe: Probe) -> list[str]:
     sentences = []
     low, high = float(probe.inputs.min()), float(probe.inputs.max())
-    if probe.input_std is None and (low < 0 or high > 1):
+    if are_images_of_unknown_scale(probe.inputs, probe.input_std):
         remedy = (
             "For bytes from 0 to 255 pass `input_std=1/255`"
             if low >= 0

@@ -203,8 +203,9 @@ class MeasurementLoop:
             return on_cost(self._metrics, probe, outputs, num_samples=num_samples, seconds=seconds)
 
         if self._unexamined:
-            self.warnings.once(*diagnostics.on_probe(probe, more=cost))
-            if note := diagnostics.note_on(probe):
+            units_matter = any(metric.depends_on_units for metric in self._metrics)
+            self.warnings.once(*diagnostics.on_probe(probe, units_matter=units_matter, more=cost))
+            if units_matter and (note := diagnostics.note_on(probe)):
                 rank_zero_info(note)
             discrepancy = None if self._witness is None else self._witness.discrepancy()
             if discrepancy is not None and not self.warnings.were("The model "):
@@ -239,7 +240,9 @@ class MeasurementLoop:
         self.warnings.once(*diagnostics.on_keys(self._reporter.values, trainer.callback_metrics, prefix=prefix))
         self.warnings.once(*diagnostics.not_finite(self.record.newly_not_finite(logged), prefix=prefix))
         if not self.warnings.were("The model "):  # then every number is in doubt
-            self.warnings.once(*diagnostics.on_values(measured, logged, prefix=prefix))
+            sentences = diagnostics.on_values(measured, logged, prefix=prefix)
+            # the caveat of a key is given once: its numbers change from measurement to measurement
+            self.warnings.once(*(said for said in sentences if not self.warnings.were(said.split(" ")[0] + " ")))
 
     def abandon(self) -> None:
         """Drop a measurement that will not be finished, with its samples."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_robust.callbacks.monitor.batches import Batch
+from lightning_robust.functional._validation.scales import magnitudes
 
 _FEW = 8  # samples that are compared
 _CALLS = 8  # of one module in one step that are remembered
@@ -173,8 +174,10 @@ def _differ(a: Tensor | None, b: Tensor | None, tolerance: float, *, whole: bool
     if a.shape != b.shape:
         return whole
     finite = a.isfinite() & b.isfinite()
-    a, b = a[finite].double(), b[finite].double()
-    return bool(len(a) and (a - b).abs().max() > tolerance * torch.maximum(a.abs(), b.abs()).max())
+    a, b = (values.double().masked_fill(~finite, 0) for values in (a, b))
+    if not a.numel():
+        return False
+    return bool(((a - b).abs() > tolerance * torch.maximum(magnitudes(a), magnitudes(b))).any())
 
 
 def _shown(inputs: Tensor | None) -> str:

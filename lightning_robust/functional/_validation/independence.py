@@ -8,6 +8,7 @@ from torch import Tensor
 from lightning_robust.functional._isolation.context import differentiable, owner_of
 from lightning_robust.functional._isolation.stand_ins import full_precision
 from lightning_robust.functional._validation.extras import SampleModel
+from lightning_robust.functional._validation.scales import tolerances
 from lightning_robust.functional._validation.tensors import check_inputs, outputs_of
 
 _FEW = 8  # samples
@@ -23,7 +24,7 @@ BOUND = (
 )
 
 
-def dependence(model: SampleModel, x: Tensor, outputs: Tensor, *, tolerance: Tensor) -> str | None:
+def dependence(model: SampleModel, x: Tensor, outputs: Tensor) -> str | None:
     """Say so if the outputs of a sample depend on the other samples in its batch, or on its place there.
 
     One more forward pass where they do not. To be called inside :func:`differentiable`.
@@ -32,14 +33,15 @@ def dependence(model: SampleModel, x: Tensor, outputs: Tensor, *, tolerance: Ten
         model: The network of the n samples ``x`` (n, ...).
         x: The samples.
         outputs: What it returns for them, ``(n, ...)``.
-        tolerance: Largest difference of outputs that may be rounding.
 
     Raises:
         ValueError: If the model can be called on all n samples, but not on one less.
     """
+    tolerance = tolerances(outputs)
 
-    def moved(others: Tensor, expected: Tensor) -> bool:
-        return others.shape != expected.shape or bool(((others - expected).abs() > tolerance).any())
+    def moved(others: Tensor) -> bool:
+        expected = outputs[rest]
+        return others.shape != expected.shape or bool(((others - expected).abs() > tolerance[rest]).any())
 
     if len(x) < 2:
         return None
@@ -49,11 +51,11 @@ def dependence(model: SampleModel, x: Tensor, outputs: Tensor, *, tolerance: Ten
             elsewhere = outputs_of(model.on(rest), x[rest])
         except (RuntimeError, ValueError, IndexError, TypeError) as error:
             raise ValueError(f"{BOUND} (On {len(x) - 1} of {len(x)} samples it raised: {error})") from error
-        if not moved(elsewhere, outputs[rest]):
+        if not moved(elsewhere):
             return None
         disturbed = x.clone()
         disturbed[0] = x[-1]  # another sample rather than noise: some networks refuse inputs that are out of range
-        return _MIXES if moved(outputs_of(model.on_all(), disturbed)[rest], outputs[rest]) else BOUND
+        return _MIXES if moved(outputs_of(model.on_all(), disturbed)[rest]) else BOUND
 
 
 def check_place(model: SampleModel, inputs: Tensor) -> None:
@@ -64,7 +66,7 @@ def check_place(model: SampleModel, inputs: Tensor) -> None:
     """
     if owner_of(model.model) is not None or len(inputs) < 2:
         return
-    check_inputs(inputs)
+    check_inputs(inputs, with_derivative=False)
     with differentiable(model.model), torch.no_grad():
         x = full_precision(inputs)
         few = slice(None, _FEW)
@@ -76,8 +78,8 @@ def check_place(model: SampleModel, inputs: Tensor) -> None:
         part = SampleModel(
             model.model, {name: extra[few] for name, extra in model.extras.items()}, num_samples=len(outputs)
         )
-        tolerance = 1e-4 * outputs.abs().max()
-        if dependence(part, x[few], outputs, tolerance=tolerance) != BOUND:
+        if dependence(part, x[few], outputs) != BOUND:
             return
-        if (outputs_of(part.on_all(), x[few]) - outputs).abs().max() <= tolerance:  # the outputs are not random
+        moved = (outputs_of(part.on_all(), x[few]) - outputs).abs() > tolerances(outputs)
+        if not moved.any():  # the outputs are not random
             raise ValueError(BOUND)

@@ -104,7 +104,7 @@ def hessian_trace(
 
     Args:
         model: Maps inputs ``(N, ...)`` to logits ``(N, C)``, sample by sample: a module, or a method of one.
-        inputs: ``(N, ...)``, floating point.
+        inputs: ``(N, ...)``, floating point, or integers such as token ids.
         targets: Targets as the loss takes them, ``(N,)`` class indices for cross-entropy. They may be None where the
             Gauss–Newton matrix suffices and does not depend on them (cross-entropy without class weights).
         extras: As in :func:`~lightning_robust.functional.linearize`.
@@ -132,7 +132,7 @@ def hessian_trace(
         A :class:`TraceEstimate`.
 
     Raises:
-        TypeError: If ``inputs`` are not floating point.
+        TypeError: If ``inputs`` are not a tensor of real numbers.
         ValueError: If an argument has a wrong value, the estimator needs targets or a Gauss–Newton root of the loss
             that are missing, the model has no trained weights or lacks a second derivative that is needed, or a number
             is not finite.

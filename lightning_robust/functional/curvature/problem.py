@@ -43,7 +43,7 @@ class CurvatureProblem:
     chunk_size: int | None = None
 
     def __post_init__(self) -> None:
-        check_inputs(self.inputs)
+        check_inputs(self.inputs, with_derivative=False)
 
     @contextmanager
     def examined(self) -> Iterator[ExaminedProblem]:
@@ -90,6 +90,8 @@ class ExaminedProblem:
         else:
             self.plan = Plan(gauss_newton, () if gauss_newton else names, is_hessian=not gauss_newton)
         self._check_loss()
+        root = loss.root  # samples may mask different classes
+        self._columns = 0 if root is None else max(root.num_columns(outputs) for outputs in self._outputs)
 
     def _examined(self, rows: Tensor, curved: CurvedLayers | None) -> Tensor:
         """Outputs of some samples, and on the way the layers in which they are curved."""
@@ -156,12 +158,12 @@ class ExaminedProblem:
         """
         root = self._loss.root
         assert root is not None
-        columns, size = root.num_columns(outputs), outputs[0].numel()
-        exact = columns <= probes.stop
+        size = outputs[0].numel()
+        exact = self._columns <= probes.stop
         if exact:
-            signs = torch.eye(columns, size, dtype=torch.int8).unsqueeze(1).expand(-1, len(rows), -1)
+            signs = torch.eye(self._columns, size, dtype=torch.int8).unsqueeze(1).expand(-1, len(rows), -1)
         else:
-            signs = sample_signs([seeds.keys[row] for row in rows], probes, size)
+            signs = sample_signs([seeds.keys[row] for row in rows], probes, root.num_signs(outputs), width=size)
         cotangents = root.times(signs.to(outputs.device), outputs, self._targets_of(rows))
         forms = self._gradients.squared_norms(self._inputs[rows], rows, cotangents)
         return (forms.sum(dim=0).expand(len(probes), -1, -1) if exact else forms), exact

@@ -12,6 +12,7 @@ from torch import Tensor
 from lightning_robust.functional._isolation.stand_ins import full_precision
 from lightning_robust.functional._validation.arguments import as_number, as_numbers, expected_but_got, plain
 
+_SMALLEST_IMAGE = 20  # pixels per side
 Constant = float | Sequence[float] | Tensor  # one number, or one per channel
 
 
@@ -50,6 +51,20 @@ class Units(NamedTuple):
     def change(self, raw_change: Tensor) -> Tensor:
         """Convert a change of un-normalised inputs to normalised units."""
         return raw_change if self.std is None else raw_change / self.std
+
+
+def are_images(inputs: Tensor) -> bool:
+    """Whether inputs (N, channels, H, W, ...) or (N, H, W) are images rather than tables (N, D) or sequences (N, T, D).
+
+    Of three dimensions only square images of some size can be told from sequences.
+    """
+    side = inputs.shape[-1] if inputs.ndim else 0
+    return inputs.ndim > 3 or (inputs.ndim == 3 and inputs.shape[1] == side >= _SMALLEST_IMAGE)
+
+
+def are_images_of_unknown_scale(inputs: Tensor, std: Constant | None) -> bool:
+    """Whether inputs are images beyond the range from 0 to 1, without a word on how they were scaled."""
+    return std is None and are_images(inputs) and bool((inputs.amin() < 0) | (inputs.amax() > 1))
 
 
 def _channelwise(name: str, value: Constant, inputs: Tensor, *, positive: bool = True) -> Tensor:

@@ -46,13 +46,13 @@ class Quiet(Classifier):
 def fit(
     model: Classifier, val_loader: Any, root: Path, logger: Any = False, **options: Any
 ) -> tuple[list[str], list[dict[str, float]]]:
-    """Train for two epochs; return the warnings, and what was logged after each epoch."""
-    history = History()
+    """Train for a few epochs; return the warnings, and what was logged after each epoch."""
+    history, max_epochs = History(), options.pop("max_epochs", 2)
     with robustness_warnings() as messages:
-        run = trainer(RobustnessMonitor(**options), history, root=root, logger=logger)
+        run = trainer(RobustnessMonitor(**options), history, root=root, logger=logger, max_epochs=max_epochs)
         run.fit(model, loader(), val_loader)
     assert run.state.finished
-    assert run.current_epoch == len(history.rows) == 2
+    assert run.current_epoch == len(history.rows) == max_epochs
     return messages, history.rows
 
 
@@ -191,6 +191,21 @@ def test_bytes_have_their_own_remedy(tmp_path: Path) -> None:
     assert "For bytes from 0 to 255 pass `input_std=1/255`" in messages[0]
 
 
+@pytest.mark.parametrize(("unit", "sentence"), [(1e-4, "is nearly 0"), (100.0, "is hardly less than")])
+def test_epsilons_far_from_all_margins_of_a_table_are_reported_once(tmp_path: Path, unit: float, sentence: str) -> None:
+    x, y = samples().tensors
+    table = loader(TensorDataset(unit * (x.flatten(1) - 0.5) / 0.2, y))
+    network = nn.Sequential(nn.Flatten(), nn.Linear(16, 4, bias=False))
+    with torch.no_grad():
+        network[1].weight.copy_(torch.randn(4, 16, generator=torch.Generator().manual_seed(0)))
+    messages, rows = fit(Classifier(network), table, tmp_path, max_epochs=4)
+    assert len({row["robust/linearized_margin_linf"] for row in rows}) == len(rows) == 4
+    (message,) = messages
+    assert sentence in message
+    assert "`LinearizedAccuracy([" in message
+    assert fit(Classifier(network), table, tmp_path, metrics=["hessian_trace"])[0] == []
+
+
 def test_inputs_beyond_their_valid_range_are_reported_once(tmp_path: Path) -> None:
     x, y = samples().tensors
     normalised = loader(TensorDataset((x - 0.5) / 0.2, y))
@@ -243,12 +258,58 @@ def test_a_layout_that_cannot_be_written_does_not_end_the_run(tmp_path: Path, mo
     assert run.callback_metrics["robust/num_samples"] == 120
 
 
-def test_a_model_without_input_gradients_is_not_measured(tmp_path: Path) -> None:
-    messages, rows = fit(Quiet(Outputs(lambda z: z.detach())), loader(), tmp_path)
+def quantised(z: Tensor) -> Tensor:
+    """As dynamic quantisation does it, with a scale from the whole batch."""
+    scale = z.detach().abs().mean() / 30
+    return (z.detach() / scale).round() * scale
+
+
+INPUT_SIDE = ["fisher_spectral_norm", "linearized_accuracy", "adversarial_accuracy"]
+
+
+@pytest.mark.parametrize("change", [Tensor.detach, lambda z: z.round(decimals=1), quantised])
+def test_a_model_without_input_gradients_is_not_measured(tmp_path: Path, change: Callable[[Tensor], Tensor]) -> None:
+    messages, rows = fit(Quiet(Outputs(change)), loader(), tmp_path, metrics=INPUT_SIDE)
     assert rows == [{}, {}]
+    mixes = [message for message in messages if "mixes the samples" in message]
+    assert len(mixes) == (change is quantised)
+    refusals = [message for message in messages if message not in mixes]
+    assert len(refusals) == 2
+    assert "outputs have gradients with respect to its inputs, but they change without any" in refusals[0]
+    assert refusals[1] == ALL_SKIPPED
+
+
+class Transferred(Quiet):
+    """Features without gradients, and a head that is trained."""
+
+    def __init__(self, change: Callable[[Tensor], Tensor]) -> None:
+        super().__init__(nn.Linear(16, 4))
+        self.change = change
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            features = self.change(x).flatten(1)
+        return self.network(features)
+
+
+@pytest.mark.parametrize(
+    "change", [torch.sin, torch.round, lambda x: (9 * x).long() / 9], ids=["no_grad", "rounded", "integers"]
+)
+def test_curvature_needs_no_gradients_with_respect_to_inputs(
+    tmp_path: Path, change: Callable[[Tensor], Tensor]
+) -> None:
+    (x, y), model = samples().tensors, Transferred(change)
+    with robustness_warnings() as messages:
+        run = trainer(RobustnessMonitor([HessianTrace(num_probes=3)]), root=tmp_path)
+        run.validate(model, loader(), verbose=False)
+    assert messages == []
+    exact = hessian_trace(model.network, change(x).flatten(1), y, num_probes=3, rtol=None)
+    assert float(run.callback_metrics["robust/hessian_trace"]) == pytest.approx(float(exact.total), rel=1e-5)
+    messages, rows = fit(Transferred(change), loader(), tmp_path)
+    assert "robust/hessian_trace" in rows[0]
+    assert "robust/fim_spectral_norm" not in rows[0]
     assert len(messages) == 2
-    assert "outputs have gradients with respect to its inputs, but they change without any" in messages[0]
-    assert messages[1] == ALL_SKIPPED
+    assert "FisherSpectralNorm and LinearizedAccuracy: ValueError" in messages[0]
 
 
 def test_a_model_that_refuses_inputs_out_of_range_is_measured(tmp_path: Path) -> None:
