@@ -60,7 +60,9 @@ def _in_one_order(name: str, normalise: Callable[..., Tensor], *args: Any, **opt
     if not (of_instances or 1 in x.shape[2:] or (len(x) == 1 and not _is_channels_last(x))):
         return normalise(*args, **options)
     out = normalise(x.contiguous(), *args[1:], **options)
-    return out.reshape(-1).view(out.shape)  # the backward pass of `reshape` copies any other order
+    # the backward pass copies any other order; not a view of `out`, because the network may go on in place
+    contiguous: Tensor = torch.ops.aten._unsafe_view(out.reshape(-1), out.shape)
+    return contiguous
 
 
 def _is_channels_last(x: Tensor) -> bool:

@@ -7,7 +7,7 @@ shared by all probes taken together, and a backward pass; a Hutchinson probe a H
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass
 
 import torch
@@ -78,25 +78,22 @@ class ExaminedProblem:
         # torch's attention runs in a fused kernel without a graph, which rounds otherwise: every estimator takes its
         # outputs from there, so that they agree to the last bit in layers where they measure the same
         self._is_fused = any(isinstance(module, _FUSED) for module in weights.modules)
-        curved = None
-        if gauss_newton and problem.estimator == "auto":
-            curved = CurvedLayers(weights, up_to_a_constant=loss.is_cross_entropy)
+        curved = CurvedLayers(weights, up_to_a_constant=loss.is_cross_entropy)
         self._outputs = [self._examined(rows, curved) for rows in self._chunks]
-        if curved is not None:
+        self._reached = curved.reached()
+        if gauss_newton and problem.estimator == "auto":
             self.plan = Plan(gauss_newton, curved.names())
         else:
             self.plan = Plan(gauss_newton, () if gauss_newton else names, is_hessian=not gauss_newton)
         self._check_loss()
 
-    def _examined(self, rows: Tensor, curved: CurvedLayers | None) -> Tensor:
-        """Outputs of some samples, and on the way the layers in which they are curved."""
-        with torch.no_grad() if curved is None else nullcontext():
-            outputs = outputs_of(self._problem.model, self._inputs[rows])
-        if curved is not None:
-            curved.read(outputs)
-            if self._is_fused:
-                with torch.no_grad():
-                    outputs = outputs_of(self._problem.model, self._inputs[rows])
+    def _examined(self, rows: Tensor, curved: CurvedLayers) -> Tensor:
+        """Outputs of some samples, and on the way the layers that they depend on and those in which they are curved."""
+        outputs = outputs_of(self._problem.model, self._inputs[rows])
+        curved.read(outputs)
+        if self._is_fused:
+            with torch.no_grad():
+                outputs = outputs_of(self._problem.model, self._inputs[rows])
         outputs = outputs.detach().clone()  # a network may write every batch of outputs to the same memory
         self._loss.check(outputs, self._targets_of(rows))
         return outputs
@@ -142,7 +139,7 @@ class ExaminedProblem:
         for part in parts:
             check_finite(part.flatten(1), "curvature")
         counts = torch.zeros(NUM_BLOCKS, dtype=torch.float64).index_add_(0, blocks, self._counts)
-        return CurvatureSums(names, parts, counts, exact)
+        return CurvatureSums(names, parts, counts, exact, self._reached)
 
     def _gauss_newton_forms(
         self, rows: Tensor, outputs: Tensor, seeds: ProbeSeeds, probes: range
