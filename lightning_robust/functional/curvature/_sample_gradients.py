@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from lightning_robust.functional._isolation.side_effects import side_effects_reverted, watched
+from lightning_robust.functional._isolation.side_effects import side_effects_reverted, start_anew, watched
 from lightning_robust.functional._isolation.weights import Weights
 
 # Elements of per-sample gradients held at once when the user sets no bound: 16 MiB in float32 on a CPU, where more
@@ -79,6 +79,7 @@ class SampleGradients:
         return norms.detach().double()
 
     def _one_by_one(self, inputs: Tensor, cotangents: Tensor) -> Tensor:
+        start_anew()  # what earlier passes have kept may have no graph
         norms = inputs.new_zeros(*cotangents.shape[:2], len(self._tensors), dtype=torch.float64)
         for n in range(len(inputs)):
             with watched():

@@ -13,6 +13,8 @@ from dataclasses import KW_ONLY, dataclass
 import torch
 from torch import Tensor, nn
 
+from lightning_robust.functional._isolation.caches import caches_made_anew
+from lightning_robust.functional._isolation.side_effects import start_anew
 from lightning_robust.functional._isolation.stand_ins import full_precision
 from lightning_robust.functional._isolation.weights import Weights, differentiable_weights
 from lightning_robust.functional._validation.tensors import check_finite, check_inputs, outputs_of
@@ -53,7 +55,10 @@ class CurvatureProblem:
                 "Expected argument `loss_fn` to be torch's cross-entropy, MSE or BCE with logits for"
                 f" estimator='gauss_newton', but got {given}. Use estimator='hutchinson'."
             )
-        with differentiable_weights(self.model, self.loss_fn, module=self.module) as weights:
+        with (
+            differentiable_weights(self.model, self.loss_fn, module=self.module) as weights,
+            caches_made_anew(weights, self.model, full_precision(self.inputs[:2])),
+        ):
             yield ExaminedProblem(self, loss, weights)
 
 
@@ -163,6 +168,7 @@ class ExaminedProblem:
     def _hutchinson_forms(self, rows: Tensor, keys: Sequence[tuple[int, ...]]) -> Tensor:
         """``v_kᵀ(Hv)_k`` summed over samples, or with ``R`` in place of ``H``, for each key and layer, ``(M, L)``."""
         assert self._targets is not None
+        start_anew()  # what earlier passes have kept may have no graph, or one that is used up
         targets = self._targets[rows]
         outputs = outputs_of(self._problem.model, self._inputs[rows])
         refuse_missing_derivatives(outputs, self._weights)
