@@ -8,7 +8,8 @@ Inside :func:`differentiable` all of that is neutralised, and afterwards everyth
 - backward hooks are not called: these passes do not belong to the training;
 - every module is in eval mode, each by its own flag (``.eval()`` would call user overrides of ``train``, and would
   un-freeze a frozen BatchNorm on the way back);
-- stand-ins take the places of parameters and buffers (:mod:`~lightning_robust.functional._isolation.stand_ins`);
+- stand-ins take the places of parameters and buffers (:mod:`~lightning_robust.functional._isolation.stand_ins`), and
+  networks in half precision compute in float32 (:mod:`~lightning_robust.functional._isolation.precision`);
 - side effects of forward passes are reverted (:mod:`~lightning_robust.functional._isolation.side_effects`): they would
   keep a graph alive, and lead the training to the stand-ins;
 - compiled networks run eagerly: a second grad mode and batch size would trigger recompilation, and AOT autograd has no
@@ -32,6 +33,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_robust.functional._isolation.kernels import replaced_kernels
+from lightning_robust.functional._isolation.precision import single_precision
 from lightning_robust.functional._isolation.sharding import refuse_distributed
 from lightning_robust.functional._isolation.side_effects import side_effects_reverted
 from lightning_robust.functional._isolation.stand_ins import stand_in_tensors
@@ -80,6 +82,7 @@ def _isolation(modules: list[nn.Module]) -> Iterator[None]:
             stack.enter_context(_without_cudnn())
         stack.enter_context(_in_eval_mode(modules))
         stack.enter_context(_without_backward_hooks(modules))
+        stack.enter_context(single_precision(modules))
         stack.enter_context(stand_in_tensors(modules))
         stack.enter_context(replaced_kernels(modules))
         stack.enter_context(side_effects_reverted(modules))

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lightning_robust.functional._isolation.holdings import attributes_of, get, places_in, put, with_containers
 
-_HALF = (torch.float16, torch.bfloat16)
+HALF = (torch.float16, torch.bfloat16)
 _SMALL = 2**16  # elements of a tensor that is copied rather than guarded
 _FEW = 64  # items of a container; those of a larger one are data rather than what a forward pass needs
 _ORIGINAL = "_stands_in_for"
@@ -28,7 +28,7 @@ _ORIGINAL = "_stands_in_for"
 def full_precision(tensor: Tensor) -> Tensor:
     """Return ``tensor`` detached, in float32 if it was in half precision, and usable by autograd."""
     tensor = tensor.detach()
-    if tensor.dtype in _HALF:
+    if tensor.dtype in HALF:
         return tensor.float()
     return tensor.clone() if tensor.is_inference() else tensor
 
