@@ -15,6 +15,7 @@ from torchmetrics import Metric
 from lightning_robust.callbacks.monitor.muted_logging import muted_logging
 from lightning_robust.functional._isolation.context import owner_of
 from lightning_robust.functional._isolation.side_effects import side_effects_reverted
+from lightning_robust.functional._isolation.stand_ins import plain_tensor
 from lightning_robust.functional._validation.arguments import as_number, as_numbers
 from lightning_robust.probe import Probe, check_samples
 
@@ -47,7 +48,7 @@ class Batch:
         """Copy some samples, so that later changes of the batch do not reach them."""
 
         def copy(tensor: Tensor) -> Tensor:
-            return tensor.detach()[torch.tensor(rows, dtype=torch.long, device=tensor.device)]
+            return plain_tensor(tensor.detach())[torch.tensor(rows, dtype=torch.long, device=tensor.device)]
 
         return Batch(copy(self.inputs), copy(self.targets), self.options)
 

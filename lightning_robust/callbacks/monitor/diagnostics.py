@@ -218,7 +218,7 @@ def _about_model(probe: Probe, x: Tensor, outputs: Tensor, again: Tensor, *, has
         raise ValueError(
             "Expected a model whose outputs have gradients with respect to its inputs, but they change without any, and"
             " every number would claim perfect robustness. Does its forward pass use `torch.no_grad()`, `detach()` or"
-            " rounding?"
+            " rounding, or `torch.autograd.grad` without `create_graph=True` or of a piecewise linear function?"
         )
     return flaws
 

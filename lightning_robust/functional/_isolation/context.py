@@ -38,6 +38,7 @@ from lightning_robust.functional._isolation.sharding import refuse_distributed
 from lightning_robust.functional._isolation.side_effects import side_effects_reverted
 from lightning_robust.functional._isolation.stand_ins import stand_in_tensors
 
+_NO_GRADIENT = "does not require grad"  # in torch's errors about `torch.autograd.grad`
 _MANY = 1000  # a container of more items holds no networks
 _isolated: set[int] = set()  # modules inside the context, by identity
 
@@ -89,6 +90,22 @@ def _isolation(modules: list[nn.Module]) -> Iterator[None]:
         _isolated.update(map(id, modules))
         stack.callback(_isolated.difference_update, set(map(id, modules)))
         yield
+
+
+def passed(model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Call a network on a copy of samples, in grad mode only if that is on or the network needs it for itself.
+
+    The forward pass of an energy-based model, or of one that returns forces, takes a gradient.
+    """
+    recording = torch.is_grad_enabled()
+    try:
+        outputs = model(x.clone())
+    except RuntimeError as error:
+        if recording or _NO_GRADIENT not in str(error):
+            raise
+        with torch.enable_grad():
+            outputs = model(x.clone())
+    return outputs if recording or not isinstance(outputs, Tensor) else outputs.detach()
 
 
 def owner_of(function: Callable[..., object]) -> nn.Module | None:

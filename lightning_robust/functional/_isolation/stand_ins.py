@@ -3,9 +3,9 @@
 Every parameter is replaced by a detached view of itself: no derivative can reach a weight or its ``.grad``. Small
 buffers, and small parameters that are not trained, are replaced by copies, because forward passes count and average in
 them; :mod:`~lightning_robust.functional._isolation.side_effects` guards the large ones, which are rarely written and
-would cost memory. Half-precision tensors become float32 copies, tensors born under inference mode ordinary ones, also
-small ones in attributes and containers, which passes of a validation leave there. The user's own tensors are put back
-afterwards, untouched.
+would cost memory. Tensors of subclasses become plain ones and those in half precision float32 copies. Tensors born
+under inference mode become ordinary ones, also small ones in attributes and containers, where passes of a validation
+leave them. The user's own tensors are put back afterwards, untouched.
 """
 
 from __future__ import annotations
@@ -26,11 +26,24 @@ _ORIGINAL = "_stands_in_for"
 
 
 def full_precision(tensor: Tensor) -> Tensor:
-    """Return ``tensor`` detached, in float32 if it was in half precision, and usable by autograd."""
-    tensor = tensor.detach()
+    """Return ``tensor`` detached and plain, in float32 if it was in half precision, and usable by autograd."""
+    tensor = plain_tensor(tensor.detach())
     if tensor.dtype in HALF:
         return tensor.float()
     return tensor.clone() if tensor.is_inference() else tensor
+
+
+def plain_tensor(tensor: Tensor) -> Tensor:
+    """Return a tensor of a subclass, such as an image with metadata, as a plain one that shares memory and graph.
+
+    Metadata would have to follow through every step of every measurement. Subclasses that compute by operators of
+    their own (``__torch_dispatch__``: quantised, distributed) are returned as they are.
+    """
+    kind = type(tensor)
+    if kind in (Tensor, nn.Parameter) or kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        return tensor
+    with torch._C.DisableTorchFunctionSubclass():
+        return tensor.as_subclass(Tensor)
 
 
 def original(parameter: Tensor) -> Tensor:
