@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_robust.functional._validation.arguments import check_boolean, check_positive_integer
 from lightning_robust.functional.curvature.plan import Estimator, check_estimator
@@ -41,9 +41,11 @@ class CurvatureMetric(ProbeMetric):
         self.add_float64_rows("rows")
         self.add_float64_rows("text")
         self._left_out: tuple[str, ...] = ()  # the first time that any were
+        self._is_forward = False  # or the model is a method or function: whoever chose it knows what it leaves out
 
     def _add(self, probe: Probe) -> None:
         sums = probe.curvature(estimator=self.estimator, num_probes=self.num_probes, attack=self.attack)
+        self._is_forward = isinstance(probe.model, nn.Module)
         known = weight_norms(probe.model, module=probe.module)
         norms = torch.tensor([float(known.get(name, torch.nan)) for name in sums.names], dtype=torch.float64)
         parts = [part if len(part) else part.new_zeros(self.num_probes, *part.shape[1:]) for part in sums.parts]
@@ -77,7 +79,7 @@ class CurvatureMetric(ProbeMetric):
         reached = frozenset(name for name, is_reached in zip(names, counted.tolist(), strict=True) if is_reached)
         summed = tuple(part.sum(dim=0).view(shape) for part in parts)
         sums = CurvatureSums(names, summed, weights.sum(dim=0), reached=reached)
-        self._left_out = self._left_out or sums.unreached()
+        self._left_out = self._left_out or (sums.unreached() if self._is_forward else ())
         return sums.where_reached(), norms[0][counted]
 
     def _about_left_out(self, key: str) -> dict[str, str]:

@@ -212,6 +212,10 @@ def test_parameters_that_are_left_out_are_named_once_for_both_metrics() -> None:
     assert trace.caveats(values) == {"hessian_trace/spare.weight": sentence}
     assert list(index.caveats(measured(index, samples))) == ["wci/spare.weight"]
     assert index.caveats(values | measured(index)) == {}
+    chosen = Probe(samples.model.forward, samples.inputs, samples.targets)  # a part of the network, on purpose
+    metric = HessianTrace()
+    assert "hessian_trace/spare.weight" not in measured(metric, chosen)
+    assert metric.caveats(values) == {}
 
 
 def test_a_metric_of_which_nothing_is_reached_is_refused() -> None:
