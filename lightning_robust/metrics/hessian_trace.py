@@ -21,7 +21,8 @@ class HessianTrace(CurvatureMetric):
     - ``hessian_trace``: trace over all trained parameters, with ``_stderr``, ``_lower``, ``_upper``: the error from the
       choice of samples and probes
     - ``hessian_trace_stderr_probes``: the error from the choice of probes alone, which more ``num_probes`` reduce
-    - ``hessian_trace_per_layer/<parameter>``: trace of each parameter tensor; they add up to the total
+    - ``hessian_trace_per_layer/<parameter>``: trace of each parameter tensor; they add up to the total. A parameter to
+      which no gradient leads from the outputs of any sample has no key
     - with ``estimator="gauss_newton"`` all of these under ``hessian_trace_gauss_newton``, because the matrix differs on
       networks that are not piecewise linear
 
@@ -57,11 +58,12 @@ class HessianTrace(CurvatureMetric):
         return values
 
     def caveats(self, values: Mapping[str, float]) -> dict[str, str]:
-        """Warn if the trace is mostly noise of probes (see :meth:`ProbeMetric.caveats`)."""
+        """Warn if parameters are left out or the trace is mostly noise of probes (see :meth:`ProbeMetric.caveats`)."""
+        caveats = self._about_left_out(self._key("hessian_trace"))
         trace, noise = values.get("hessian_trace", 0.0), values.get("hessian_trace_stderr_probes", 0.0)
         if not (noise > abs(trace) and values.get("num_samples", 0) >= _FEW_SAMPLES):
-            return {}
-        return {
+            return caveats
+        return caveats | {
             "hessian_trace": "is mostly noise of its random probes (`…_stderr_probes`), so its level means little. The"
             " noise is the same at every measurement. `HessianTrace(num_probes=32)` has a quarter of it. torch's own"
             " losses (modules, functions and `functools.partial` of them, but not lambdas) need fewer probes than"

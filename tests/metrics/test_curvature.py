@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -137,6 +138,103 @@ def test_values_do_not_depend_on_processes() -> None:
     expected = measured(HessianTrace(), Probe(*build("mlp", num_samples=30)))
     for values in processes.run(by_process, 3, sizes):
         assert {key: float(value) for key, value in values.items()} == pytest.approx(expected, rel=1e-5, abs=1e-5)
+
+
+class Experts(nn.Module):
+    """A sample goes to one expert or another by the sign of its first feature, and none to a third."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(4, 3) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = x.new_zeros(len(x), 3)
+        for expert, chosen in zip(self.experts, (x[:, 0] < 0, x[:, 0] >= 0, x[:, 0] > 99), strict=True):
+            rows = chosen.nonzero()[:, 0]
+            if len(rows):
+                out = out.index_add(0, rows, expert(x[rows]))
+        return out
+
+
+def routed(num_samples: int = 12) -> Probe:
+    """The first half of the samples goes to the first expert, the second half to the second."""
+    torch.manual_seed(0)
+    inputs = torch.randn(num_samples, 4)
+    inputs[:, 0] = torch.arange(num_samples) - num_samples // 2 + 0.5
+    return Probe(Experts(), inputs, torch.arange(num_samples) % 3)
+
+
+REACHED = {f"hessian_trace/experts.{k}.{name}" for k in (0, 1) for name in ("weight", "bias")}
+
+
+def per_layer(values: Iterable[str]) -> set[str]:
+    return {key for key in values if "/" in key}
+
+
+def test_a_layer_that_some_samples_reach_is_measured_and_one_that_none_reaches_has_no_key() -> None:
+    whole = routed()
+    metric = HessianTrace(estimator="gauss_newton")
+    expected = {key.replace("trace/", "trace_gauss_newton/") for key in REACHED}
+    for _ in range(2):
+        at_once = measured(metric, whole)
+        metric.reset()
+        in_parts = measured(metric, whole.rows(slice(0, 6)), whole.rows(slice(6, 12)))
+        metric.reset()
+        assert per_layer(at_once) == per_layer(in_parts) == expected
+        assert in_parts == pytest.approx(at_once, rel=1e-5)
+    index = measured(WeightCurvatureIndex(), whole)
+    assert per_layer(index) == {"wci/experts.0.weight", "wci/experts.1.weight"}
+    assert index["wci"] == pytest.approx(sum(index[key] for key in per_layer(index)))
+
+
+def experts_by_process(rank: int) -> dict[str, Tensor]:
+    processes.join_group()
+    metric = HessianTrace().to("cpu")
+    metric.update(routed().rows((slice(0, 6), slice(6, 12))[rank]))
+    return metric.compute()
+
+
+@pytest.mark.ddp
+def test_a_layer_that_one_process_reaches_is_measured_by_all() -> None:
+    expected = measured(HessianTrace(), routed())
+    assert per_layer(expected) == REACHED
+    for values in processes.run(experts_by_process, 2):
+        assert {key: float(value) for key, value in values.items()} == pytest.approx(expected, rel=1e-5, abs=1e-5)
+
+
+class Spare(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(4, 3))
+        self.spare = nn.Linear(2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self[0](x)
+
+
+def test_parameters_that_are_left_out_are_named_once_for_both_metrics() -> None:
+    samples = Probe(Spare(), torch.randn(12, 4), torch.arange(12) % 3)
+    trace, index = HessianTrace(), WeightCurvatureIndex()
+    values = measured(trace, samples)
+    (sentence,) = trace.caveats(values).values()
+    assert list(trace.caveats(values)) == ["hessian_trace/spare.weight"]
+    assert "nor is another" in sentence
+    trace.reset()
+    assert trace.caveats(values) == {"hessian_trace/spare.weight": sentence}
+    assert list(index.caveats(measured(index, samples))) == ["wci/spare.weight"]
+    assert index.caveats(values | measured(index)) == {}
+    chosen = Probe(samples.model.forward, samples.inputs, samples.targets)  # a part of the network, on purpose
+    metric = HessianTrace()
+    assert "hessian_trace/spare.weight" not in measured(metric, chosen)
+    assert metric.caveats(values) == {}
+
+
+def test_a_metric_of_which_nothing_is_reached_is_refused() -> None:
+    class Constant(Spare):
+        def forward(self, x: Tensor) -> Tensor:
+            return x[:, :3]
+
+    with pytest.raises(ValueError, match="no gradient leads from them to any of"):
+        measured(HessianTrace(), Probe(Constant(), torch.randn(6, 4), torch.arange(6) % 3))
 
 
 def test_states_do_not_grow_with_parameters_or_samples() -> None:

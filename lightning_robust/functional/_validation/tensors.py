@@ -8,8 +8,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from lightning_robust.functional._isolation.context import passed
 from lightning_robust.functional._isolation.side_effects import watched
-from lightning_robust.functional._isolation.stand_ins import full_precision
+from lightning_robust.functional._isolation.stand_ins import full_precision, plain_tensor
 from lightning_robust.functional._validation.arguments import (
     check_floating,
     check_function,
@@ -119,10 +120,12 @@ def outputs_of(
     """Call a network on a copy of samples ``(N, ...)``. ``check=None`` skips the check, which waits for the device."""
     with watched():
         try:
-            outputs = model(x.clone())
+            outputs = passed(model, x)
         except (RuntimeError, TypeError) as error:
             _blame_integers(x, error)
             raise
+    if isinstance(outputs, Tensor):
+        outputs = plain_tensor(outputs)
     if isinstance(outputs, Tensor) and len(x) == 1 and outputs.ndim > 0 and len(outputs) != 1:
         outputs = outputs[None]  # a network that squeezes its outputs loses the dimension of a single sample
     if check is not None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lightning_robust.functional._isolation.side_effects import side_effects_reverted, watched
+from lightning_robust.functional._isolation.side_effects import side_effects_reverted, start_anew, watched
 from lightning_robust.functional._isolation.weights import Weights
 from lightning_robust.functional._validation.extras import SampleModel
 
@@ -88,6 +88,7 @@ class SampleGradients:
         return norms.detach().double()
 
     def _one_by_one(self, inputs: Tensor, rows: Tensor, cotangents: Tensor) -> Tensor:
+        start_anew()  # what earlier passes have kept may have no graph
         norms = inputs.new_zeros(*cotangents.shape[:2], len(self._tensors), dtype=torch.float64)
         for n in range(len(inputs)):
             with watched():

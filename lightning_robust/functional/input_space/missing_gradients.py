@@ -59,7 +59,8 @@ def refuse_missing_gradients(network: Callable[[Tensor], Tensor], x: Tensor) -> 
             raise ValueError(
                 "Expected a model whose outputs have gradients with respect to its inputs, but they change without any,"
                 " and every number would claim perfect robustness. Does its forward pass use `torch.no_grad()`,"
-                " `detach()` or rounding?"
+                " `detach()` or rounding, or `torch.autograd.grad` without `create_graph=True` or of a piecewise linear"
+                " function?"
             )
 
 
