@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import KW_ONLY, asdict, dataclass, field, replace
+from types import MappingProxyType
 from typing import Any, TypeVar, cast
 
 import torch
@@ -18,10 +21,11 @@ from lightning_robust.functional._validation.arguments import (
     optional,
 )
 from lightning_robust.functional._validation.extras import SampleModel, check_extras
+from lightning_robust.functional._validation.independence import check_place
 from lightning_robust.functional._validation.outputs import as_one_logit, as_two_classes
 from lightning_robust.functional._validation.tensors import (
-    check_input_type,
     check_logits,
+    check_real,
     check_targets,
     outputs_of,
 )
@@ -30,13 +34,28 @@ from lightning_robust.functional.curvature.plan import Estimator
 from lightning_robust.functional.curvature.problem import CurvatureProblem
 from lightning_robust.functional.curvature.signs import ProbeSeeds
 from lightning_robust.functional.curvature.sums import CurvatureSums
+from lightning_robust.functional.fisher_rao.geometry import other_classes
 from lightning_robust.functional.fisher_rao.path_options import PathOptions
 from lightning_robust.functional.fisher_rao.paths import FisherRaoPaths, trace_fisher_rao_paths
 from lightning_robust.functional.input_space.attacks import Norm, pgd
 from lightning_robust.functional.input_space.linearization import Linearization, linearize, relinearize
-from lightning_robust.functional.input_space.units import Units, check_units
+from lightning_robust.functional.input_space.units import Units, check_units, check_valid_range
 
 T = TypeVar("T")
+
+
+# What probes get later for options that they leave open. With a loss, for example, targets need not be classes.
+_DEFAULTS: ContextVar[Mapping[str, Any]] = ContextVar("defaults", default=MappingProxyType({}))
+
+
+@contextmanager
+def checked_with(defaults: Mapping[str, Any]) -> Iterator[None]:
+    """Check new probes as if options that they leave open had these values, which they get later."""
+    token = _DEFAULTS.set(defaults)
+    try:
+        yield
+    finally:
+        _DEFAULTS.reset(token)
 
 
 @dataclass(frozen=True)
@@ -63,7 +82,8 @@ class Probe:
     Args:
         model: Maps inputs ``(N, ...)``, and ``extras`` by keyword, to logits ``(N, C)``, sample by sample. They may lie
             in a tuple, dictionary or object where it is evident which they are (``logits``, or the only candidate).
-        inputs: ``(N, ...)``, floating point.
+        inputs: ``(N, ...)``, floating point; or integers, such as token ids, of which metrics of the weights alone
+            (:class:`~lightning_robust.HessianTrace`) can be measured, as integers have no derivative.
         targets: ``(N,)``, class indices; with a ``loss_fn``, any targets ``(N, ...)`` that it takes. Metrics that need
             classes raise an error without them.
         extras: Further arguments of the model, tensors ``(N, ...)`` whose rows belong to the samples, by name: padding
@@ -83,7 +103,7 @@ class Probe:
         module: The network whose weights curvature is about, if ``model`` is a plain function that calls it.
 
     Raises:
-        TypeError: If ``inputs``, ``targets`` or extras are not tensors, the inputs not floating point, ``model`` or
+        TypeError: If ``inputs``, ``targets`` or extras are not tensors, the inputs are complex, ``model`` or
             ``loss_fn`` cannot be called, or ``module`` is not a module.
         ValueError: If an option has a wrong value, there is not one class index (one target, with a ``loss_fn``) or
             one row of each of the ``extras`` per input, or a valid range of normalised inputs comes without their mean.
@@ -108,12 +128,19 @@ class Probe:
         optional(check_kind, "module", self.module, nn.Module)
         if self.chunk_size is not None:
             check_positive_integer("chunk_size", self.chunk_size)
-        check_samples(self.inputs, self.targets, loss_fn=self.loss_fn)
+        options = {name: getattr(self, name) for name in ("loss_fn", "input_std", "input_mean", "valid_range")}
+        options = {name: _DEFAULTS.get().get(name) if given is None else given for name, given in options.items()}
+        check_samples(self.inputs, self.targets, loss_fn=options.pop("loss_fn"))
         check_extras(self.extras, len(self.inputs))
-        check_units(input_std=self.input_std, input_mean=self.input_mean, valid_range=self.valid_range)
+        check_units(**options)
+        object.__setattr__(self, "valid_range", check_valid_range(self.valid_range))  # from a list, tensor or array
 
     def __len__(self) -> int:
         return len(self.inputs)
+
+    def check_place(self) -> None:
+        """Raise a ``ValueError`` if the model is a function that gives a sample other outputs at other places."""
+        self._once(("place",), lambda: check_place(self.network, self.inputs))
 
     @property
     def linearization(self) -> Linearization:
@@ -159,9 +186,9 @@ class Probe:
         return targets.reshape(len(self)).long()
 
     @property
-    def network(self) -> Callable[[Tensor], Tensor]:
-        """The classifier as a function of the inputs of these samples alone."""
-        return SampleModel(self.classifier, self.extras, num_samples=len(self)).on_all()
+    def network(self) -> SampleModel:
+        """The classifier, with the extras of these samples."""
+        return SampleModel(self.classifier, self.extras, num_samples=len(self))
 
     @property
     def unnormalised_inputs(self) -> Tensor:
@@ -225,8 +252,9 @@ class Probe:
         """Classes (N, count), or all others if there are fewer, in the order of the predictions."""
         logits = self.logits(self.inputs)
         labels = check_targets(self.labels, num_samples=len(logits), num_classes=logits.shape[1])
-        others = logits.scatter(1, labels.to(logits.device)[:, None], -torch.inf)
-        return others.topk(min(count, logits.shape[1] - 1), dim=1).indices
+        others = other_classes(labels.to(logits.device), logits.shape[1])
+        most_probable = logits.gather(1, others).topk(min(count, others.shape[1]), dim=1).indices
+        return others.gather(1, most_probable)
 
     def logits(self, inputs: Tensor) -> Tensor:
         """Logits ``(N, C)`` of these samples at other inputs, in eval mode and without a graph."""
@@ -237,7 +265,7 @@ class Probe:
     def outputs(self, inputs: Tensor) -> Tensor:
         """Outputs ``(N, ...)`` of these samples at other inputs, in eval mode and without a graph."""
         with differentiable(self.model), torch.no_grad():
-            return outputs_of(self.network, full_precision(inputs))
+            return outputs_of(self.network.on_all(), full_precision(inputs))
 
     def _once(self, key: tuple[object, ...], compute: Callable[[], T]) -> T:
         """Compute a result on first use, and keep it under a key."""
@@ -252,8 +280,8 @@ class Probe:
 
 
 def check_samples(inputs: Tensor, targets: Tensor, *, loss_fn: LossFn | None) -> None:
-    """Raise unless there is one class index (with a ``loss_fn``, one target) per floating-point input ``(N, ...)``."""
-    check_input_type(inputs)
+    """Raise unless there is one class index (with a ``loss_fn``, one target) per input ``(N, ...)``."""
+    check_real(inputs)
     if inputs.ndim == 0:
         raise ValueError("Expected argument `inputs` to be a tensor (N, ...), but got a single number.")
     if loss_fn is None:

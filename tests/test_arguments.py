@@ -7,12 +7,15 @@ the type where a tensor, function or object is needed; of tensors, and of lists 
 
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections import UserDict, UserList, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from fractions import Fraction
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -22,6 +25,7 @@ import lightning_robust
 from lightning_robust import (
     AdversarialAccuracy,
     FisherSpectralNorm,
+    HessianTrace,
     LinearizedAccuracy,
     Probe,
     RobustnessDriftStopping,
@@ -124,8 +128,12 @@ BAD: list[tuple[str, str, tuple[Any, ...]]] = [
     ("schedule", "one of ('constant', 'cosine')", NO_CHOICE),
     ("solver", "one of ('gram', 'cg')", NO_CHOICE),
     ("log_key_prefix", "a non-empty string", ("", b"r/", 1, ["r/"], str)),
-    ("metrics", "a non-empty list of metrics or their names", (1, "hessian_trace", b"h", [], {}, {"hessian_trace"})),
-    ("metrics", "names among ['adversarial_accuracy'", (["nan"], [None], [FisherSpectralNorm], [["hessian_trace"]])),
+    ("metrics", "a non-empty list of metrics or their names", (1, b"h", [], {}, {"hessian_trace"})),
+    (
+        "metrics",
+        "names among ['adversarial_accuracy'",
+        ("", "nan", ["nan"], [None], [FisherSpectralNorm], [["hessian_trace"]]),
+    ),
     ("monitor", "a key, a list of different keys, or a mapping of keys to positive numbers", NO_KEYS),
     ("valid_range", "(low, high) with low < high", NO_RANGE),
     ("epsilons", "a list of at least one finite number ≥ 0", (*NO_NUMBERS, [], (), [-0.1], [INF])),
@@ -141,7 +149,8 @@ BAD: list[tuple[str, str, tuple[Any, ...]]] = [
     ("input_std RobustnessMonitor.input_std Probe.input_std", "a positive number, or a list", (0, -1, [0.0], [-1.0])),
     ("input_mean input_std", "one per channel, 3 for inputs of shape (4, 3)", ([], [1.0, 1.0], torch.ones(1, 3))),
     ("inputs Probe.inputs", "a tensor (N, ...)", NO_TENSOR),
-    ("inputs Probe.inputs", "floating point", NO_FLOATS),
+    ("inputs", "floating point", NO_FLOATS),
+    ("Probe.inputs", "floating point or integer", NO_FLOATS[-1:]),
     ("inputs", "at least one sample", (SINGLE, torch.ones(0, 3), torch.ones(2, 0, 3))),
     ("Probe.inputs", "a tensor (N, ...)", (SINGLE,)),
     ("logits gap_l1", "a tensor (N, C)", NO_TENSOR),
@@ -219,7 +228,7 @@ def test_bad_values_are_refused_by_name(name: str, argument: str) -> None:
             assert f"`{argument}`" in before
             assert expected in before
             by_type = isinstance(raised.value.__cause__ or raised.value, TypeError)
-            wrong = value[0] if "names among" in expected else value  # an entry of a list of metrics
+            wrong = value[0] if "names among" in expected and isinstance(value, list) else value  # an entry of it
             assert any(way in given for way in shown(wrong, by_type=by_type)), str(raised.value)
 
 
@@ -237,6 +246,79 @@ def test_a_metric_cannot_be_measured_twice_at_once() -> None:
 
 
 # --- unusual values that are taken ------------------------------------------------------------------------------------
+
+
+class Entries(Sequence[Any]):
+    """A sequence that is neither a list nor a tuple, as configuration files bring them (Hydra's ListConfig)."""
+
+    def __init__(self, *entries: Any) -> None:
+        self.entries = entries
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.entries[index]
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+
+class Table(Mapping[str, Any]):
+    """A mapping that is no dict (Hydra's DictConfig)."""
+
+    def __init__(self, **entries: Any) -> None:
+        self.entries = entries
+
+    def __getitem__(self, key: str) -> Any:
+        return self.entries[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+
+SEQUENCES: list[Callable[..., Any]] = [
+    lambda *entries: list(entries),
+    lambda *entries: entries,
+    Entries,
+    lambda *entries: UserList(entries),
+    lambda *entries: deque(entries),
+    lambda *entries: np.array(entries),
+]
+every_sequence = pytest.mark.parametrize(
+    "sequence", SEQUENCES, ids=["list", "tuple", "own", "UserList", "deque", "array"]
+)
+
+
+@every_sequence
+def test_options_may_be_any_sequence(sequence: Callable[..., Any], tmp_path: Path) -> None:
+    monitor = RobustnessMonitor(
+        sequence("fisher_spectral_norm", LinearizedAccuracy(sequence(0.1, 0.2))),
+        input_std=sequence(0.5),
+        input_mean=sequence(0.25),
+        valid_range=sequence(0, 1),
+    )
+    assert [type(metric) for metric in monitor.metrics] == [FisherSpectralNorm, LinearizedAccuracy]
+    assert (monitor.input_std, monitor.input_mean, monitor.valid_range) == ([0.5], [0.25], (0.0, 1.0))
+    assert AdversarialAccuracy(sequence(0.1, 0.2)).epsilons == (0.1, 0.2)
+    assert RobustnessDriftStopping(sequence("a", "b"), mode="min").monitor_weights == {"a": 1, "b": 1}
+    options = {"input_std": sequence(0.5), "input_mean": sequence(0.25), "valid_range": sequence(0, 1)}
+    assert Probe(MODEL, INPUTS, TARGETS, **options).valid_range == (0.0, 1.0)
+    found = functional.linearize(MODEL, INPUTS, **options).gap_l1
+    assert found.equal(functional.linearize(MODEL, INPUTS, input_std=0.5, input_mean=0.25, valid_range=(0, 1)).gap_l1)
+    assert functional.linearized_accuracy(torch.ones(2), sequence(0.5, 2.0)).tolist() == [1.0, 0.0]
+    assert functional.drift(sequence(2.0, 1.0), sequence(0.1, 0.1), higher_is_better=True).length >= 0
+
+
+def test_weights_of_keys_may_be_any_mapping() -> None:
+    for mapping in (Table(a=2, b=1), UserDict(a=2, b=1), MappingProxyType({"a": 2, "b": 1})):
+        assert RobustnessDriftStopping(mapping, mode="min").monitor_weights == {"a": 2.0, "b": 1.0}
+
+
+@pytest.mark.parametrize("one", ["hessian_trace", HessianTrace()], ids=["name", "object"])
+def test_one_metric_or_name_stands_for_a_list_of_one(one: Any) -> None:
+    (metric,) = RobustnessMonitor(one).metrics
+    assert isinstance(metric, HessianTrace)
 
 
 @pytest.mark.parametrize(

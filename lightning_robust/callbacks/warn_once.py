@@ -40,6 +40,12 @@ class WarnOnce:
                 self._said.add(sentence)
                 self.warn(sentence)
 
-    def were(self, beginning: str) -> bool:
+    def once_here(self, sentence: str) -> None:
+        """Warn of a sentence that is new in this run, in this process."""
+        if sentence not in self._said:
+            self._said.add(sentence)
+            self.warn_here(sentence)
+
+    def were(self, beginning: str | tuple[str, ...]) -> bool:
         """Whether a sentence with this beginning has been given."""
         return any(sentence.startswith(beginning) for sentence in self._said)

@@ -5,25 +5,31 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_robust.functional._validation.arguments import check_boolean, check_positive_integer
 from lightning_robust.functional.curvature.plan import Estimator, check_estimator
 from lightning_robust.functional.curvature.sums import NUM_BLOCKS, CurvatureSums
 from lightning_robust.functional.curvature.weight_curvature_index import weight_norms
 from lightning_robust.metrics.base import ProbeMetric, joined
+from lightning_robust.metrics.keys import parameter_names_in_keys
 from lightning_robust.probe import Attack, Probe
 
 
 class CurvatureMetric(ProbeMetric):
     """Base of the curvature metrics.
 
-    State: ``B + L + 2 M B L`` numbers for M probes, B = 16 blocks of samples and L parameter tensors. The names of the
-    tensors are stored as well, as code points, because a process without samples does not know them.
+    Parameters to which no gradient leads from the outputs of any sample, on any process, are left out. Those that some
+    samples reach are measured.
+
+    State: ``B + 2 L + 2 M B L`` numbers for M probes, B = 16 blocks of samples and L parameter tensors. The names of
+    the tensors are stored as well, as code points and as they appear in keys, because a process without samples does
+    not know them.
     """
 
     higher_is_better = False
     best_untrained = True
+    depends_on_units = False  # unless the inputs are attacked
     rows: list[Tensor]
     text: list[Tensor]
 
@@ -37,14 +43,18 @@ class CurvatureMetric(ProbeMetric):
         self.add_configuration(estimator, num_probes)
         self.add_float64_rows("rows")
         self.add_float64_rows("text")
+        self._left_out: tuple[str, ...] = ()  # the first time that any were
+        self._is_forward = False  # or the model is a method or function: whoever chose it knows what it leaves out
 
     def _add(self, probe: Probe) -> None:
         sums = probe.curvature(estimator=self.estimator, num_probes=self.num_probes, attack=self.attack)
+        self._is_forward = isinstance(probe.model, nn.Module)
         known = weight_norms(probe.model, module=probe.module)
         norms = torch.tensor([float(known.get(name, torch.nan)) for name in sums.names], dtype=torch.float64)
         parts = [part if len(part) else part.new_zeros(self.num_probes, *part.shape[1:]) for part in sums.parts]
-        row = torch.cat([norms, sums.weights, *(part.flatten() for part in parts)]).to(self.device)
-        text = row.new_tensor([ord(char) for char in "\n".join(sums.names) + "\0"])
+        reached = torch.tensor([name not in sums.unreached() for name in sums.names], dtype=torch.float64)
+        row = torch.cat([norms, sums.weights, *(part.flatten() for part in parts), reached]).to(self.device)
+        text = row.new_tensor([ord(char) for char in "\n".join(parameter_names_in_keys(sums.names)) + "\0"])
         if self.rows and not torch.equal(text, self.text[0]):
             raise ValueError("Expected the trained parameters of the model to be those of earlier updates.")
         if self.rows:
@@ -58,18 +68,35 @@ class CurvatureMetric(ProbeMetric):
     def _gathered(self) -> tuple[CurvatureSums, Tensor] | None:
         """Sums over the samples of all processes, and Frobenius norms (L,) of the weights; None without samples.
 
-        Norms are NaN for tensors with fewer than two dimensions.
+        Only tensors to which a gradient leads are among them. Norms are NaN for tensors with fewer than two dimensions.
         """
         text = "".join(chr(int(point)) for point in joined(self.text).tolist())
         if not text:
             return None
         names = tuple(text.split("\0", 1)[0].split("\n"))
         shape = (self.num_probes, NUM_BLOCKS, len(names))
-        sizes = [len(names), NUM_BLOCKS, math.prod(shape), math.prod(shape)]
+        sizes = [len(names), NUM_BLOCKS, math.prod(shape), math.prod(shape), len(names)]
         rows = joined(self.rows).view(-1, sum(sizes))
-        norms, weights, *parts = torch.split(rows, sizes, dim=1)
-        sums = CurvatureSums(names, tuple(part.sum(dim=0).view(shape) for part in parts), weights.sum(dim=0))
-        return sums, norms[0]
+        norms, weights, *parts, counts = torch.split(rows, sizes, dim=1)
+        counted = counts.sum(dim=0) > 0
+        reached = frozenset(name for name, is_reached in zip(names, counted.tolist(), strict=True) if is_reached)
+        summed = tuple(part.sum(dim=0).view(shape) for part in parts)
+        sums = CurvatureSums(names, summed, weights.sum(dim=0), reached=reached)
+        self._left_out = self._left_out or (sums.unreached() if self._is_forward else ())
+        return sums.where_reached(), norms[0][counted]
+
+    def _about_left_out(self, key: str) -> dict[str, str]:
+        """A caveat about parameters that are left out, under the key that the first of them would have."""
+        if not self._left_out:
+            return {}
+        first, *others = self._left_out
+        too = f", nor {'is another' if len(others) == 1 else f'are {len(others)} others'}" if others else ""
+        return {
+            f"{key}/{first}": f"is not measured{too}: no gradient leads from the outputs to it, so `{key}` leaves it"
+            " out. In eval mode the forward pass does not use it, or takes numbers that were computed from it before (a"
+            " merged adapter, a cache). To count it, compute with it in every forward pass; if it is not meant to"
+            " count, nothing is wrong."
+        }
 
 
 def stderr_of_probes(key: str, stderr: Tensor) -> dict[str, Tensor]:

@@ -30,11 +30,17 @@ class ProbeMetric(Metric, ABC):
             by process and in the order of the updates. They tell how well two measurements of the same samples can be
             told apart.
         best_untrained: Whether values are best at initialisation.
+        linearizations: Names of the linearisations of a probe that updates take. Each costs a backward pass per class;
+            metrics share those of one name.
+        depends_on_units: Whether values depend on the units of the inputs: on perturbation sizes, or on gradients with
+            respect to inputs.
     """
 
     full_state_update = False
     is_differentiable = False
     best_untrained = False
+    linearizations: tuple[str, ...] = ()
+    depends_on_units = True
 
     def __init__(self) -> None:
         super().__init__()
@@ -80,6 +86,18 @@ class ProbeMetric(Metric, ABC):
         """Whether higher values of this key are better; None if neither direction is."""
         return self.higher_is_better
 
+    def seconds_per_sample(self, outputs: Tensor) -> float:
+        """Roughly how long the algebra of one sample takes, beside all passes through the network.
+
+        Args:
+            outputs: Logits (N, C) of some samples.
+        """
+        return 0.0
+
+    def bytes_per_sample(self, num_classes: int) -> float:
+        """Roughly how much memory a sample takes at the end, beside that of passes through the network."""
+        return 0.0
+
     def caveats(self, values: Mapping[str, float]) -> dict[str, str]:
         """Return warnings about the values of one measurement, by key; each continues a sentence that starts with it.
 
@@ -93,6 +111,8 @@ class ProbeMetric(Metric, ABC):
 
         Raises:
             TypeError: If ``probe`` is not a Probe.
+            ValueError: If its model is a function that closes over tensors of the batch, or the metric cannot measure
+                it.
         """
         if not isinstance(probe, Probe):
             raise TypeError(
@@ -100,6 +120,7 @@ class ProbeMetric(Metric, ABC):
                 f" {type(probe).__name__}."
             )
         if len(probe):
+            probe.check_place()
             self._add(probe)
 
     @abstractmethod

@@ -12,6 +12,7 @@ from lightning_robust.functional.fisher_rao.path_options import Solver, check_pa
 from lightning_robust.functional.fisher_rao.paths import FisherRaoPaths
 from lightning_robust.functional.fisher_rao.ratios import Estimate, ratio_of_sums, ratio_sums
 from lightning_robust.metrics.base import ProbeMetric, error_bar, joined
+from lightning_robust.metrics.keys import per_class
 from lightning_robust.probe import Probe
 
 _QUANTITIES = ("margin", "bound", "excess", "l2", "linf", "shielded", "unreached")
@@ -40,7 +41,7 @@ class FisherRaoMargin(ProbeMetric):
     - ``shielded``: share of paths that first enter a class other than the one aimed at, among the paths of correctly
       classified samples that leave their class, with ``_stderr``, ``_lower``, ``_upper``
     - ``fisher_rao_margin_unreached``: share of paths that do not leave their class; no other value includes them
-    - ``fisher_rao_margin/<class>``, ``shielded/<class>``: values of the paths from each class
+    - ``fisher_rao_margin_per_class/<class>``, ``shielded_per_class/<class>``: values of the paths from each class
 
     Standard errors are over samples, because paths of one sample are not independent draws.
 
@@ -120,7 +121,7 @@ class FisherRaoMargin(ProbeMetric):
         values |= {key: value.clamp(0, 1) for key, value in shielded.items()}
         if self.per_class:
             for key, quantity in (("fisher_rao_margin", "margin"), ("shielded", "shielded")):
-                values |= {f"{key}/{label}": value for label, value in enumerate(of_class[quantity].value)}
+                values |= per_class(key, of_class[quantity].value)
         return {key: value for key, value in values.items() if not value.isnan()}  # NaN: no such paths
 
 

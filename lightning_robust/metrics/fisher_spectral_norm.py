@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from itertools import chain
+
 import torch
 from torch import Tensor
 
@@ -11,8 +14,10 @@ from lightning_robust.functional.input_space.fisher_information import (
     fim_trace,
     saturated,
 )
-from lightning_robust.metrics.base import ProbeMetric, error_bar, error_bar_of_mean, joined
+from lightning_robust.metrics.base import ProbeMetric, error_bar, error_bar_of_mean
 from lightning_robust.probe import Probe
+
+_MANY_CLASSES = 200  # fewer take milliseconds per sample
 
 
 class FisherSpectralNorm(ProbeMetric):
@@ -38,6 +43,7 @@ class FisherSpectralNorm(ProbeMetric):
 
     higher_is_better = False
     best_untrained = True
+    linearizations = ("first",)
     rows: list[Tensor]
     num_classes: Tensor
 
@@ -57,18 +63,45 @@ class FisherSpectralNorm(ProbeMetric):
         self.rows.append(row.to(self.num_classes).flatten())
         self.num_classes = torch.full_like(self.num_classes, c)
 
+    def seconds_per_sample(self, outputs: Tensor) -> float:
+        """Time the eigenvalue problems of one sample, where they are large."""
+        c = outputs.shape[1]
+        if c < _MANY_CLASSES:
+            return 0.0
+        rows = torch.rand(1, c, c, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        logits, gram = outputs[:1].detach().to(self.device, torch.float64), (rows @ rows.mT).to(self.device)
+
+        def seconds() -> float:
+            start = time.perf_counter()
+            calibrated_fim_spectral_norm(logits, gram, logits.argmax(dim=1)).mean.item()
+            (fim_spectral_norm(logits, gram) + fim_trace(logits, gram)).sum().item()
+            return time.perf_counter() - start
+
+        return min(seconds() for _ in range(2))  # the first call may load a library
+
+    def bytes_per_sample(self, num_classes: int) -> float:
+        """Upper triangle and full Gram matrix, in float64."""
+        return 12.0 * num_classes**2
+
+    def _samples(self, c: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Targets (N,), logits (N, C) and Gram matrices (N, C, C) of all samples, in the memory of the last alone."""
+        width = 1 + c + c * (c + 1) // 2
+        held: list[Tensor] | Tensor = self.rows  # a tensor, once torchmetrics has gathered those of all processes
+        parts = [part.view(-1, width) for part in ([held] if isinstance(held, Tensor) else held)]
+        targets, logits = (torch.cat([part[:, columns] for part in parts]) for columns in (0, slice(1, 1 + c)))
+        i, j = torch.triu_indices(c, c, device=logits.device)
+        gram = logits.new_zeros(len(logits), c, c)
+        for matrix, row in zip(gram, chain.from_iterable(parts), strict=True):
+            matrix[i, j] = row[1 + c :]
+            matrix[j, i] = row[1 + c :]
+        return targets.long(), logits, gram
+
     def compute(self) -> dict[str, Tensor]:
         """Return the statistics over all samples that the class docstring lists."""
         c = int(self.num_classes)
         if c == 0:
             return {}
-        rows = joined(self.rows).view(-1, 1 + c + c * (c + 1) // 2)
-        targets, logits, upper = rows[:, 0].long(), rows[:, 1 : 1 + c], rows[:, 1 + c :]
-        i, j = torch.triu_indices(c, c, device=upper.device)
-        gram = upper.new_zeros(len(upper), c, c)
-        gram[:, i, j] = upper
-        gram[:, j, i] = upper
-
+        targets, logits, gram = self._samples(c)
         norms = fim_spectral_norm(logits, gram)
         calibrated = calibrated_fim_spectral_norm(logits, gram, targets)
         self.per_sample = {"fim_spectral_norm": norms}

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lightning_robust.metrics._curvature import CurvatureMetric, stderr_of_probes
 from lightning_robust.metrics.base import error_bar
+from lightning_robust.metrics.keys import per_layer
 
 _FEW_SAMPLES = 10  # fewer leave a large error with any number of probes
 
@@ -20,7 +21,8 @@ class HessianTrace(CurvatureMetric):
     - ``hessian_trace``: trace over all trained parameters, with ``_stderr``, ``_lower``, ``_upper``: the error from the
       choice of samples and probes
     - ``hessian_trace_stderr_probes``: the error from the choice of probes alone, which more ``num_probes`` reduce
-    - ``hessian_trace/<parameter>``: trace of each parameter tensor; they add up to the total
+    - ``hessian_trace_per_layer/<parameter>``: trace of each parameter tensor; they add up to the total. A parameter to
+      which no gradient leads from the outputs of any sample has no key
     - with ``estimator="gauss_newton"`` all of these under ``hessian_trace_gauss_newton``, because the matrix differs on
       networks that are not piecewise linear
 
@@ -52,15 +54,16 @@ class HessianTrace(CurvatureMetric):
         values = error_bar(key, total.means()[0], total.sample_stderr()[0])
         values |= stderr_of_probes(key, total.probe_stderr()[0])
         if self.per_layer:
-            values |= {f"{key}/{name}": trace for name, trace in zip(sums.names, sums.means(), strict=True)}
+            values |= per_layer(key, dict(zip(sums.names, sums.means(), strict=True)))
         return values
 
     def caveats(self, values: Mapping[str, float]) -> dict[str, str]:
-        """Warn if the trace is mostly noise of probes (see :meth:`ProbeMetric.caveats`)."""
+        """Warn if parameters are left out or the trace is mostly noise of probes (see :meth:`ProbeMetric.caveats`)."""
+        caveats = self._about_left_out(self._key("hessian_trace"))
         trace, noise = values.get("hessian_trace", 0.0), values.get("hessian_trace_stderr_probes", 0.0)
         if not (noise > abs(trace) and values.get("num_samples", 0) >= _FEW_SAMPLES):
-            return {}
-        return {
+            return caveats
+        return caveats | {
             "hessian_trace": "is mostly noise of its random probes (`…_stderr_probes`), so its level means little. The"
             " noise is the same at every measurement. `HessianTrace(num_probes=32)` has a quarter of it. torch's own"
             " losses (modules, functions and `functools.partial` of them, but not lambdas) need fewer probes than"

@@ -1,9 +1,16 @@
-"""Names of logged metrics: how keys of accuracies are built, and which keys name an accuracy."""
+"""Names of logged metrics: how keys are built, which keys name an accuracy, and which keys can be logged together.
+
+Many loggers make a folder of every "/" in a key (MLflow's file store, DVCLive), so a key that is also the folder of
+another one ends the training. Others rename or refuse characters such as "(". Keys of this package therefore consist of
+letters, digits, "_", "-", "." and "/", and no key is a path prefix of another.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+
+from torch import Tensor
 
 # The word "acc…", by itself or in camel case, but not "accumulation", "accelerator", "acceptance" or "access".
 _ACCURACY = r"(?:(?<![A-Za-z])a|A)(?i:cc(?!um|el|ept|ess))"
@@ -16,12 +23,50 @@ TensorBoard gets this text and compiles it in JavaScript: use only syntax that P
 _EPSILON = r"_accuracy_[^_]+_(?P<epsilon>[\d.e+-]+)"  # after the kind, as in `accuracy_key`
 _VALIDATION_ACCURACY = re.compile(r"(?:^|[_/])val\w*[_/](?:\w*_)?acc(?:uracy)?(?:/dataloader_idx_0)?$", re.IGNORECASE)
 _PERTURBED = re.compile(r"adv|attack|pgd|fgsm|robust|noise|corrupt", re.IGNORECASE)
+_RENAMED = re.compile(r"[^\w./-]")  # characters that some loggers rename or refuse
 _ERROR_BAR = re.compile(r"_(?:stderr|lower|upper|stderr_probes)$")
 
 
 def accuracy_key(kind: str, norm: str, epsilon: float) -> str:
     """Build the key of an accuracy at one perturbation size, e.g. ``linearized_accuracy_linf_0.03137``."""
     return f"{kind}_accuracy_{norm}_{epsilon:.4g}"
+
+
+def parameter_names_in_keys(names: Iterable[str]) -> list[str]:
+    """Parameter names that can end a key: without "/" or characters that loggers rename, and all different."""
+    found: list[str] = []
+    for name in names:
+        plain = once = _RENAMED.sub("_", name).replace("/", "_")
+        count = 1
+        while plain in found:
+            count += 1
+            plain = f"{once}_{count}"
+        found.append(plain)
+    return found
+
+
+def per_layer(key: str, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Values of single parameter tensors, by name, under keys that stand beside ``key``, not below it."""
+    return {f"{key}_per_layer/{name}": value for name, value in values.items()}
+
+
+def per_class(key: str, values: Iterable[Tensor]) -> dict[str, Tensor]:
+    """Values of single classes, under keys that stand beside ``key``, not below it."""
+    return {f"{key}_per_class/{label}": value for label, value in enumerate(values)}
+
+
+def leaves_and_folders(keys: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Each key that is a path prefix of another, with the other, e.g. ``a`` and ``a/b``."""
+    known = set(keys)
+    for key in sorted(known):
+        parts = key.split("/")
+        folders = ("/".join(parts[:end]) for end in range(1, len(parts)))
+        yield from ((folder, key) for folder in folders if folder in known)
+
+
+def has_renamed_characters(key: str) -> bool:
+    """Whether some loggers rename or refuse this key."""
+    return _RENAMED.search(key) is not None
 
 
 def is_accuracy_at_epsilon(key: str, *, prefix: str) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -13,11 +13,17 @@ from lightning_robust.functional._validation.arguments import as_number, as_numb
 from lightning_robust.functional._validation.tensors import check_finite
 from lightning_robust.functional.input_space.attacks import Norm, check_norm
 from lightning_robust.functional.input_space.linearized_margin import linearized_margin, linearized_margin_linf
+from lightning_robust.functional.input_space.units import are_images, are_images_of_unknown_scale
 from lightning_robust.metrics.base import ProbeMetric, error_bar_of_mean, error_bar_of_share, joined
 from lightning_robust.metrics.keys import accuracy_key
 from lightning_robust.probe import Probe
 
 DEFAULT_EPSILONS = (1 / 255, 2 / 255, 4 / 255, 8 / 255)
+# A caveat says so if the median margin is that many times below or above every ε, and the accuracy that close to 0, or
+# to the clean accuracy, at all of them. It takes a few margins to tell. The customary ε of images have more credit.
+_FAR, _FAR_FOR_IMAGES = 10, 30
+_NEARLY = 0.05
+_FEW_MARGINS = 10
 
 
 class LinearizedAccuracy(ProbeMetric):
@@ -60,6 +66,9 @@ class LinearizedAccuracy(ProbeMetric):
         if as_number(order) not in (1, 2):
             raise ValueError(expected_but_got("order", "1 or 2", order))
         self.order = int(order)
+        self.linearizations = ("first",) if self.order == 1 else ("first", f"near the boundary in {norm}")
+        self._far: float = _FAR_FOR_IMAGES
+        self._quartiles: list[float] = []  # of the margins of correctly classified samples, when last computed
         self.add_configuration(self.epsilons, norm, self.order)
         self.add_float64_rows("margins")
 
@@ -72,6 +81,7 @@ class LinearizedAccuracy(ProbeMetric):
         else:
             raise ValueError("Expected a linearisation with `gap_l1` for norm 'linf', but it has none. Use norm='l2'.")
         check_finite(margins.masked_fill(margins.isposinf(), 0.0), "gradients of the logits")
+        self._far = _far(probe)
         self.margins.append(margins.to(self.device, torch.float64))
 
     def compute(self) -> dict[str, Tensor]:
@@ -79,11 +89,9 @@ class LinearizedAccuracy(ProbeMetric):
         margins = joined(self.margins)
         if len(margins) == 0:
             return {}
-        kind = "linearized" if self.order == 1 else f"linearized_order{self.order}"
-        shares = {
-            accuracy_key(kind, self.norm, epsilon): (margins > epsilon).double() for epsilon in (*self.epsilons, 0.0)
-        }
-        key = f"{kind}_margin_{self.norm}"
+        shares = {self._key(epsilon): (margins > epsilon).double() for epsilon in (*self.epsilons, 0.0)}
+        self._quartiles = _quartiles(margins)
+        key = f"{self._kind}_margin_{self.norm}"
         means = {key: margins, f"{key}_clipped": margins.clamp_max(2 * max(self.epsilons))}
         self.per_sample = shares | means
         values: dict[str, Tensor] = {}
@@ -92,6 +100,55 @@ class LinearizedAccuracy(ProbeMetric):
         for key, distances in means.items():
             values |= error_bar_of_mean(key, distances)
         return values
+
+    @property
+    def _kind(self) -> str:
+        return "linearized" if self.order == 1 else f"linearized_order{self.order}"
+
+    def _key(self, epsilon: float) -> str:
+        return accuracy_key(self._kind, self.norm, epsilon)
+
+    def caveats(self, values: Mapping[str, float]) -> dict[str, str]:
+        """Warn if margins are far from every ε, with ε that fit them (see :meth:`ProbeMetric.caveats`)."""
+        epsilons, clean = [epsilon for epsilon in self.epsilons if epsilon > 0], values.get(self._key(0.0), 0.0)
+        if not self._quartiles or not epsilons or not clean > 0:
+            return {}
+        smallest, median, largest = min(epsilons), self._quartiles[1], max(epsilons)
+        if median < smallest / self._far and values.get(self._key(smallest), clean) <= _NEARLY * clean:
+            key, what = self._key(smallest), "is nearly 0, and so is the accuracy at every larger ε"
+        elif median > self._far * largest and values.get(self._key(largest), 0.0) >= (1 - _NEARLY) * clean:
+            key, what = self._key(largest), "is hardly less than the accuracy at ε = 0"
+        else:
+            return {}
+        options = [f"[{', '.join(_rounded(self._quartiles))}]"]
+        options += [f"norm={self.norm!r}"] if self.norm != "linf" else []
+        options += [f"order={self.order}"] if self.order != 1 else []
+        return {
+            key: f"{what}: the median margin of correctly classified samples is {median:.2g}, in the units of the"
+            f" inputs, in which ε is given. `LinearizedAccuracy({', '.join(options)})` has ε of the size of margins."
+        }
+
+
+def _far(probe: Probe) -> float:
+    """How many times the median margin may be off ε before a caveat says so."""
+    if are_images_of_unknown_scale(probe.inputs, probe.input_std):
+        return math.inf  # then the scale of the inputs is the question, not that of ε
+    return _FAR_FOR_IMAGES if are_images(probe.inputs) else _FAR
+
+
+def _quartiles(margins: Tensor) -> list[float]:
+    """Quartiles of the positive, finite margins; none if there are only few."""
+    counted = margins[(margins > 0) & margins.isfinite()]
+    if len(counted) < _FEW_MARGINS:
+        return []
+    quartiles: list[float] = counted.quantile(counted.new_tensor([0.25, 0.5, 0.75])).tolist()
+    return quartiles
+
+
+def _rounded(epsilons: Sequence[float]) -> list[str]:
+    """Numbers in as few digits as tell them apart."""
+    texts = ([f"{float(f'{epsilon:.{digits}g}'):g}" for epsilon in epsilons] for digits in (1, 2, 3))
+    return next((text for text in texts if len(set(text)) == len(text)), [f"{epsilons[1]:.4g}"])
 
 
 def check_epsilons(epsilons: Sequence[float]) -> tuple[float, ...]:

@@ -15,6 +15,7 @@ from lightning_robust.functional.curvature.weight_curvature_index import curvatu
 from lightning_robust.functional.input_space.attacks import Norm, check_norm
 from lightning_robust.metrics._curvature import CurvatureMetric, stderr_of_probes
 from lightning_robust.metrics.base import error_bar
+from lightning_robust.metrics.keys import per_layer
 from lightning_robust.probe import Attack
 
 
@@ -29,7 +30,8 @@ class WeightCurvatureIndex(CurvatureMetric):
       the delta method
     - ``wci_stderr_probes``: the error from the choice of probes alone
     - ``wci_negative_layers``: how many layers have a negative trace and count as 0
-    - ``wci/<parameter>``: the term of each weight tensor; they add up to the index
+    - ``wci_per_layer/<parameter>``: the term of each weight tensor; they add up to the index. A weight to which no
+      gradient leads from the outputs of any sample has no key
     - with ``attack`` all of these under ``adversarial_wci``
     - with ``estimator="gauss_newton"`` under ``wci_gauss_newton`` or ``adversarial_wci_gauss_newton``
 
@@ -77,6 +79,7 @@ class WeightCurvatureIndex(CurvatureMetric):
             raise ValueError(expected_but_got("epsilon", "a finite number ≥ 0", epsilon))
         check_norm(norm)
         if attack is not None:
+            self.depends_on_units = True
             self.attack = Attack(size, norm, steps if attack == "pgd" else 1)
             self.add_configuration(estimator, num_probes, self.attack)
 
@@ -104,17 +107,19 @@ class WeightCurvatureIndex(CurvatureMetric):
         values[f"{key}_negative_layers"] = (counted & (traces < 0)).sum().to(terms)
         if self.per_layer:
             layers = zip(sums.names, terms, counted, strict=True)
-            values |= {f"{key}/{name}": term for name, term, is_counted in layers if is_counted}
+            values |= per_layer(key, {name: term for name, term, is_counted in layers if is_counted})
         return values
 
     def caveats(self, values: Mapping[str, float]) -> dict[str, str]:
-        """Warn if layers of negative curvature make the index unreliable (see :meth:`ProbeMetric.caveats`)."""
+        """Warn if weights are left out or negative curvature makes it unreliable (see :meth:`ProbeMetric.caveats`)."""
         key = self._index
+        traced = any(name.startswith("hessian_trace") for name in values)  # that metric has the same caveat
+        caveats = {} if traced else self._about_left_out(self._key(key))
         negative, stderr = values.get(f"{key}_negative_layers", 0.0), values.get(f"{key}_stderr", 0.0)
         if not (negative > 0 and stderr > 0.5 * values[key]):
-            return {}
+            return caveats
         remedy = "" if self.attack is None else " or a smaller `epsilon`"
-        return {
+        return caveats | {
             key: "is not reliable: some layers have negative curvature (`…_negative_layers`), truly or by noise of"
             " the probes, and count as 0. `WeightCurvatureIndex(estimator='gauss_newton')` is never negative; more"
             f" `num_probes`{remedy} may also help."

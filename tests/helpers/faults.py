@@ -2,6 +2,7 @@
 
 import math
 import random
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -210,12 +211,27 @@ def run(
     return Outcome(records.rows, said, weights, fitter.state.finished and fitter.current_epoch == num_epochs)
 
 
+def check_explained(losses: list[int], skipped: list[str]) -> None:
+    """Assert that each cause was explained in the epoch in which it came first, and counted at the end of the run."""
+    explained = [
+        int(found[1]) for sentence in skipped if (found := re.search(r"skipped .*?in epoch (\d+)[: ]", sentence))
+    ]
+    assert explained == sorted(explained)
+    assert set(explained) <= set(losses)
+    assert explained[:1] == losses[:1]
+    again = [int(found[1]) for sentence in skipped if (found := re.search(r"(\d+) more measurement", sentence))]
+    everything = [int(found[1]) for sentence in skipped if (found := re.search(r"all (\d+) measurements", sentence))]
+    assert len(skipped) == len(explained) + len(again) + len(everything)
+    assert (sum(everything) or len(explained) + sum(again)) == len(losses)
+
+
 def check(schedule: Schedule, outcome: Outcome, reference: Outcome) -> None:
     """Assert that only scheduled values are lost, and that warnings say so."""
     assert outcome.finished
     assert all(torch.equal(a, b) for a, b in zip(outcome.weights, reference.weights, strict=True))
     assert len(outcome.rows) == len(reference.rows)
     skipped = [sentence for sentence in outcome.said if "skipped" in sentence]
+    losses: list[int] = []
     tolerance = 0.0  # smaller groups of samples round differently
     for epoch, (row, expected) in enumerate(zip(outcome.rows, reference.rows, strict=True)):
         fault = schedule.get(epoch)
@@ -232,9 +248,8 @@ def check(schedule: Schedule, outcome: Outcome, reference: Outcome) -> None:
                 tolerance = 1e-5
             for key in kept.keys() - CLOCKS:
                 assert math.isclose(row[key], kept[key], rel_tol=tolerance, abs_tol=tolerance), (epoch, fault, key)
-        if lost != NOTHING:
-            assert f"in epoch {epoch}" in skipped.pop(0)
-    assert skipped == []
+        losses += [epoch] if lost != NOTHING else []
+    check_explained(losses, skipped)
     notices = [sentence for sentence in outcome.said if "skipped" not in sentence]
     assert len(notices) == len(set(notices))
     kinds = {fault.kind for fault in schedule.values()}

@@ -62,6 +62,79 @@ def test_the_attack_is_the_same_at_every_measurement() -> None:
     assert values[0] == values[1]
 
 
+# --- ε that do not fit the margins ------------------------------------------------------------------------------------
+
+
+def linear_probe(*shape: int, scale: float, **options: float) -> Probe:
+    """Margins of a linear network are proportional to the scale of its inputs."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.rand(60, *shape, generator=generator) * 2 - 1
+    model = nn.Sequential(nn.Flatten(), nn.Linear(inputs[0].numel(), 2))
+    with torch.no_grad():
+        model[1].weight.copy_(torch.randn(model[1].weight.shape, generator=generator))
+        model[1].bias.zero_()
+        targets = model(inputs).argmax(dim=1)
+    targets[::6] = 1 - targets[::6]
+    return Probe(model, inputs * scale, targets, **options)  # type: ignore[arg-type]
+
+
+def caveats_of(metric: LinearizedAccuracy, probe: Probe) -> dict[str, str]:
+    metric.update(probe)
+    values = {key: float(value) for key, value in metric.compute().items()}
+    metric.reset()
+    return metric.caveats(values)
+
+
+@pytest.mark.parametrize(
+    ("scale", "key", "sentence"),
+    [
+        (1e-3, "linearized_accuracy_linf_0.003922", "is nearly 0, and so is the accuracy at every larger ε"),
+        (100.0, "linearized_accuracy_linf_0.03137", "is hardly less than the accuracy at ε = 0"),
+    ],
+)
+def test_margins_far_from_every_epsilon_have_a_caveat_with_a_remedy_to_paste(
+    scale: float, key: str, sentence: str
+) -> None:
+    probe = linear_probe(10, scale=scale)
+    ((name, caveat),) = caveats_of(LinearizedAccuracy(), probe).items()
+    assert name == key
+    assert caveat.startswith(sentence)
+    remedy = caveat.split("`")[1]
+    metric = eval(remedy, {"LinearizedAccuracy": LinearizedAccuracy})
+    assert caveats_of(metric, probe) == {}
+    metric.update(probe)
+    values = [float(metric.compute()[f"linearized_accuracy_linf_{epsilon:.4g}"]) for epsilon in metric.epsilons]
+    assert values[0] - values[-1] > 0.3  # of a clean accuracy of 0.83
+
+
+@pytest.mark.parametrize(("norm", "order"), [("l2", 1), ("linf", 2), ("l2", 2)])
+def test_the_remedy_keeps_the_other_options(norm: str, order: int) -> None:
+    metric = LinearizedAccuracy([10.0, 20.0], norm, order)  # type: ignore[arg-type]
+    (caveat,) = caveats_of(metric, linear_probe(10, scale=1.0)).values()
+    remedy = eval(caveat.split("`")[1], {"LinearizedAccuracy": LinearizedAccuracy})
+    assert (remedy.norm, remedy.order) == (norm, order)
+
+
+@pytest.mark.parametrize(
+    "probe",
+    [
+        linear_probe(10, scale=1.0),
+        linear_probe(10, scale=0.1),
+        linear_probe(2, scale=0.3),
+        linear_probe(1, 4, 4, scale=0.5),
+        linear_probe(3, 8, 8, scale=1e-2, input_std=1.0),
+        linear_probe(3, 8, 8, scale=100.0),  # whose units are in doubt, as another sentence says
+        linear_probe(10, scale=0.0),
+        linear_probe(10, scale=1e-3).rows(slice(9)),
+        Probe(lambda x: torch.eye(2)[0].expand(len(x), 2), torch.rand(40, 4), torch.zeros(40, dtype=torch.long)),
+    ],
+    ids=["table", "small table", "two features", "images", "fragile", "unknown units", "zero", "few", "constant"],
+)
+def test_other_margins_have_no_caveat(probe: Probe) -> None:
+    assert caveats_of(LinearizedAccuracy(), probe) == {}
+    assert LinearizedAccuracy().caveats({}) == {}
+
+
 @pytest.mark.parametrize("cls", [LinearizedAccuracy, AdversarialAccuracy])
 @pytest.mark.parametrize(
     ("options", "sentence"),

@@ -2,17 +2,28 @@
 
 import copy
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from lightning_robust import HessianTrace, Probe, WeightCurvatureIndex
+from lightning_robust import (
+    AdversarialAccuracy,
+    FisherRaoMargin,
+    FisherSpectralNorm,
+    HessianTrace,
+    LinearizedAccuracy,
+    Probe,
+    WeightCurvatureIndex,
+)
 from lightning_robust.functional import hessian_trace, pgd, weight_curvature_index
 from lightning_robust.metrics._curvature import CurvatureMetric
 from tests.helpers import processes
 from tests.helpers.networks import build
+from tests.helpers.oracles import dense_hessian_traces
 from tests.helpers.recording import Recorder
 
 
@@ -34,7 +45,7 @@ def test_the_trace_is_the_functional_estimate(name: str) -> None:
     assert values["hessian_trace"] == pytest.approx(float(expected.total), rel=1e-6)
     assert values["hessian_trace_stderr"] == pytest.approx(float(expected.total_sample_stderr), rel=1e-5)
     assert values["hessian_trace_stderr_probes"] == pytest.approx(float(expected.total_stderr), rel=1e-5)
-    layers = {key.removeprefix("hessian_trace/"): value for key, value in values.items() if "/" in key}
+    layers = {key.removeprefix("hessian_trace_per_layer/"): value for key, value in values.items() if "/" in key}
     assert layers == pytest.approx({key: float(value) for key, value in expected.layers.items()}, rel=1e-6)
     assert sum(layers.values()) == pytest.approx(values["hessian_trace"])
 
@@ -49,7 +60,7 @@ def test_the_index_follows_from_norms_and_traces_of_weight_tensors(name: str) ->
     )
     values = measured(WeightCurvatureIndex(), sample)
     assert values["wci"] == pytest.approx(float(expected), rel=1e-5)
-    assert {key.removeprefix("wci/") for key in values if "/" in key} == weights.keys()
+    assert {key.removeprefix("wci_per_layer/") for key in values if "/" in key} == weights.keys()
     assert sum(value for key, value in values.items() if "/" in key) == pytest.approx(values["wci"])
     assert values["wci_negative_layers"] == sum(float(traces[key]) < 0 for key in weights)
 
@@ -129,6 +140,103 @@ def test_values_do_not_depend_on_processes() -> None:
         assert {key: float(value) for key, value in values.items()} == pytest.approx(expected, rel=1e-5, abs=1e-5)
 
 
+class Experts(nn.Module):
+    """A sample goes to one expert or another by the sign of its first feature, and none to a third."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(4, 3) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = x.new_zeros(len(x), 3)
+        for expert, chosen in zip(self.experts, (x[:, 0] < 0, x[:, 0] >= 0, x[:, 0] > 99), strict=True):
+            rows = chosen.nonzero()[:, 0]
+            if len(rows):
+                out = out.index_add(0, rows, expert(x[rows]))
+        return out
+
+
+def routed(num_samples: int = 12) -> Probe:
+    """The first half of the samples goes to the first expert, the second half to the second."""
+    torch.manual_seed(0)
+    inputs = torch.randn(num_samples, 4)
+    inputs[:, 0] = torch.arange(num_samples) - num_samples // 2 + 0.5
+    return Probe(Experts(), inputs, torch.arange(num_samples) % 3)
+
+
+REACHED = {f"hessian_trace/experts.{k}.{name}" for k in (0, 1) for name in ("weight", "bias")}
+
+
+def per_layer(values: Iterable[str]) -> set[str]:
+    return {key for key in values if "/" in key}
+
+
+def test_a_layer_that_some_samples_reach_is_measured_and_one_that_none_reaches_has_no_key() -> None:
+    whole = routed()
+    metric = HessianTrace(estimator="gauss_newton")
+    expected = {key.replace("trace/", "trace_gauss_newton/") for key in REACHED}
+    for _ in range(2):
+        at_once = measured(metric, whole)
+        metric.reset()
+        in_parts = measured(metric, whole.rows(slice(0, 6)), whole.rows(slice(6, 12)))
+        metric.reset()
+        assert per_layer(at_once) == per_layer(in_parts) == expected
+        assert in_parts == pytest.approx(at_once, rel=1e-5)
+    index = measured(WeightCurvatureIndex(), whole)
+    assert per_layer(index) == {"wci/experts.0.weight", "wci/experts.1.weight"}
+    assert index["wci"] == pytest.approx(sum(index[key] for key in per_layer(index)))
+
+
+def experts_by_process(rank: int) -> dict[str, Tensor]:
+    processes.join_group()
+    metric = HessianTrace().to("cpu")
+    metric.update(routed().rows((slice(0, 6), slice(6, 12))[rank]))
+    return metric.compute()
+
+
+@pytest.mark.ddp
+def test_a_layer_that_one_process_reaches_is_measured_by_all() -> None:
+    expected = measured(HessianTrace(), routed())
+    assert per_layer(expected) == REACHED
+    for values in processes.run(experts_by_process, 2):
+        assert {key: float(value) for key, value in values.items()} == pytest.approx(expected, rel=1e-5, abs=1e-5)
+
+
+class Spare(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(4, 3))
+        self.spare = nn.Linear(2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self[0](x)
+
+
+def test_parameters_that_are_left_out_are_named_once_for_both_metrics() -> None:
+    samples = Probe(Spare(), torch.randn(12, 4), torch.arange(12) % 3)
+    trace, index = HessianTrace(), WeightCurvatureIndex()
+    values = measured(trace, samples)
+    (sentence,) = trace.caveats(values).values()
+    assert list(trace.caveats(values)) == ["hessian_trace/spare.weight"]
+    assert "nor is another" in sentence
+    trace.reset()
+    assert trace.caveats(values) == {"hessian_trace/spare.weight": sentence}
+    assert list(index.caveats(measured(index, samples))) == ["wci/spare.weight"]
+    assert index.caveats(values | measured(index)) == {}
+    chosen = Probe(samples.model.forward, samples.inputs, samples.targets)  # a part of the network, on purpose
+    metric = HessianTrace()
+    assert "hessian_trace/spare.weight" not in measured(metric, chosen)
+    assert metric.caveats(values) == {}
+
+
+def test_a_metric_of_which_nothing_is_reached_is_refused() -> None:
+    class Constant(Spare):
+        def forward(self, x: Tensor) -> Tensor:
+            return x[:, :3]
+
+    with pytest.raises(ValueError, match="no gradient leads from them to any of"):
+        measured(HessianTrace(), Probe(Constant(), torch.randn(6, 4), torch.arange(6) % 3))
+
+
 def test_states_do_not_grow_with_parameters_or_samples() -> None:
     def size(width: int, num_samples: int) -> int:
         model = nn.Sequential(nn.Linear(12, width), nn.ReLU(), nn.Linear(width, 3))
@@ -161,9 +269,9 @@ def test_the_index_stays_finite_and_counts_layers_of_negative_trace() -> None:
     traces = hessian_trace(
         sample.model, sample.inputs, sample.targets, estimator="hutchinson", rtol=None, num_probes=1
     ).layers
-    negative = [key for key in traces if f"wci/{key}" in values and traces[key] < 0]
+    negative = [key for key in traces if f"wci_per_layer/{key}" in values and traces[key] < 0]
     assert len(negative) == values["wci_negative_layers"]
-    assert all(values[f"wci/{key}"] == 0 for key in negative)
+    assert all(values[f"wci_per_layer/{key}"] == 0 for key in negative)
 
 
 def test_a_single_probe_has_no_error_of_its_own() -> None:
@@ -240,6 +348,44 @@ def test_the_index_is_invariant_to_rescaling_of_layers() -> None:
     assert one["wci"] == pytest.approx(two["wci"], rel=1e-5)
     one, two = (measured(HessianTrace(), Probe(m, inputs, targets)) for m in (model, rescaled))
     assert two["hessian_trace"] > 3 * one["hessian_trace"]
+
+
+# --- inputs without a derivative --------------------------------------------------------------------------------------
+
+
+class Tokens(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.embedding, self.head = nn.Embedding(9, 4), nn.Linear(4, 3)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.embedding(ids.long()).mean(dim=1).tanh())
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8, torch.float32], ids=str)
+@pytest.mark.parametrize("estimator", ["auto", "hutchinson"])
+def test_networks_of_token_ids_have_curvature(estimator: str, dtype: torch.dtype) -> None:
+    model, generator = Tokens(), torch.Generator().manual_seed(0)
+    ids, targets = torch.randint(9, (20, 5), generator=generator).to(dtype), torch.arange(20) % 3
+    expected = dense_hessian_traces(model, ids.long(), targets, F.cross_entropy)
+    estimate = hessian_trace(model, ids, targets, estimator=estimator, num_probes=64, rtol=None)  # type: ignore[arg-type]
+    values = measured(HessianTrace(estimator, num_probes=64), Probe(model, ids, targets))  # type: ignore[arg-type]
+    for name, trace in expected.items():
+        assert abs(float(estimate.layers[name]) - trace) <= 4 * float(estimate.stderr[name]) + 1e-5
+        assert values[f"hessian_trace/{name}"] == pytest.approx(float(estimate.layers[name]), rel=1e-4, abs=1e-7)
+
+
+def test_only_what_needs_a_derivative_refuses_token_ids() -> None:
+    model, ids = Tokens(), torch.arange(20).reshape(4, 5) % 9
+    sample = Probe(model, ids, torch.zeros(4, dtype=torch.long))
+    measured(WeightCurvatureIndex(), sample)
+    others = (FisherSpectralNorm(), LinearizedAccuracy(), AdversarialAccuracy(), FisherRaoMargin(), ATTACKED)
+    for metric in others:
+        with pytest.raises(TypeError, match=r"torch.int64: integers, such as token ids .* have no derivative"):
+            metric.update(sample)
+    assert [metric.depends_on_units for metric in (*others, CLEAN, HessianTrace())] == [True] * 5 + [False] * 2
 
 
 # --- caveats --------------------------------------------------------------------------------------------------------

@@ -34,10 +34,10 @@ def test_values_are_means_over_paths_and_class_values_agree_with_class_shielding
     for key, estimate in (("fisher_rao_margin", table.margin), ("shielded", table.shielded)):
         for label, value in enumerate(estimate.value):
             if value.isnan():
-                assert f"{key}/{label}" not in values
+                assert f"{key}_per_class/{label}" not in values
             else:
-                torch.testing.assert_close(values[f"{key}/{label}"], value)
-    assert any(f"shielded/{label}" in values for label in range(10))
+                torch.testing.assert_close(values[f"{key}_per_class/{label}"], value)
+    assert any(f"shielded_per_class/{label}" in values for label in range(10))
 
 
 def test_paths_that_do_not_arrive_count_only_as_unreached() -> None:
@@ -108,7 +108,13 @@ def test_distances_have_a_direction_and_margins_detours_and_shields_have_none() 
     metric = FisherRaoMargin()
     for key in ("fisher_rao_margin_l2", "fisher_rao_margin_l2_lower", "fisher_rao_margin_linf"):
         assert metric.direction(key) is True
-    for key in ("fisher_rao_margin", "fisher_rao_margin_lower", "fisher_rao_margin/3", "shielded", "shielded/3"):
+    for key in (
+        "fisher_rao_margin",
+        "fisher_rao_margin_lower",
+        "fisher_rao_margin_per_class/3",
+        "shielded",
+        "shielded_per_class/3",
+    ):
         assert metric.direction(key) is None
 
 

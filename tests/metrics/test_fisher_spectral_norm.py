@@ -3,8 +3,11 @@ import torch
 
 from lightning_robust import FisherSpectralNorm, Probe
 from lightning_robust.functional import calibrated_fim_spectral_norm, fim_spectral_norm, fim_trace
-from tests.helpers.networks import build
+from lightning_robust.functional._validation import tensors
+from lightning_robust.functional.input_space import fisher_information
+from tests.helpers.networks import build, random, random_linear
 from tests.helpers.oracles import Scaled, dense_spectral_norms, dense_traces
+from tests.helpers.recording import PeakMemory
 
 
 def values_of(model: torch.nn.Module, inputs: torch.Tensor, targets: torch.Tensor) -> dict[str, float]:
@@ -61,3 +64,21 @@ def test_another_number_of_classes_is_refused() -> None:
     metric.update(Probe(*build("mlp")))
     with pytest.raises(ValueError, match="logits of 6 classes, as before, but got 10"):
         metric.update(Probe(*build("cnn_batchnorm")))
+
+
+def test_computing_takes_the_memory_of_the_gram_matrices_and_little_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    num_samples, num_classes = 60, 40
+    metric = FisherSpectralNorm()
+    model, inputs = random_linear(0, num_classes=num_classes, num_features=30), random(1, num_samples, 30)
+    metric.update(Probe(model, inputs, torch.arange(num_samples) % num_classes))
+    expected = metric.compute()
+    metric._computed = None
+    monkeypatch.setattr(fisher_information, "_MATRIX_ELEMENTS", 2 * num_classes**2)
+    monkeypatch.setattr(tensors, "_CHECKED_ELEMENTS", 2 * num_classes**2)
+    with PeakMemory() as memory:
+        values = metric.compute()
+    gram = 8 * num_samples * num_classes**2
+    assert gram < memory.peak < 1.5 * gram
+    assert metric.bytes_per_sample(num_classes) * num_samples == gram + 8 * num_samples * num_classes**2 / 2
+    for key, value in expected.items():
+        torch.testing.assert_close(values[key], value, rtol=1e-12, atol=0)

@@ -1,13 +1,16 @@
-"""Which of the logged keys name an accuracy, and which one is that of clean accuracy."""
+"""How keys are built, which can be logged together, and which name an accuracy."""
 
 import pytest
 
 from lightning_robust.metrics.keys import (
     accuracy_key,
     clean_accuracy_key,
+    has_renamed_characters,
     is_accuracy,
     is_accuracy_at_epsilon,
     is_error_bar,
+    leaves_and_folders,
+    parameter_names_in_keys,
 )
 
 PREFIXES = ["robust/", "robust_l2/val.", "(r+)[0]*^$|\\d?/"]
@@ -56,3 +59,24 @@ def test_otherwise_a_validation_accuracy_of_the_user_is_chosen(key: str) -> None
     others = ["val_loss", "train_acc", "val_acc_step", "val_acc/dataloader_idx_1"]
     assert clean_accuracy_key([*perturbed, *others, key, f"val_longer_{key}"], prefixes=[]) == key
     assert clean_accuracy_key([*perturbed, *others], prefixes=["robust/"]) is None
+
+
+def test_names_of_parameters_end_keys_without_folders_or_odd_characters_and_stay_different() -> None:
+    names = ["a", "a.b", "a/b", "a_b", "a b(1)", "größe", "a\nb"]
+    found = parameter_names_in_keys(names)
+    assert found[:2] == names[:2]
+    assert found[5] == names[5]
+    assert len(set(found)) == len(names)
+    assert not any("/" in name or has_renamed_characters(name) for name in found)
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        (["a", "a_b/c", "a.b", "b/a", "b/c"], []),
+        (["a/b", "x", "a/b/c"], [("a/b", "a/b/c")]),
+        (["a/b/c/d", "a", "a/b"], [("a", "a/b"), ("a", "a/b/c/d"), ("a/b", "a/b/c/d")]),
+    ],
+)
+def test_a_key_that_is_the_folder_of_another_is_found(keys: list[str], expected: list[tuple[str, str]]) -> None:
+    assert list(leaves_and_folders(keys)) == list(leaves_and_folders(keys[::-1])) == expected

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_robust import (
     AdversarialAccuracy,
@@ -19,6 +19,7 @@ from lightning_robust import (
 )
 from lightning_robust.metrics import METRICS, ProbeMetric
 from lightning_robust.metrics._curvature import CurvatureMetric
+from lightning_robust.metrics.keys import has_renamed_characters, leaves_and_folders
 from tests.helpers import processes
 from tests.helpers.networks import build
 
@@ -208,3 +209,43 @@ def test_direction_is_stated(name: str) -> None:
 
 def test_every_metric_has_a_name() -> None:
     assert {type(FACTORIES[name]()) for name in FACTORIES} == set(METRICS.values())
+
+
+class OddlyNamed(nn.Module):
+    """Layers whose names are those of folders, and names that loggers rename."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Sequential(nn.Linear(6, 5), nn.Tanh())
+        for name in ("a/0", "a/0/weight", "b (1)", "b_(1)"):
+            self.add_module(name, nn.Linear(5, 5))
+        self.extra = nn.ParameterDict({"a": torch.ones(5, 2), "a/weight": torch.ones(2, 3)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        for name, layer in self.named_children():
+            x = x if name == "extra" else layer(x)
+        return x @ self.extra["a"] @ self.extra["a/weight"]
+
+
+def test_no_key_is_the_folder_of_another_and_no_logger_renames_one() -> None:
+    torch.manual_seed(0)
+    model = OddlyNamed()
+    probe = Probe(model, torch.rand(12, 6), torch.arange(12) % 3)
+    factories = [
+        *FACTORIES.values(),
+        lambda: FisherRaoMargin(max_steps=3),
+        lambda: HessianTrace("gauss_newton"),
+        lambda: WeightCurvatureIndex("gauss_newton"),
+        lambda: WeightCurvatureIndex("gauss_newton", attack="fgsm"),
+    ]
+    keys = ["num_samples", "seconds", "overhead"]
+    layers = 0
+    for factory in factories:
+        metric = factory()
+        metric.update(probe)
+        keys += metric.compute()
+        layers += isinstance(metric, HessianTrace) and len(list(model.parameters()))
+    assert sum("hessian_trace" in key and "_per_layer/" in key for key in keys) == layers == 24
+    assert len(set(keys)) >= 100
+    assert list(leaves_and_folders(keys)) == []
+    assert not any(has_renamed_characters(key) for key in keys)

@@ -17,8 +17,12 @@ from torch import Tensor
 
 from lightning_robust.callbacks.arguments import as_monitor_weights, misconfiguration
 from lightning_robust.callbacks.drift_stopping import messages
-from lightning_robust.callbacks.drift_stopping.best_weights import check_restorable, copy_of_weights
-from lightning_robust.callbacks.drift_stopping.readings import Readings, no_direction, owner_of, read
+from lightning_robust.callbacks.drift_stopping.best_weights import (
+    check_restorable,
+    copy_of_weights,
+    put_weights_back,
+)
+from lightning_robust.callbacks.drift_stopping.readings import Readings, no_direction, owner_of, read, remedy
 from lightning_robust.callbacks.drift_stopping.record import Record, Series
 from lightning_robust.callbacks.warn_once import WarnOnce
 from lightning_robust.functional._validation.arguments import as_number, check_boolean, check_choice, expected_but_got
@@ -76,7 +80,8 @@ class RobustnessDriftStopping(EarlyStopping):
         action: ``"stop"``, or ``"warn"`` for one warning per drift while training goes on.
         restore_best_weights: At the end of ``fit``, stopped or not, put back the weights of the best single measurement
             after warm-up (of several keys: with the best weighted relative change). If that is the latest measurement,
-            the weights stay. Keeps one copy of the weights in main memory, and in checkpoints.
+            the weights stay; so they do, with a warning, if the network has been changed since (pruned, grown,
+            quantised). Keeps one copy of the weights in main memory, and in checkpoints.
         strict: Raise an error if a key is still missing after the first validation that should have logged it.
 
     Attributes:
@@ -225,14 +230,17 @@ class RobustnessDriftStopping(EarlyStopping):
             super().on_validation_end(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Put the best weights back, unless the best measurement is the latest."""
+        """Put the best weights back, unless the best measurement is the latest or the network is no longer the same."""
         if not self.restore_best_weights or self.best_epoch is None or self._record.best_is_latest:
             return
         if self._best_weights is None:
             self._warnings.once(messages.no_best_weights(self.best_epoch))
         else:
-            pl_module.load_state_dict(self._best_weights, strict=pl_module.strict_loading)
-            rank_zero_info(messages.put_back(self._record))
+            reason = put_weights_back(pl_module, self._best_weights)
+            if reason is None:
+                rank_zero_info(messages.put_back(self._record))
+            else:
+                self._warnings.once(messages.other_structure(self._record, reason))
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Warn if there were too few measurements to stop the run."""
@@ -242,7 +250,7 @@ class RobustnessDriftStopping(EarlyStopping):
         enough = {key: Drift(drifted=count >= least) for key, count in counts.items()}
         fast_dev_run: bool | int = trainer.fast_dev_run  # type: ignore[attr-defined]
         if not (fast_dev_run or self.stopped_epoch or drifted_together(enough, self.monitor_weights, self.combine)):
-            self._warnings.once(messages.could_not_stop(counts, least=least))
+            self._warnings.once(messages.could_not_stop(counts, least=least, remedy=remedy(trainer, counts)))
 
     # ---- one measurement ---------------------------------------------------------------------------------------------
 

@@ -97,15 +97,46 @@ def no_best_weights(epoch: int) -> str:
     )
 
 
-def could_not_stop(counts: Mapping[str, int], *, least: int) -> str:
-    """A run ended with too few measurements to stop it."""
+def other_structure(record: Record, reason: str) -> str:
+    """The network is no longer the one whose weights were kept."""
+    key, series = next(iter(record.series.items()))
+    mode = "max" if series.higher_is_better else "min"
+    return (
+        f"RobustnessDriftStopping did not put back the weights of epoch {record.best_epoch}: the network has changed"
+        f" since then ({reason}). The module has the weights of the last epoch. To keep the best ones in a file, add"
+        f" `ModelCheckpoint(monitor={key!r}, mode={mode!r})`."
+    )
+
+
+def could_not_stop(counts: Mapping[str, int], *, least: int, remedy: str) -> str:
+    """A run ended with too few measurements to stop it; :func:`more_measurements` makes the remedy."""
     times = {0: "never logged in a validation", 1: "measured once"}
     seen = ", ".join(f"`{key}` was {times.get(count, f'measured {count} times')}" for key, count in counts.items())
     return (
         f"RobustnessDriftStopping could not have stopped this run: {seen}, but a drift takes at least {least}"
-        " measurements. Measure more often (`every_n_epochs` and `overhead_budget` of the RobustnessMonitor,"
-        " `check_val_every_n_epoch` of the Trainer), or lower `patience` or `warmup`."
+        f" measurements. {remedy}"
     )
+
+
+def more_measurements(*, every_n_epochs: int, has_budget: bool, check_val_every_n_epoch: int | None) -> str:
+    """What would have given more measurements of keys that were measured."""
+    ways = []
+    if every_n_epochs > 1:
+        ways.append(f"a smaller `every_n_epochs` than {every_n_epochs} in the RobustnessMonitor")
+    if has_budget:
+        ways.append("a larger `overhead_budget` in the RobustnessMonitor")
+    if (check_val_every_n_epoch or 1) > 1:
+        ways.append(f"a smaller `check_val_every_n_epoch` than {check_val_every_n_epoch} in the Trainer")
+    often = f"Measure more often ({', '.join(ways)}), train" if ways else "Train"
+    return f"{often} for more epochs, or lower `patience` or `warmup`."
+
+
+NOTHING_MEASURED = "RobustnessMonitor measured nothing in this run; its own warning says why."
+
+
+def never_logged(key: str) -> str:
+    """How to log a key of the user's own."""
+    return f"Log it there, e.g. `self.log({key!r}, value)` in `validation_step`."
 
 
 # ---- errors ----------------------------------------------------------------------------------------------------------

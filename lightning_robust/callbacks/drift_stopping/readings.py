@@ -100,6 +100,21 @@ def _comes_later(owner: RobustnessMonitor | None, key: str) -> bool:
     return owner is not None and (owner.incomplete or not owner.directions or key in owner.directions)
 
 
+def remedy(trainer: Trainer, counts: Mapping[str, int]) -> str:
+    """What to do about keys that were measured so many times, which was too few."""
+    owners = {key: owner_of(trainer, key) for key in counts}
+    monitors = [owner for owner in owners.values() if owner is not None]
+    if any(owner.num_measurements == 0 and counts[key] == 0 for key, owner in owners.items() if owner is not None):
+        return messages.NOTHING_MEASURED
+    if missing := next((key for key, owner in owners.items() if owner is None and counts[key] == 0), None):
+        return messages.never_logged(missing)
+    return messages.more_measurements(
+        every_n_epochs=max((owner.every_n_epochs for owner in monitors), default=1),
+        has_budget=any(owner.overhead_budget is not None for owner in monitors),
+        check_val_every_n_epoch=trainer.check_val_every_n_epoch,
+    )
+
+
 def no_direction(trainer: Trainer, key: str) -> str:
     """Error for a key whose direction is unknown."""
     return messages.no_direction(key, prefixes=[monitor.log_key_prefix for monitor in monitors_of(trainer)])

@@ -52,6 +52,11 @@ class ByKeyword:
     key: str
     as_dictionary: bool = False
 
+    @property
+    def __self__(self) -> nn.Module:
+        """The module, as of a bound method."""
+        return self.module
+
     def __call__(self, x: Tensor, **extras: Tensor) -> Any:
         """Outputs of the module."""
         arguments = {self.key: x, **extras}

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_robust.functional._isolation.stand_ins import plain_tensor
 from lightning_robust.functional._validation.arguments import as_number, as_numbers
 from lightning_robust.probe import Probe
 
@@ -38,7 +39,11 @@ class Batch:
 
     def copied(self, rows: Sequence[int]) -> Batch:
         """Copy some samples, so that later changes of the batch do not reach them."""
-        return self._of(lambda tensor: tensor.detach()[torch.tensor(rows, dtype=torch.long, device=tensor.device)])
+
+        def copy(tensor: Tensor) -> Tensor:
+            return plain_tensor(tensor.detach())[torch.tensor(rows, dtype=torch.long, device=tensor.device)]
+
+        return self._of(copy)
 
     def _of(self, part: Callable[[Tensor], Tensor]) -> Batch:
         extras = {name: part(extra) for name, extra in self.extras.items()}

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
-from lightning_robust.callbacks.arguments import as_constant, as_metrics, misconfiguration
-from lightning_robust.callbacks.monitor import diagnostics
+from lightning_robust.callbacks.arguments import as_constant, as_metrics, check_unshared, misconfiguration
+from lightning_robust.callbacks.monitor import run_diagnostics
 from lightning_robust.callbacks.monitor.batch_reading import read_batch
+from lightning_robust.callbacks.monitor.batches import Batch
 from lightning_robust.callbacks.monitor.measurement_loop import MeasurementLoop
 from lightning_robust.callbacks.monitor.overhead import check_budget
 from lightning_robust.callbacks.monitor.reporting import Reporter
@@ -27,7 +28,9 @@ from lightning_robust.functional._validation.arguments import (
 from lightning_robust.functional.curvature.losses import check_loss_fn
 from lightning_robust.functional.input_space.units import check_units, check_valid_range
 from lightning_robust.metrics import ProbeMetric
-from lightning_robust.probe import Probe
+from lightning_robust.probe import Probe, checked_with
+
+ProbeFn = Callable[[LightningModule, Any], Probe]
 
 
 class RobustnessMonitor(Callback):
@@ -55,7 +58,7 @@ class RobustnessMonitor(Callback):
     puts any accuracy that the module logs on one chart with the predicted robust accuracy.
 
     Args:
-        metrics: Metrics to measure, by object or by name; by default ``fisher_spectral_norm``,
+        metrics: Metrics to measure, by object or by name, or a single one; by default ``fisher_spectral_norm``,
             ``linearized_accuracy``, ``hessian_trace`` and ``weight_curvature_index``.
         every_n_epochs: Epochs from one measurement to the next.
         max_samples: Size of the subset, over all processes.
@@ -92,7 +95,7 @@ class RobustnessMonitor(Callback):
 
     def __init__(
         self,
-        metrics: Sequence[str | ProbeMetric] | None = None,
+        metrics: Sequence[str | ProbeMetric] | str | ProbeMetric | None = None,
         *,
         every_n_epochs: int = 1,
         max_samples: int = 256,
@@ -101,7 +104,7 @@ class RobustnessMonitor(Callback):
         input_std: float | Sequence[float] | None = None,
         input_mean: float | Sequence[float] | None = None,
         valid_range: tuple[float, float] | None = None,
-        probe_fn: Callable[[LightningModule, Any], Probe] | None = None,
+        probe_fn: ProbeFn | None = None,
         loss_fn: nn.Module | Callable[[Tensor, Tensor], Tensor] | None = None,
         chunk_size: int | None = None,
         dataloader_idx: int = 0,
@@ -139,7 +142,7 @@ class RobustnessMonitor(Callback):
         self._loop = MeasurementLoop(
             self.metrics,
             self._reporter,
-            functools.partial(read_batch, probe_fn=self.probe_fn, defaults=defaults),
+            functools.partial(_read, probe_fn=self.probe_fn, defaults=defaults),
             max_samples=self.max_samples,
             dataloader_idx=self.dataloader_idx,
             seed=self.seed,
@@ -157,6 +160,11 @@ class RobustnessMonitor(Callback):
     def best_untrained(self) -> set[str]:
         """The keys whose best values are those of a network at initialisation."""
         return self._reporter.best_untrained
+
+    @property
+    def num_measurements(self) -> int:
+        """How many measurements of this run have given values."""
+        return self._loop.record.measured
 
     @property
     def incomplete(self) -> bool:
@@ -190,22 +198,35 @@ class RobustnessMonitor(Callback):
     # ---- hooks -------------------------------------------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Begin a new run. Validations and tests after ``fit`` are not part of it."""
+        """Begin a new run. Validations and tests after ``fit`` are not part of it.
+
+        Raises:
+            MisconfigurationException: If another monitor of the trainer has a metric of this one.
+        """
+        others = [metric for monitor in monitors_of(trainer) if monitor is not self for metric in monitor.metrics]
+        with misconfiguration():
+            check_unshared(self.metrics, others)
         fitting = stage == "fit"
         self._loop.begin_run(Schedule(self.every_n_epochs, self.overhead_budget) if fitting else None)
         if fitting:
             self._reporter.values = {}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clock. Warn if nothing will be measured, or if EarlyStopping will misread the cadence."""
+        """Start the clock. Warn if nothing will be measured, or if others will misread the cadence."""
         self._loop.schedule.overhead.begin()
-        sentences = diagnostics.before_fit(
-            trainer, prefix=self.log_key_prefix, every_n_epochs=self.every_n_epochs, budget=self.overhead_budget
+        sentences = run_diagnostics.before_fit(
+            trainer,
+            prefix=self.log_key_prefix,
+            other_prefixes=[monitor.log_key_prefix for monitor in monitors_of(trainer)],
+            every_n_epochs=self.every_n_epochs,
+            budget=self.overhead_budget,
         )
         self._loop.warnings.once(*sentences)
+        self._loop.record.impossible = run_diagnostics.no_measurement(trainer) is not None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put the last values back in a resumed run, where other callbacks look for them."""
+        self._loop.record.first_epoch, self._loop.record.first_step = trainer.current_epoch, trainer.global_step
         trainer.callback_metrics.update({key: torch.tensor(value) for key, value in self._reporter.values.items()})
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -235,18 +256,19 @@ class RobustnessMonitor(Callback):
         self._loop.conclude(trainer, pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Lay out TensorBoard's Custom Scalars page; the first monitor does it for all of the trainer."""
+        """Compare accuracies, and lay out TensorBoard's Custom Scalars page, one monitor for all of the trainer."""
         monitors = monitors_of(trainer)
+        self._loop.compare_accuracy(trainer, prefixes=[monitor.log_key_prefix for monitor in monitors])
         if self is monitors[0] and trainer.is_global_zero:
             reporters = [monitor._reporter for monitor in monitors]
             self._loop.guard(lambda: self._reporter.lay_out(trainer, reporters), "lay out TensorBoard's page")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Warn if the budget left hardly a curve."""
+        """Warn if nothing was measured, or less than it seems."""
         overhead = self._loop.schedule.overhead
         overhead.end()
-        if overhead.left_out and self.overhead_budget is not None:
-            self._loop.warnings.once(*diagnostics.hardly_a_curve(overhead, budget=self.overhead_budget))
+        sentences = run_diagnostics.after_fit(trainer, self._loop.record, overhead, budget=self.overhead_budget)
+        self._loop.warnings.once(*sentences)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Stop the clock, and drop a measurement that will not be finished."""
@@ -259,6 +281,12 @@ class RobustnessMonitor(Callback):
     on_test_batch_end = on_validation_batch_end
     on_test_epoch_end = on_validation_epoch_end
     on_test_end = on_validation_end
+
+
+def _read(pl_module: LightningModule, batch: object, *, probe_fn: ProbeFn | None, defaults: Mapping[str, Any]) -> Batch:
+    """Read a batch. The user's probe is checked with the options of the monitor, which fill in what it leaves open."""
+    with checked_with(defaults):
+        return read_batch(pl_module, batch, probe_fn=probe_fn, defaults=defaults)
 
 
 def monitors_of(trainer: Trainer) -> list[RobustnessMonitor]:

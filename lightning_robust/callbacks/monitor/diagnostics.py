@@ -1,29 +1,25 @@
-"""Warnings of the monitor: anything that makes numbers mean something else than they seem to, with the remedy."""
+"""Warnings of the monitor about a measurement whose numbers mean something else than they seem to, with the remedy."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
-from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import EarlyStopping
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor
 
-from lightning_robust.callbacks.monitor.overhead import Overhead
 from lightning_robust.callbacks.monitor.sample_selection import LoaderShare
 from lightning_robust.callbacks.monitor.status import WHOLE, Failure
 from lightning_robust.callbacks.monitor.token_embeddings import FromEmbeddings
 from lightning_robust.functional._isolation.context import differentiable
-from lightning_robust.functional._isolation.side_effects import watched_once
 from lightning_robust.functional._isolation.stand_ins import full_precision
+from lightning_robust.functional._validation.independence import dependence
+from lightning_robust.functional._validation.scales import tolerances
 from lightning_robust.functional._validation.tensors import check_inputs, outputs_of
+from lightning_robust.functional.input_space.units import are_images_of_unknown_scale
 from lightning_robust.metrics import ProbeMetric
+from lightning_robust.metrics.keys import has_renamed_characters, leaves_and_folders
 from lightning_robust.probe import Probe
 
-_MANY_CLASSES = 200
-_FEW_POINTS = 5  # measurements; fewer hardly make a curve
 _EXAMINED = 8  # samples
 SHUFFLES = (
     "The validation loader shuffles, so RobustnessMonitor measures different samples each time, and its curves carry"
@@ -35,46 +31,10 @@ UNSHARED = (
     " measure alone: fewer than `max_samples` in all, and some perhaps twice. To avoid this, let Lightning distribute"
     " the samples with `Trainer(use_distributed_sampler=True)`."
 )
-_MIXES = (
-    "The model mixes the samples of a batch (changing one sample changed the outputs of others), so no sample has a"
-    " robustness of its own, and the numbers depend on the batch. Look for a normalisation over the batch in eval mode,"
-    " such as `BatchNorm` with `track_running_stats=False`."
-)
-_BOUND = (
-    "The model's outputs for a sample depend on its place in the batch, so samples are measured with what belongs to"
-    " others. Does the model close over a tensor of the batch, such as a padding mask? Let it take that tensor as an"
-    " argument, and pass `Probe(model, inputs, targets, extras={'mask': mask})`: extras are selected with the samples."
-)
 OTHER_SAMPLES = (
     "The validation loader yields other samples than at the last measurement, so the curves of RobustnessMonitor carry"
     " that noise. Use a loader that yields the same samples in the same order every time."
 )
-
-
-def obstacle(trainer: Trainer) -> str | None:
-    """The reason why a run cannot be measured, if there is one."""
-    if trainer.barebones:
-        return "`Trainer(barebones=True)` logs nothing, so RobustnessMonitor measures nothing. Drop `barebones=True`."
-    strategy, spread = trainer.strategy, None
-    if isinstance(strategy, DeepSpeedStrategy | FSDPStrategy):
-        spread = type(strategy).__name__
-    elif isinstance(strategy, ModelParallelStrategy) and strategy.device_mesh["tensor_parallel"].size() > 1:
-        spread = "tensor parallelism"
-    if spread is None:
-        return None
-    return (
-        f"RobustnessMonitor measures nothing under {spread}, which spreads the weights over processes in a way that it"
-        " cannot undo. Use `DDPStrategy`, or `ModelParallelStrategy(tensor_parallel_size=1)` with"
-        " `torch.distributed.fsdp.fully_shard` in `configure_model`."
-    )
-
-
-def no_such_loader(dataloader_idx: int, *, num_loaders: int) -> str:
-    """The loader to measure on does not exist."""
-    return (
-        f"RobustnessMonitor was told to measure on `dataloader_idx={dataloader_idx}`, but there are {num_loaders}"
-        f" loaders, so nothing is measured. Pass an index below {num_loaders}."
-    )
 
 
 def out_of_memory(samples_at_once: int) -> str:
@@ -83,38 +43,6 @@ def out_of_memory(samples_at_once: int) -> str:
         f"RobustnessMonitor ran out of memory, and from now on measures at most {samples_at_once} samples at once. The"
         f" numbers stay the same, but take longer. Pass `chunk_size={samples_at_once}` to avoid the failed attempt."
     )
-
-
-def before_fit(trainer: Trainer, *, prefix: str, every_n_epochs: int, budget: float | None) -> list[str]:
-    """Nothing will ever be measured, or EarlyStopping will count validations without a measurement."""
-    if sentence := obstacle(trainer):
-        return [sentence]
-    if not trainer.enable_validation:
-        return [
-            "RobustnessMonitor measures inside the validation loop, but this run has none, so nothing will be"
-            " measured. Define `validation_step` and a validation dataloader, with `limit_val_batches` above 0."
-        ]
-    if every_n_epochs == 1 and budget is None:
-        return []
-    when = f"every {every_n_epochs} epochs" if budget is None else "as often as the budget allows"
-    return [
-        f"EarlyStopping follows `{callback.monitor}`, which is measured {when}. Its `patience` counts validations, and"
-        " a validation without a measurement counts as no improvement. `RobustnessDriftStopping` counts measurements."
-        for callback in trainer.callbacks  # type: ignore[attr-defined]
-        if type(callback) is EarlyStopping and callback.monitor.startswith(prefix)
-    ]
-
-
-def hardly_a_curve(overhead: Overhead, *, budget: float) -> list[str]:
-    """A budget of time has left few measurements."""
-    made, due = overhead.made, overhead.made + overhead.left_out
-    if made >= _FEW_POINTS:
-        return []
-    return [
-        f"RobustnessMonitor made {made} of {due} measurements within `overhead_budget={budget:g}`; the last one took"
-        f" {overhead.times.cost:.2g} s. So few points hardly make a curve: lower `max_samples`, measure fewer `metrics`"
-        " or raise the budget."
-    ]
 
 
 def on_loader(share: LoaderShare, *, max_samples: int) -> list[str]:
@@ -133,13 +61,39 @@ def reservoir(max_samples: int) -> str:
     )
 
 
-def not_finite(values: Mapping[str, float], *, prefix: str) -> list[str]:
-    """Values that are not logged."""
-    return [
-        f"`{prefix}{key}` is not finite, so it is not logged. Its curve has gaps wherever this happens."
-        for key, value in values.items()
-        if not math.isfinite(value)
-    ]
+def on_keys(keys: Iterable[str], others: Iterable[str], *, prefix: str) -> list[str]:
+    """Logged keys with which some loggers cannot deal.
+
+    Args:
+        keys: Those of the monitor, with the prefix.
+        others: Everything that is logged.
+        prefix: What the monitor puts before its keys.
+    """
+    ours, sentences = set(keys), []
+    if pair := next((pair for pair in leaves_and_folders({*ours, *others}) if not ours.isdisjoint(pair)), None):
+        sentences.append(
+            f"Both `{pair[0]}` and `{pair[1]}` are logged. Loggers that make folders of '/' (MLflow's file store,"
+            " DVCLive) cannot keep both and end the training. Give one of them another name, e.g. with"
+            " `RobustnessMonitor(log_key_prefix='robustness_monitor/')`."
+        )
+    if odd := sorted(key for key in ours if has_renamed_characters(key.removeprefix(prefix))):
+        sentences.append(
+            f"`{odd[0]}` holds characters that some loggers rename or refuse. Let `compute` of"
+            " the metric return keys of letters, digits, '_', '-', '.' and '/'."
+        )
+    return sentences
+
+
+def not_finite(keys: Sequence[str], *, prefix: str) -> list[str]:
+    """Keys whose values are not finite and therefore not logged."""
+    if len(keys) <= 1:
+        return [
+            f"`{prefix}{key}` is not finite, so it is not logged. Its curve has gaps wherever this happens."
+            for key in keys
+        ]
+    names = [f"`{prefix}{key}`" for key in keys]
+    listed = f"{', '.join(names[:3])} and {len(names) - 3} more" if len(names) > 3 else " and ".join(names)
+    return [f"{listed} are not finite, so they are not logged. Their curves have gaps wherever this happens."]
 
 
 def on_values(metrics: Iterable[ProbeMetric], values: Mapping[str, float], *, prefix: str) -> list[str]:
@@ -159,7 +113,18 @@ def skipped(failures: Mapping[int, Failure], names: Mapping[int, str], *, epoch:
         parts = [f"{' and '.join(metrics)}: {message}" for message, metrics in by_message.items()]
         what = f"in epoch {epoch} {' '.join(parts)}"
     raised = any(failure.kind == "raised" for failure in failures.values())
-    hint = " If the module is not called as `pl_module(inputs)`, pass `probe_fn`." if raised else ""
+    hint = ""
+    if raised:
+        hint = (
+            " If the module is not called as `pl_module(inputs)`, pass"
+            " `probe_fn=lambda pl_module, batch: Probe(pl_module.network, batch[0], batch[1])`, with the network and"
+            " the tensors that it takes."
+        )
+    elif "Expected the model to return" in what and "probe_fn=" not in what:
+        hint = (
+            " To wrap it, pass `probe_fn=lambda pl_module, batch: Probe(lambda x: logits_of(pl_module(x)), batch[0],"
+            " batch[1])`, where your `logits_of` picks or reshapes the output."
+        )
     return f"RobustnessMonitor skipped {what} The run goes on.{hint} `on_error='raise'` stops with a traceback instead."
 
 
@@ -167,29 +132,37 @@ def _ended(sentence: str) -> str:
     return sentence if sentence.endswith(("?", "!")) else f"{sentence.rstrip('.')}."
 
 
-def on_probe(probe: Probe) -> list[str]:
+def on_probe(
+    probe: Probe, *, units_matter: bool = True, more: Callable[[Tensor], Iterable[str]] = lambda outputs: ()
+) -> list[str]:
     """Check, on the first samples of a run, what must be true for the numbers to mean anything.
 
-    Costs three forward passes and a backward pass of up to eight samples.
+    Costs three forward passes of up to eight samples.
+
+    Args:
+        probe: The samples.
+        units_matter: Whether anything is measured that depends on the units of the inputs.
+        more: Finds more to tell, from the outputs.
 
     Returns:
         One sentence for each flaw: outputs that are probabilities, or random; samples whose outputs depend on
-        other samples, or on their place in the batch; very many classes; inputs in other units than the options say.
+        other samples, or on their place in the batch; inputs in other units than the options say.
 
     Raises:
-        ValueError: If no gradient leads from the outputs to the inputs on which they depend.
+        TypeError: If the inputs are integers, and the network takes none.
+        ValueError: If the network cannot be called on some of the samples, or its outputs are not finite. Outputs
+            without gradients are refused where gradients are taken.
     """
-    check_inputs(probe.inputs)
+    check_inputs(probe.inputs, with_derivative=False)
     probe = probe.rows(slice(_EXAMINED))
     x = full_precision(probe.inputs)
     with differentiable(probe.model):
-        leaf = x.clone().requires_grad_()
-        outputs = outputs_of(probe.network, leaf)
-        has_gradient = outputs.requires_grad and _has_gradient(outputs, leaf)
+        leaf = x.clone().requires_grad_() if x.is_floating_point() else x
+        outputs = outputs_of(probe.network.on_all(), leaf).detach()
         with torch.no_grad():  # in the same context: a network that remembers its last pass shows it
-            again = outputs_of(probe.network, x)
-    sentences = _about_model(probe, x, outputs.detach(), again, has_gradient=has_gradient)
-    return [*sentences, *_about_classes(outputs), *_about_units(probe)]
+            again = outputs_of(probe.network.on_all(), x)
+    sentences = [*_about_model(probe, x, outputs, again), *more(outputs)]
+    return [*sentences, *_about_units(probe)] if units_matter and x.is_floating_point() else sentences
 
 
 def note_on(probe: Probe) -> str | None:
@@ -203,16 +176,7 @@ def note_on(probe: Probe) -> str | None:
     )
 
 
-def _has_gradient(outputs: Tensor, leaf: Tensor) -> bool:
-    """Whether any gradient of the outputs differs from zero."""
-    # random weights: outputs that always add up to the same have a gradient, too
-    weights = torch.rand(outputs.shape, generator=torch.Generator().manual_seed(0)).to(outputs)
-    with watched_once():
-        (gradient,) = torch.autograd.grad((weights * outputs).sum(), leaf, materialize_grads=True)
-    return bool(gradient.any())
-
-
-def _about_model(probe: Probe, x: Tensor, outputs: Tensor, again: Tensor, *, has_gradient: bool) -> list[str]:
+def _about_model(probe: Probe, x: Tensor, outputs: Tensor, again: Tensor) -> list[str]:
     are_logits = outputs.ndim == 2 and outputs.shape[1] > 1
     flaws = []
     if are_logits and outputs.min() >= 0 and torch.allclose(outputs.sum(dim=1), outputs.new_ones(()), atol=1e-3):
@@ -220,61 +184,23 @@ def _about_model(probe: Probe, x: Tensor, outputs: Tensor, again: Tensor, *, has
             "The model returns probabilities (non-negative rows that sum to 1), but logits are expected: softmax would"
             " be applied twice and every number is wrong. Return the values before softmax."
         )
-    tolerance = 1e-4 * outputs.abs().max()
-    if (again - outputs).abs().max() > tolerance:
+    tolerance = tolerances(outputs)
+    if ((again - outputs).abs() > tolerance).any():
         flaws.append(
             "The model returns other outputs when it is called twice on the same inputs, even in eval mode, so the"
             " numbers are partly noise. Look for random layers that ignore eval mode, such as `F.dropout(x)` without"
             " `training=self.training`."
         )
         return flaws
-    dependence = _dependence(probe, x, outputs, tolerance)
-    if dependence:
-        flaws.append(dependence)
-    elif are_logits and (outputs - outputs[:1]).abs().max() > tolerance and not has_gradient:
-        raise ValueError(
-            "Expected a model whose outputs have gradients with respect to its inputs, but they change without any, and"
-            " every number would claim perfect robustness. Does its forward pass use `torch.no_grad()`, `detach()` or"
-            " rounding?"
-        )
-    return flaws
-
-
-def _dependence(probe: Probe, x: Tensor, outputs: Tensor, tolerance: Tensor) -> str | None:
-    """Say so if the outputs of a sample depend on the other samples in its batch, or on its place there."""
-
-    def moved(others: Tensor, expected: Tensor) -> bool:
-        return others.shape != expected.shape or bool(((others - expected).abs() > tolerance).any())
-
-    if len(x) < 2:
-        return None
-    others = probe.rows(slice(1, None))  # every sample in the place of its neighbour, and one sample less
-    try:
-        elsewhere = others.outputs(others.inputs)
-    except (RuntimeError, ValueError, IndexError) as error:
-        raise ValueError(f"{_BOUND} (Called on {len(x) - 1} of {len(x)} samples, it raised: {error})") from error
-    if not moved(elsewhere, outputs[1:]):
-        return None
-    disturbed = x.clone()
-    disturbed[0] = x[-1]  # another sample rather than noise: some networks refuse inputs that are out of range
-    return _MIXES if moved(probe.outputs(disturbed)[1:], outputs[1:]) else _BOUND
-
-
-def _about_classes(outputs: Tensor) -> list[str]:
-    num_classes = outputs.shape[1] if outputs.ndim == 2 else 0
-    if num_classes <= _MANY_CLASSES:
-        return []
-    return [
-        f"The model has {num_classes} classes. An exact measurement costs one backward pass per class and sample, and"
-        f" memory for {num_classes}² numbers per sample. If it takes too long, lower `max_samples` or raise"
-        " `every_n_epochs`."
-    ]
+    with differentiable(probe.model):
+        dependent = dependence(probe.network, x, outputs)
+    return flaws if dependent is None else [*flaws, dependent]
 
 
 def _about_units(probe: Probe) -> list[str]:
     sentences = []
     low, high = float(probe.inputs.min()), float(probe.inputs.max())
-    if probe.input_std is None and (low < 0 or high > 1):
+    if are_images_of_unknown_scale(probe.inputs, probe.input_std):
         remedy = (
             "For bytes from 0 to 255 pass `input_std=1/255`"
             if low >= 0

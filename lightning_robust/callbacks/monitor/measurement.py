@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from contextlib import ExitStack
 from typing import Literal
 
@@ -23,9 +23,11 @@ from lightning_robust.functional import gathered_weights
 from lightning_robust.functional._isolation.context import differentiable
 from lightning_robust.functional._validation.arguments import class_of
 from lightning_robust.metrics import ProbeMetric
+from lightning_robust.metrics.keys import leaves_and_folders
 from lightning_robust.probe import Probe
 
 Values = dict[int, dict[str, Tensor]]  # of each metric, by its index
+OWN_KEYS = frozenset({"num_samples", "seconds", "overhead"})  # that the monitor logs itself
 # messages that Lightning does not know
 _SHORTAGE = re.compile(
     r"out of memory|not enough memory|CUBLAS_STATUS_ALLOC_FAILED|CUDNN_STATUS_ALLOC_FAILED"
@@ -42,7 +44,7 @@ class Measurement:
 
     Args:
         metrics: What to measure.
-        examine: Sees the samples before the metrics do.
+        examine: Sees the samples before the metrics do, with the number of samples that this process measures.
         on_error: ``"raise"`` raises failures.
         samples_at_once: Bound on the samples that pass through the network together, if one is known.
 
@@ -57,7 +59,7 @@ class Measurement:
     def __init__(
         self,
         metrics: Sequence[ProbeMetric],
-        examine: Callable[[Probe], None],
+        examine: Callable[..., None],
         *,
         on_error: Literal["warn", "raise"],
         samples_at_once: int | None = None,
@@ -119,7 +121,10 @@ class Measurement:
             self._key = self.collector.key()
         for metric in self._metrics:  # Metal has no float64 (and does not run several processes)
             metric.to("cpu" if pl_module.device.type == "mps" else pl_module.device)
-        viewers = {WHOLE: self._examine} | {number: metric.update for number, metric in enumerate(self._metrics)}
+        examine = functools.partial(self._examine, num_samples=len(self.collector))
+        viewers: dict[int, Callable[[Probe], object]] = {WHOLE: examine} | {
+            number: metric.update for number, metric in enumerate(self._metrics)
+        }
         with muted_logging(pl_module), differentiable(pl_module, *self.collector.callables()):
             for group in self.collector.groups():
                 self._show(group.probe(), viewers)
@@ -170,20 +175,18 @@ class Measurement:
         """
         status, values = self._agree(times()), Values()
         if WHOLE not in status.failures:
+            start = time.perf_counter()
             for number, metric in enumerate(self._metrics):
                 if number not in status.failures:  # the same ones on every process, because computing is a collective
                     self._try(number, functools.partial(self._compute, number, metric, values))
+            self._seconds += time.perf_counter() - start
             status = self._agree(times())
         self._try(WHOLE, self._reset)
         return status, {number: value for number, value in values.items() if number not in status.failures}
 
     def _compute(self, number: int, metric: ProbeMetric, values: Values) -> None:
         computed = metric.compute()
-        if twice := {key for earlier in values.values() for key in earlier}.intersection(computed):
-            raise ValueError(
-                f"Expected each metric to log its own keys, but two log {sorted(twice)[:3]}."
-                " Another RobustnessMonitor with another `log_key_prefix` can measure the second."
-            )
+        check_keys(computed, {*OWN_KEYS, *(key for earlier in values.values() for key in earlier)})
         self.per_sample[number] = _kept(metric.per_sample)
         values[number] = computed
 
@@ -195,6 +198,24 @@ class Measurement:
     def _reset(self) -> None:
         for metric in self._metrics:
             metric.reset()
+
+
+def check_keys(keys: Iterable[str], earlier: Set[str]) -> None:
+    """Raise unless a metric's keys can be logged beside each other and beside those of earlier metrics."""
+    if twice := earlier & set(keys):
+        raise ValueError(
+            f"Expected each metric to log its own keys, but two log {sorted(twice)[:3]}."
+            " Another RobustnessMonitor with another `log_key_prefix` can measure the second."
+        )
+    if pair := next(leaves_and_folders({*earlier, *keys}), None):
+        raise ValueError(
+            f"Expected no key to be the folder of another, but got {pair[0]!r} and {pair[1]!r}: loggers that make"
+            f" folders of '/' end the training. Rename the second, e.g. to {_beside(*pair)!r}."
+        )
+
+
+def _beside(key: str, below: str) -> str:
+    return f"{key}_of{below.removeprefix(key)}"
 
 
 def _kept(per_sample: Mapping[str, Tensor]) -> dict[str, Tensor]:

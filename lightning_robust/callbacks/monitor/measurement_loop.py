@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
@@ -12,15 +14,18 @@ from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
-from lightning_robust.callbacks.monitor import diagnostics
+from lightning_robust.callbacks.monitor import diagnostics, run_diagnostics
+from lightning_robust.callbacks.monitor.announced_cost import on_cost
 from lightning_robust.callbacks.monitor.batches import Batch
 from lightning_robust.callbacks.monitor.measurement import Measurement, Values
 from lightning_robust.callbacks.monitor.overhead import Times
 from lightning_robust.callbacks.monitor.reporting import Reporter
+from lightning_robust.callbacks.monitor.run_record import RunRecord
 from lightning_robust.callbacks.monitor.sample_collection import SampleCollector
 from lightning_robust.callbacks.monitor.sample_selection import LoaderShare
 from lightning_robust.callbacks.monitor.schedule import Schedule
-from lightning_robust.callbacks.monitor.status import JointStatus, in_words
+from lightning_robust.callbacks.monitor.status import WHOLE, Failure, JointStatus, in_words
+from lightning_robust.callbacks.monitor.validation_witness import ValidationWitness, other_accuracy
 from lightning_robust.callbacks.warn_once import WarnOnce
 from lightning_robust.metrics import ProbeMetric
 from lightning_robust.probe import Probe
@@ -37,6 +42,7 @@ class MeasurementLoop:
     Attributes:
         schedule: When to measure; a run begins with a new one.
         warnings: The sentences of this run.
+        record: What happened in this run.
         incomplete: Whether anything failed in the last measurement.
         per_sample: By key without the prefix, per-sample values of the last measurement.
     """
@@ -56,36 +62,47 @@ class MeasurementLoop:
         self._max_samples, self._dataloader_idx, self._seed = max_samples, dataloader_idx, seed
         self.schedule = Schedule(1, None)
         self.warnings = WarnOnce()
+        self.record = RunRecord()
         self.incomplete = False
         self.per_sample: dict[str, Tensor] = {}
-        self._unexamined = True
+        self._unexamined, self._compared = True, False
         self._samples_at_once: int | None = None  # that fit into memory
         self._measurement: Measurement | None = None  # in progress
+        self._witness: ValidationWitness | None = None  # of the first batch of a run
+        self._clean: tuple[float, int] | None = None  # accuracy and number of the samples, after the first measurement
+        self._known: set[str] = set()  # keys that were logged before a validation
         self._targets: list[int] | None = None  # of the last measurement in `fit`
 
     def begin_run(self, schedule: Schedule | None) -> None:
         """Begin a new run; with a schedule, a new ``fit``."""
-        self._unexamined = True
+        self._unexamined, self._compared = True, False
         self.warnings.forget()
+        self.record = RunRecord()
         if schedule is not None:
             self.schedule, self._targets = schedule, None
 
     def begin(self, trainer: Trainer) -> None:
         """Begin a measurement, if one is due, possible and affordable."""
-        self._measurement = self.schedule.share = None
+        self._measurement = self.schedule.share = self._clean = None
+        self._known = set(trainer.callback_metrics)
         fitting, schedule, index = trainer.state.fn == TrainerFn.FITTING, self.schedule, self._dataloader_idx
-        if trainer.sanity_checking or (fitting and not schedule.is_due(trainer.current_epoch)):
+        if trainer.sanity_checking:
+            return
+        self.record.validations += 1
+        if fitting and not schedule.is_due(trainer.current_epoch):
             return
         loaders = CombinedLoader(trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders).flattened
-        obstacle = diagnostics.obstacle(trainer)
+        obstacle = run_diagnostics.obstacle(trainer)
         if obstacle is None and index >= len(loaders):
-            obstacle = diagnostics.no_such_loader(index, num_loaders=len(loaders))
+            obstacle = run_diagnostics.no_such_loader(index, num_loaders=len(loaders))
         if obstacle is not None:
+            self.record.impossible = True
             self.warnings.once(obstacle)
             return
         with schedule.overhead.counted(as_cost=False):
             if fitting and not schedule.is_affordable():
                 return
+        self.record.begun += 1
         schedule.overhead.begin_measurement()
         with schedule.overhead.counted():
             measurement = Measurement(
@@ -117,13 +134,18 @@ class MeasurementLoop:
 
     def _collect(self, measurement: Measurement, pl_module: LightningModule, batch: object) -> None:
         assert measurement.collector is not None
-        measurement.collector.add(self._read(pl_module, batch))
+        samples = self._read(pl_module, batch)
+        if self._unexamined and measurement.collector.is_empty and len(samples):
+            self._witness = ValidationWitness(pl_module, samples)
+        measurement.collector.add(samples)
         if measurement.collector.irregular:
             self.warnings.once(diagnostics.reservoir(self._max_samples))
 
     def measure(self, pl_module: LightningModule, *, batch_idx: int, dataloader_idx: int) -> None:
         """Measure after the last batch, on the weights that were validated: a later hook may exchange them."""
         measurement = self._measurement
+        if self._witness is not None:
+            self._witness.stop()
         at = (dataloader_idx, batch_idx)
         if measurement is not None and at == (self._dataloader_idx, measurement.last_batch):
             with self.schedule.overhead.counted():
@@ -155,18 +177,40 @@ class MeasurementLoop:
             self.warnings.once(diagnostics.UNSHARED)
         self.per_sample = {key: found for number in values for key, found in measurement.per_sample[number].items()}
         if values:
+            self.record.measured += 1
             self.guard(lambda: self._report(trainer, pl_module, values, status), "log a measurement")
         if status.failures:
-            names = {number: type(metric).__name__ for number, metric in enumerate(self._metrics)}
-            self.warnings.warn(diagnostics.skipped(status.failures, names, epoch=trainer.current_epoch))
+            self._explain(status.failures, epoch=trainer.current_epoch)
 
-    def _examine(self, probe: Probe) -> None:
-        """Once per run, warn of anything that makes the numbers mean something else than they seem to."""
+    def _explain(self, failures: Mapping[int, Failure], *, epoch: int) -> None:
+        """Warn of failures whose cause is new in this run."""
+        names = {number: type(metric).__name__ for number, metric in enumerate(self._metrics)}
+        if WHOLE in failures or failures.keys() >= names.keys():
+            first = failures[min(failures)]
+            new = dict(failures) if self.record.is_new(WHOLE, None, first.message, epoch=epoch) else {}
+        else:
+            is_new = functools.partial(self.record.is_new, epoch=epoch)
+            new = {number: found for number, found in failures.items() if is_new(number, names[number], found.message)}
+        if new:
+            self.warnings.warn(diagnostics.skipped(new, names, epoch=epoch))
+
+    def _examine(self, probe: Probe, *, num_samples: int) -> None:
+        """Once per run, warn of anything that makes the numbers mean something else than they seem to, or take long."""
+        start = time.perf_counter()
+
+        def cost(outputs: Tensor) -> list[str]:
+            seconds = time.perf_counter() - start
+            return on_cost(self._metrics, probe, outputs, num_samples=num_samples, seconds=seconds)
+
         if self._unexamined:
-            self.warnings.once(*diagnostics.on_probe(probe))
-            if note := diagnostics.note_on(probe):
+            units_matter = any(metric.depends_on_units for metric in self._metrics)
+            self.warnings.once(*diagnostics.on_probe(probe, units_matter=units_matter, more=cost))
+            if units_matter and (note := diagnostics.note_on(probe)):
                 rank_zero_info(note)
-            self._unexamined = False
+            discrepancy = None if self._witness is None else self._witness.discrepancy()
+            if discrepancy is not None and not self.warnings.were("The model "):
+                self.warnings.once(discrepancy)
+            self._unexamined, self._witness = False, None
 
     def _compare(self, measurement: Measurement) -> None:
         """Warn if the samples differ from those of the last measurement."""
@@ -175,16 +219,36 @@ class MeasurementLoop:
             if before is not None and before != self._targets and not self.warnings.were(diagnostics.SHUFFLES):
                 self.warnings.once(diagnostics.OTHER_SAMPLES)
 
+    def compare_accuracy(self, trainer: Trainer, *, prefixes: Sequence[str]) -> None:
+        """After the first validation of a run, compare the accuracy of the samples with what the module has logged."""
+        if self._clean is not None and not self.warnings.were(("The m", "`validation_step`")):
+            clean, num_samples = self._clean
+            logged = {
+                key: float(value)
+                for key, value in trainer.callback_metrics.items()
+                if key not in self._known and not key.startswith(tuple(prefixes))
+            }
+            if sentence := other_accuracy(logged, clean, num_samples=num_samples):
+                self.warnings.once(sentence)
+
     def _report(self, trainer: Trainer, pl_module: LightningModule, values: Values, status: JointStatus) -> None:
         logged = self._reporter.report(trainer, pl_module, self._metrics, values, status)
+        if not self._compared:
+            clean = [value for key, value in logged.items() if key.endswith(("accuracy_linf_0", "accuracy_l2_0"))]
+            self._clean, self._compared = (clean[0], status.num_samples) if clean else None, True
         prefix, measured = self._reporter.prefix, [self._metrics[number] for number in values]
-        self.warnings.once(*diagnostics.not_finite(logged, prefix=prefix))
+        self.warnings.once(*diagnostics.on_keys(self._reporter.values, trainer.callback_metrics, prefix=prefix))
+        self.warnings.once(*diagnostics.not_finite(self.record.newly_not_finite(logged), prefix=prefix))
         if not self.warnings.were("The model "):  # then every number is in doubt
-            self.warnings.once(*diagnostics.on_values(measured, logged, prefix=prefix))
+            sentences = diagnostics.on_values(measured, logged, prefix=prefix)
+            # the caveat of a key is given once: its numbers change from measurement to measurement
+            self.warnings.once(*(said for said in sentences if not self.warnings.were(said.split(" ")[0] + " ")))
 
     def abandon(self) -> None:
         """Drop a measurement that will not be finished, with its samples."""
-        self._measurement = None
+        if self._witness is not None:
+            self._witness.stop()
+        self._measurement = self._witness = None
 
     def guard(self, step: Callable[[], None], purpose: str) -> None:
         """Take a step whose failure must not end a run."""
@@ -193,4 +257,4 @@ class MeasurementLoop:
         except Exception as error:
             if self._on_error == "raise":
                 raise
-            self.warnings.warn_here(f"RobustnessMonitor could not {purpose}: {in_words(error)}. The run goes on.")
+            self.warnings.once_here(f"RobustnessMonitor could not {purpose}: {in_words(error)}. The run goes on.")

@@ -49,6 +49,11 @@ class SampleCollector:
         total = sum(len(positions) for positions, _ in self._kept)
         return len(range(self._rank, total, self._num_processes)) if self.presumes else total
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether no batch has come yet."""
+        return self._seen == 0
+
     def add(self, batch: Batch) -> None:
         """Copy the selected samples of the next batch."""
         if self._seen == 0 and len(batch) != self._expected(len(batch)):

@@ -34,6 +34,11 @@ class FromEmbeddings:
     key: str
     passes_mask: bool
 
+    @property
+    def __self__(self) -> object:
+        """The network, as of a bound method."""
+        return self.call
+
     def __call__(self, x: Tensor, **extras: Tensor) -> Any:
         """Outputs of the network; raises a ``ValueError`` unless it embeds the ids once, and nothing else."""
         ids, mask = extras.pop(self.key), extras.get(MASK)

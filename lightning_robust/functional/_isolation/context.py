@@ -8,7 +8,8 @@ Inside :func:`differentiable` all of that is neutralised, and afterwards everyth
 - backward hooks are not called: these passes do not belong to the training;
 - every module is in eval mode, each by its own flag (``.eval()`` would call user overrides of ``train``, and would
   un-freeze a frozen BatchNorm on the way back);
-- stand-ins take the places of parameters and buffers (:mod:`~lightning_robust.functional._isolation.stand_ins`);
+- stand-ins take the places of parameters and buffers (:mod:`~lightning_robust.functional._isolation.stand_ins`), and
+  networks in half precision compute in float32 (:mod:`~lightning_robust.functional._isolation.precision`);
 - side effects of forward passes are reverted (:mod:`~lightning_robust.functional._isolation.side_effects`): they would
   keep a graph alive, and lead the training to the stand-ins;
 - compiled networks run eagerly: a second grad mode and batch size would trigger recompilation, and AOT autograd has no
@@ -32,10 +33,12 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_robust.functional._isolation.kernels import replaced_kernels
+from lightning_robust.functional._isolation.precision import single_precision
 from lightning_robust.functional._isolation.sharding import refuse_distributed
 from lightning_robust.functional._isolation.side_effects import side_effects_reverted
 from lightning_robust.functional._isolation.stand_ins import stand_in_tensors
 
+_NO_GRADIENT = "does not require grad"  # in torch's errors about `torch.autograd.grad`
 _MANY = 1000  # a container of more items holds no networks
 _isolated: set[int] = set()  # modules inside the context, by identity
 
@@ -80,12 +83,29 @@ def _isolation(modules: list[nn.Module]) -> Iterator[None]:
             stack.enter_context(_without_cudnn())
         stack.enter_context(_in_eval_mode(modules))
         stack.enter_context(_without_backward_hooks(modules))
+        stack.enter_context(single_precision(modules))
         stack.enter_context(stand_in_tensors(modules))
         stack.enter_context(replaced_kernels(modules))
         stack.enter_context(side_effects_reverted(modules))
         _isolated.update(map(id, modules))
         stack.callback(_isolated.difference_update, set(map(id, modules)))
         yield
+
+
+def passed(model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Call a network on a copy of samples, in grad mode only if that is on or the network needs it for itself.
+
+    The forward pass of an energy-based model, or of one that returns forces, takes a gradient.
+    """
+    recording = torch.is_grad_enabled()
+    try:
+        outputs = model(x.clone())
+    except RuntimeError as error:
+        if recording or _NO_GRADIENT not in str(error):
+            raise
+        with torch.enable_grad():
+            outputs = model(x.clone())
+    return outputs if recording or not isinstance(outputs, Tensor) else outputs.detach()
 
 
 def owner_of(function: Callable[..., object]) -> nn.Module | None:

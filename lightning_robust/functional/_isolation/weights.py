@@ -26,6 +26,7 @@ class Weights:
         self._places: dict[str, list[tuple[dict[str, Any], str]]] = {}
         self._shielded: dict[str, Tensor] = {}  # what stands there otherwise
         self._originals: set[int] = set()
+        self._renewals: list[Callable[[], object]] = []
         names: dict[int, str] = {}
         for prefix, owner in module.named_modules():
             for key, tensor in owner._parameters.items():
@@ -56,9 +57,20 @@ class Weights:
         """Let the network compute with these tensors instead of the leaves."""
         try:
             self._put(tensors)
+            for renew in self._renewals:
+                renew()
             yield
         finally:
             self._put({name: self.tensors[name] for name in tensors})
+
+    @contextmanager
+    def renewing(self, renew: Callable[[], object]) -> Iterator[None]:
+        """Take a step whenever other tensors take the places of the leaves."""
+        self._renewals.append(renew)
+        try:
+            yield
+        finally:
+            self._renewals.remove(renew)
 
     def _put(self, tensors: Mapping[str, Tensor]) -> None:
         for name, tensor in tensors.items():

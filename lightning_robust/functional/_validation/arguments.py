@@ -55,9 +55,18 @@ def as_number(value: object) -> float:
 
 
 def as_numbers(value: object) -> list[float] | None:
-    """The entries of a flat list, tuple, tensor or array, each as :func:`as_number`; None for any other value."""
+    """The entries of a flat sequence, tensor or array, each as :func:`as_number`; None for text or any other value."""
+    entries = as_sequence(value)
+    return None if entries is None else [as_number(entry) for entry in entries]
+
+
+def as_sequence(value: object) -> Sequence[object] | None:
+    """A list, tuple or other sequence (configuration files bring their own), tensor or array; None for anything else.
+
+    Text and bytes do not count: they would be sequences of letters.
+    """
     entries = plain(value)
-    return [as_number(entry) for entry in entries] if isinstance(entries, list | tuple) else None
+    return entries if isinstance(entries, Sequence) and not isinstance(entries, str | bytes | bytearray) else None
 
 
 def plain(value: object) -> object:

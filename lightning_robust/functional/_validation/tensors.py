@@ -8,8 +8,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from lightning_robust.functional._isolation.context import passed
 from lightning_robust.functional._isolation.side_effects import watched
-from lightning_robust.functional._isolation.stand_ins import full_precision
+from lightning_robust.functional._isolation.stand_ins import full_precision, plain_tensor
 from lightning_robust.functional._validation.arguments import (
     check_floating,
     check_function,
@@ -18,18 +19,20 @@ from lightning_robust.functional._validation.arguments import (
     optional,
 )
 
+# Elements checked at once: the check takes memory of their size, and some tensors are the largest that there are.
+_CHECKED_ELEMENTS = 2**22
 _WRAP = "Wrap the model so that it does (in a callback, through `probe_fn`)."
 
 
 def check_given_logits(logits: Tensor) -> None:
-    """Raise unless logits that the caller gives are a finite tensor (N, C) with N ≥ 1 and C ≥ 2."""
+    """Raise unless logits that the caller gives are a tensor (N, C), N ≥ 1, C ≥ 2, finite but for masks of −∞."""
     check_floating("logits", logits, "(N, C)")
     if logits.ndim != 2 or logits.shape[1] < 2 or len(logits) == 0:
         raise ValueError(
             "Expected argument `logits` to be of shape (N, C) with at least one sample and C ≥ 2 classes, but got"
             f" shape {tuple(logits.shape)}."
         )
-    check_finite(logits, "logits")
+    check_finite_or_masked(logits, "logits")
 
 
 def check_gram(logits: Tensor, gram: Tensor) -> None:
@@ -59,9 +62,9 @@ def check_pass(model: object, inputs: Tensor, *, chunk_size: int | None = None) 
     check_inputs(inputs)
 
 
-def check_inputs(inputs: Tensor) -> None:
-    """Raise unless ``inputs`` are finite floating-point samples ``(N, ...)`` with N ≥ 1."""
-    check_input_type(inputs)
+def check_inputs(inputs: Tensor, *, with_derivative: bool = True) -> None:
+    """Raise unless ``inputs`` are finite samples ``(N, ...)`` with N ≥ 1; of floating point ``with_derivative``."""
+    (check_input_type if with_derivative else check_real)(inputs)
     if inputs.ndim < 1 or inputs.numel() == 0:
         raise ValueError(
             "Expected argument `inputs` to hold at least one sample, and no empty ones, but got shape"
@@ -73,16 +76,22 @@ def check_inputs(inputs: Tensor) -> None:
 def check_input_type(inputs: Tensor) -> None:
     """Raise a ``TypeError`` unless ``inputs`` are a tensor of floating-point numbers."""
     if isinstance(inputs, Tensor) and not inputs.is_floating_point():
-        raise TypeError(
-            f"Expected argument `inputs` to be floating point, but got {inputs.dtype}: integers, such as token ids or"
-            " raw bytes, have no derivative. Scale bytes to floats; for token ids make the model start at its"
-            " embeddings and pass those (in a callback, through `probe_fn`)."
-        )
+        raise TypeError(_integers(inputs, ": integers, such as token ids or raw bytes, have no derivative"))
     check_floating("inputs", inputs, "(N, ...)")
 
 
+def check_real(inputs: Tensor) -> None:
+    """Raise a ``TypeError`` unless ``inputs`` are a tensor of real numbers, integers or booleans."""
+    check_kind("inputs", inputs, Tensor, "a tensor (N, ...)")
+    if inputs.is_complex():
+        raise TypeError(f"Expected argument `inputs` to be floating point or integer, but got {inputs.dtype}.")
+
+
 def check_outputs(outputs: object, *, num_samples: int, are_logits: bool = False) -> None:
-    """Raise unless ``outputs`` is a finite tensor ``(num_samples, ...)``; for logits ``(num_samples, C)`` and C ≥ 2."""
+    """Raise unless ``outputs`` is a finite tensor ``(num_samples, ...)``; for logits ``(num_samples, C)`` and C ≥ 2.
+
+    Outputs that may be logits may have masks of −∞.
+    """
     if are_logits and num_samples == 0:
         raise ValueError("Expected at least one sample, but got none.")
     expected = "logits of shape (N, C) with C ≥ 2 classes" if are_logits else "outputs of shape (N, ...)"
@@ -103,7 +112,8 @@ def check_outputs(outputs: object, *, num_samples: int, are_logits: bool = False
         )
     if outputs.ndim == 0 or len(outputs) != num_samples or (are_logits and outputs.ndim != 2):
         raise ValueError(f"{error} {_WRAP}")
-    check_finite(outputs, "logits" if are_logits else "outputs")
+    may_be_logits = outputs.ndim > 1 and outputs.shape[1] > 1
+    (check_finite_or_masked if may_be_logits else check_finite)(outputs, "logits" if are_logits else "outputs")
 
 
 check_logits = partial(check_outputs, are_logits=True)
@@ -114,12 +124,31 @@ def outputs_of(
 ) -> Tensor:
     """Call a network on a copy of samples ``(N, ...)``. ``check=None`` skips the check, which waits for the device."""
     with watched():
-        outputs = model(x.clone())
+        try:
+            outputs = passed(model, x)
+        except (RuntimeError, TypeError) as error:
+            _blame_integers(x, error)
+            raise
+    if isinstance(outputs, Tensor):
+        outputs = plain_tensor(outputs)
     if isinstance(outputs, Tensor) and len(x) == 1 and outputs.ndim > 0 and len(outputs) != 1:
         outputs = outputs[None]  # a network that squeezes its outputs loses the dimension of a single sample
     if check is not None:
         check(outputs, num_samples=len(x))
     return outputs
+
+
+def _blame_integers(x: Tensor, error: Exception) -> None:
+    """Raise a ``TypeError`` with a remedy if a network fails because its inputs are integers."""
+    if not x.is_floating_point() and ("type" in str(error) or "implemented for" in str(error)):
+        raise TypeError(_integers(x, ", which the model does not take"))
+
+
+def _integers(inputs: Tensor, why: str) -> str:
+    return (
+        f"Expected argument `inputs` to be floating point, but got {inputs.dtype}{why}. Scale bytes to floats; for"
+        " token ids make the model start at its embeddings and pass those (in a callback, through `probe_fn`)."
+    )
 
 
 def check_targets(
@@ -147,10 +176,25 @@ def check_targets(
 
 def check_finite(values: Tensor, what: str) -> None:
     """Raise, with the number of samples concerned, if any of ``values`` ``(N, ...)`` is NaN or infinite."""
-    finite = values.detach().isfinite()
-    if not finite.all():
-        bad = (~finite.flatten(1).all(dim=1) if finite.ndim > 1 else ~finite).nonzero()[:, 0]
-        raise ValueError(
-            f"Expected finite {what}, but got NaN or infinity in {len(bad)} of {len(values)} samples"
-            f" (first: sample {int(bad[0])})."
-        )
+    size = max(1, _CHECKED_ELEMENTS // max(1, values.shape[1:].numel()))
+    parts = (part.isfinite() for part in torch.split(values.detach(), size))
+    finite = torch.cat([part.flatten(1).all(dim=1) if part.ndim > 1 else part for part in parts])
+    _refuse(~finite, f"Expected finite {what}, but got NaN or infinity")
+
+
+def check_finite_or_masked(logits: Tensor, what: str) -> None:
+    """Raise if any of ``logits`` ``(N, C, ...)`` is NaN or +∞, or if −∞ masks all classes of a sample."""
+    finite = logits.detach().isfinite()
+    if finite.all():
+        return
+    masked = logits.detach().isneginf()
+    _refuse(~finite & ~masked, f"Expected finite {what}, but got NaN or infinity")
+    expected = f"Expected {what} with at least one class that is not masked by −∞"
+    _refuse(masked.all(dim=1, keepdim=True), f"{expected}, but got none")
+
+
+def _refuse(wrong: Tensor, sentence: str) -> None:
+    """Raise, with the number of samples concerned, if anything is ``wrong`` ``(N, ...)``."""
+    if wrong.any():
+        bad = (wrong.flatten(1).any(dim=1) if wrong.ndim > 1 else wrong).nonzero()[:, 0]
+        raise ValueError(f"{sentence} in {len(bad)} of {len(wrong)} samples (first: sample {int(bad[0])}).")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from lightning_robust.functional._isolation.side_effects import watched
+from lightning_robust.functional._isolation.side_effects import start_anew, watched
 from lightning_robust.functional._validation.extras import SampleModel
 from lightning_robust.functional.curvature._autograd_graph import Node
 from lightning_robust.functional.curvature._use_norms import Slopes, takes_samples_last, use_norms
@@ -35,7 +35,10 @@ class DirectNorms:
 
         Weights for which there is no rule are missing.
         """
-        leaf = inputs.detach().requires_grad_()  # marks what depends on the samples; its gradient is never computed
+        start_anew()  # what earlier passes have kept may have no graph
+        leaf = inputs.detach()
+        if leaf.is_floating_point():
+            leaf.requires_grad_()  # marks what depends on the samples; its gradient is never computed
         with watched():
             outputs = self._model.on(rows)(leaf.clone()).reshape(len(inputs), -1)
         uses = uses_of_weights(outputs, leaf, self.tensors)

@@ -24,6 +24,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_robust.functional._validation.scales import masked_classes
+
 
 class GaussNewtonRoot(ABC):
     """``F`` with ``F Fᵀ = A``, the Hessian of each sample's loss with respect to its outputs.
@@ -48,6 +50,10 @@ class GaussNewtonRoot(ABC):
         """How many columns of the root can differ from zero."""
         return outputs[0].numel()
 
+    def num_signs(self, outputs: Tensor) -> list[int]:
+        """How many of the first signs of each sample can have an effect."""
+        return [outputs[0].numel()] * len(outputs)
+
     @abstractmethod
     def times(self, signs: Tensor, outputs: Tensor, targets: Tensor | None) -> Tensor:
         """Compute ``F u`` of each sample, ``(M, N, K)``, in the dtype of the outputs.
@@ -69,8 +75,17 @@ class SoftmaxRoot(GaussNewtonRoot):
         return self._loss.weight is not None
 
     def num_columns(self, outputs: Tensor) -> int:
-        """One less than classes at every position; signs of the last class have no effect."""
-        return outputs[0].numel() - outputs[0, 0].numel()
+        """One less than classes that are not masked; at every position, one less than classes."""
+        if outputs.ndim > 2:
+            return outputs[0].numel() - outputs[0, 0].numel()
+        return max(2, *self.num_signs(outputs)) - 1
+
+    def num_signs(self, outputs: Tensor) -> list[int]:
+        """One for each class that is not masked, because the least probable classes come last."""
+        if outputs.ndim > 2:
+            return super().num_signs(outputs)
+        counts: list[int] = (~masked_classes(outputs)).sum(dim=1).tolist()
+        return counts
 
     def times(self, signs: Tensor, outputs: Tensor, targets: Tensor | None) -> Tensor:
         """See the base class."""

@@ -77,9 +77,15 @@ class CurvedLayers:
         self._reached = self._curved = 0  # sets of tensors, as bits
 
     def names(self) -> tuple[str, ...]:
-        """Names of the tensors, including those that no outputs so far depend on: other samples may reach them."""
-        linear = self._reached & ~self._curved
-        return tuple(name for k, name in enumerate(self._weights.tensors) if not linear >> k & 1)
+        """Names of the tensors."""
+        return self._named(self._reached & self._curved)
+
+    def reached(self) -> frozenset[str]:
+        """Names of the tensors to which the graph leads from the outputs of any sample so far, curved or not."""
+        return frozenset(self._named(self._reached))
+
+    def _named(self, bits: int) -> tuple[str, ...]:
+        return tuple(name for k, name in enumerate(self._weights.tensors) if bits >> k & 1)
 
     def read(self, outputs: Tensor) -> None:
         """Classify the operations between weights and outputs ``(N, ...)`` of a forward pass.

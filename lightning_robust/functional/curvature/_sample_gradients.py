@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_robust.functional._isolation.side_effects import side_effects_reverted, watched
+from lightning_robust.functional._isolation.side_effects import side_effects_reverted, start_anew, watched
 from lightning_robust.functional._isolation.weights import Weights
 from lightning_robust.functional._validation.extras import SampleModel
 from lightning_robust.functional.curvature._direct_norms import DirectNorms
@@ -124,6 +124,7 @@ class SampleGradients:
         return norms.detach().double()
 
     def _one_by_one(self, tensors: Mapping[str, Tensor], samples: _Samples, _: _Plain | None) -> dict[str, Tensor]:
+        start_anew()  # what earlier passes have kept may have no graph
         inputs, rows, cotangents = samples
         norms = inputs.new_zeros(*cotangents.shape[:2], len(tensors), dtype=torch.float64)
         for n in range(len(inputs)):

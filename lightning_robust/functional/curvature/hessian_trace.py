@@ -58,7 +58,8 @@ class TraceEstimate:
     """Traces of the Hessian of the mean loss, in units of loss per squared unit of weight.
 
     Attributes:
-        layers: Trace of the diagonal block of each trained parameter tensor, by its name; 0-d, float64.
+        layers: Trace of the diagonal block of each trained parameter tensor to which a gradient leads from the
+            outputs, by its name; 0-d, float64.
         stderr: Standard error of each trace on these samples, from the choice of probes; NaN for a single probe.
         sample_stderr: Standard error of each trace as an estimate for the population, from the choice of samples and
             probes; NaN if all samples are in one block.
@@ -69,6 +70,8 @@ class TraceEstimate:
         matrix: Whose trace each number is: ``"hessian"``, or ``"gauss_newton"`` with that estimator, which does not
             check whether the two are equal.
         num_probes: Number of probes, of the kind that took more.
+        unreached: Names of the trained parameter tensors to which no gradient leads, so that they are left out: the
+            forward pass does not use them in eval mode, or takes numbers that were computed from them before.
     """
 
     layers: dict[str, Tensor]
@@ -80,6 +83,7 @@ class TraceEstimate:
     estimator: dict[str, str]
     matrix: dict[str, str]
     num_probes: int
+    unreached: tuple[str, ...] = ()
 
 
 def hessian_trace(
@@ -100,11 +104,12 @@ def hessian_trace(
     """Estimate the trace of the Hessian of the mean loss over samples, for each trained parameter tensor.
 
     The network runs in eval mode and float32, or float64 if it is in float64; it is left unchanged. Parameters with
-    ``requires_grad=False`` are left out, tied parameters count once, and unused parameters have trace 0.
+    ``requires_grad=False`` are left out, tied parameters count once. Unused parameters are left out, too: a trace of 0
+    means that the loss is linear in a parameter.
 
     Args:
         model: Maps inputs ``(N, ...)`` to logits ``(N, C)``, sample by sample: a module, or a method of one.
-        inputs: ``(N, ...)``, floating point.
+        inputs: ``(N, ...)``, floating point, or integers such as token ids.
         targets: Targets as the loss takes them, ``(N,)`` class indices for cross-entropy, or ``(N, ...)`` with one
             per position of outputs ``(N, C, ...)``. They may be None where the
             Gauss–Newton matrix suffices and does not depend on them (cross-entropy without class weights).
@@ -134,10 +139,10 @@ def hessian_trace(
         A :class:`TraceEstimate`.
 
     Raises:
-        TypeError: If ``inputs`` are not floating point.
+        TypeError: If ``inputs`` are not a tensor of real numbers.
         ValueError: If an argument has a wrong value, the estimator needs targets or a Gauss–Newton root of the loss
-            that are missing, the model has no trained weights or lacks a second derivative that is needed, or a number
-            is not finite.
+            that are missing, the model has no trained weights to which a gradient leads, or lacks a second derivative
+            that is needed, or a number is not finite.
 
     Source: see the module's docstring.
     """
@@ -193,7 +198,8 @@ def _more_probes(sums: CurvatureSums, *, rtol: float, max_probes: int) -> tuple[
     return range(there[0], stops[0]), range(there[1], stops[1])
 
 
-def _estimate(sums: CurvatureSums, plan: Plan) -> TraceEstimate:
+def _estimate(all_sums: CurvatureSums, plan: Plan) -> TraceEstimate:
+    sums = all_sums.where_reached()
     total = sums.total()
     return TraceEstimate(
         layers=dict(zip(sums.names, sums.means(), strict=True)),
@@ -205,4 +211,5 @@ def _estimate(sums: CurvatureSums, plan: Plan) -> TraceEstimate:
         estimator={name: "hutchinson" if name in plan.hutchinson else "gauss_newton" for name in sums.names},
         matrix=dict.fromkeys(sums.names, "hessian" if plan.is_hessian else "gauss_newton"),
         num_probes=max(len(part) for part in sums.parts),
+        unreached=all_sums.unreached(),
     )

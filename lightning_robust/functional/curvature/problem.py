@@ -7,12 +7,14 @@ shared by all probes taken together, and a backward pass; a Hutchinson probe a H
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass
 
 import torch
 from torch import Tensor, nn
 
+from lightning_robust.functional._isolation.caches import caches_made_anew
+from lightning_robust.functional._isolation.side_effects import start_anew
 from lightning_robust.functional._isolation.stand_ins import full_precision
 from lightning_robust.functional._isolation.weights import Weights, differentiable_weights
 from lightning_robust.functional._validation.extras import SampleModel
@@ -44,7 +46,7 @@ class CurvatureProblem:
     chunk_size: int | None = None
 
     def __post_init__(self) -> None:
-        check_inputs(self.inputs)
+        check_inputs(self.inputs, with_derivative=False)
 
     @contextmanager
     def examined(self) -> Iterator[ExaminedProblem]:
@@ -56,7 +58,10 @@ class CurvatureProblem:
                 "Expected argument `loss_fn` to be torch's cross-entropy, MSE or BCE with logits for"
                 f" estimator='gauss_newton', but got {given}. Use estimator='hutchinson'."
             )
-        with differentiable_weights(self.model, self.loss_fn, module=self.module) as weights:
+        with (
+            differentiable_weights(self.model, self.loss_fn, module=self.module) as weights,
+            caches_made_anew(weights, self.model, full_precision(self.inputs[:2])),
+        ):
             yield ExaminedProblem(self, loss, weights)
 
 
@@ -82,25 +87,24 @@ class ExaminedProblem:
         # torch's attention runs in a fused kernel without a graph, which rounds otherwise: every estimator takes its
         # outputs from there, so that they agree to the last bit in layers where they measure the same
         self._is_fused = any(isinstance(module, _FUSED) for module in weights.modules)
-        curved = None
-        if gauss_newton and problem.estimator == "auto":
-            curved = CurvedLayers(weights, up_to_a_constant=loss.is_cross_entropy)
+        curved = CurvedLayers(weights, up_to_a_constant=loss.is_cross_entropy)
         self._outputs = [self._examined(rows, curved) for rows in self._chunks]
-        if curved is not None:
+        self._reached = curved.reached()
+        if gauss_newton and problem.estimator == "auto":
             self.plan = Plan(gauss_newton, curved.names())
         else:
             self.plan = Plan(gauss_newton, () if gauss_newton else names, is_hessian=not gauss_newton)
         self._check_loss()
+        root = loss.root  # samples may mask different classes
+        self._columns = 0 if root is None else max(root.num_columns(outputs) for outputs in self._outputs)
 
-    def _examined(self, rows: Tensor, curved: CurvedLayers | None) -> Tensor:
-        """Outputs of some samples, and on the way the layers in which they are curved."""
-        with torch.no_grad() if curved is None else nullcontext():
-            outputs = outputs_of(self._model.on(rows), self._inputs[rows])
-        if curved is not None:
-            curved.read(outputs)
-            if self._is_fused:
-                with torch.no_grad():
-                    outputs = outputs_of(self._model.on(rows), self._inputs[rows])
+    def _examined(self, rows: Tensor, curved: CurvedLayers) -> Tensor:
+        """Outputs of some samples, and on the way the layers that they depend on and those in which they are curved."""
+        outputs = outputs_of(self._model.on(rows), self._inputs[rows])
+        curved.read(outputs)
+        if self._is_fused:
+            with torch.no_grad():
+                outputs = outputs_of(self._model.on(rows), self._inputs[rows])
         outputs = outputs.detach().clone()  # a network may write every batch of outputs to the same memory
         self._loss.check(outputs, self._targets_of(rows))
         return outputs
@@ -147,7 +151,7 @@ class ExaminedProblem:
         for part in parts:
             check_finite(part.flatten(1), "curvature")
         counts = torch.zeros(NUM_BLOCKS, dtype=torch.float64).index_add_(0, blocks, self._counts)
-        return CurvatureSums(names, parts, counts, exact)
+        return CurvatureSums(names, parts, counts, exact, self._reached)
 
     def _gauss_newton_forms(
         self, rows: Tensor, outputs: Tensor, seeds: ProbeSeeds, probes: range
@@ -158,12 +162,12 @@ class ExaminedProblem:
         """
         root = self._loss.root
         assert root is not None
-        columns, size = root.num_columns(outputs), outputs[0].numel()
-        exact = columns <= probes.stop
+        size = outputs[0].numel()
+        exact = self._columns <= probes.stop
         if exact:
-            signs = torch.eye(columns, size, dtype=torch.int8).unsqueeze(1).expand(-1, len(rows), -1)
+            signs = torch.eye(self._columns, size, dtype=torch.int8).unsqueeze(1).expand(-1, len(rows), -1)
         else:
-            signs = sample_signs([seeds.keys[row] for row in rows], probes, size)
+            signs = sample_signs([seeds.keys[row] for row in rows], probes, root.num_signs(outputs), width=size)
         cotangents = root.times(signs.to(outputs.device), outputs, self._targets_of(rows))
         forms = self._gradients.squared_norms(self._inputs[rows], rows, cotangents)
         return (forms.sum(dim=0).expand(len(probes), -1, -1) if exact else forms), exact
@@ -171,6 +175,7 @@ class ExaminedProblem:
     def _hutchinson_forms(self, rows: Tensor, keys: Sequence[tuple[int, ...]]) -> Tensor:
         """``v_kᵀ(Hv)_k`` summed over samples, or with ``R`` in place of ``H``, for each key and layer, ``(M, L)``."""
         assert self._targets is not None
+        start_anew()  # what earlier passes have kept may have no graph, or one that is used up
         targets = self._targets[rows]
         outputs = outputs_of(self._model.on(rows), self._inputs[rows])
         refuse_missing_derivatives(outputs, self._weights)

@@ -59,11 +59,17 @@ def _mixed(*numbers: int) -> int:
     return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=_BITS // 8).digest())
 
 
-def sample_signs(keys: Sequence[int], probes: range, size: int) -> Tensor:
-    """Independent random signs for each probe and sample, ``(len(probes), N, size)``."""
-    generators = (torch.Generator().manual_seed(key) for key in keys)
-    bits = [torch.randint(2, (probes.stop, size), generator=generator, dtype=torch.int8) for generator in generators]
-    return torch.stack([rows[probes.start :] for rows in bits], dim=1) * 2 - 1
+def sample_signs(keys: Sequence[int], probes: range, sizes: Sequence[int], *, width: int) -> Tensor:
+    """Independent random signs for each probe and sample, ``(len(probes), N, width)``.
+
+    Each of the N samples has as many random signs as ``sizes`` says; the rest is −1.
+    """
+    bits = torch.zeros(len(probes), len(keys), width, dtype=torch.int8)
+    for n, (key, size) in enumerate(zip(keys, sizes, strict=True)):
+        generator = torch.Generator().manual_seed(key)
+        drawn = torch.randint(2, (probes.stop, size), generator=generator, dtype=torch.int8)
+        bits[:, n, :size] = drawn[probes.start :]
+    return bits * 2 - 1
 
 
 def weight_signs(tensors: Sequence[Tensor], *keys: int) -> list[Tensor]:

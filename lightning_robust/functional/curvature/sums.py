@@ -18,7 +18,7 @@ processes. There are two errors:
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -36,12 +36,32 @@ class CurvatureSums:
             numbers M of probes may differ; a part without probes counts as 0.
         weights: ``(B,)``, sum of the weights of samples in the mean.
         exact: Whether the first part is free of noise: its probes are all equal, and no more are needed.
+        reached: Names of the tensors to which autograd's graph leads from the outputs of any of these samples; all of
+            them by default. The numbers of others are zeros that nothing was measured for.
     """
 
     names: tuple[str, ...]
     parts: tuple[Tensor, ...]
     weights: Tensor
     exact: bool = False
+    reached: frozenset[str] | None = None
+
+    def unreached(self) -> tuple[str, ...]:
+        """Names of the tensors to which no gradient leads."""
+        return () if self.reached is None else tuple(name for name in self.names if name not in self.reached)
+
+    def where_reached(self) -> CurvatureSums:
+        """The sums of the tensors to which a gradient leads; raises a ``ValueError`` if there is none."""
+        left_out = set(self.unreached())
+        places = [place for place, name in enumerate(self.names) if name not in left_out]
+        if not places:
+            raise ValueError(
+                "Expected a model whose outputs have gradients with respect to its trained weights, but no gradient"
+                f" leads from them to any of {list(self.names[:3])}. Does its forward pass use `torch.no_grad()` or"
+                " `detach()`, or numbers that were computed from the weights before?"
+            )
+        names = tuple(self.names[place] for place in places)
+        return replace(self, names=names, parts=tuple(part[:, :, places] for part in self.parts), reached=None)
 
     def combined(self, coefficients: Tensor) -> CurvatureSums:
         """Linear combinations of layers with coefficients ``(L, K)``, without names."""
@@ -91,7 +111,8 @@ def joined(earlier: CurvatureSums, more: CurvatureSums) -> CurvatureSums:
     first, *others = (torch.cat(pair) for pair in zip(earlier.parts, more.parts, strict=True))
     if more.exact:
         first = more.parts[0][:1].expand_as(first)
-    return CurvatureSums(earlier.names, (first, *others), earlier.weights, earlier.exact or more.exact)
+    reached = None if earlier.reached is None or more.reached is None else earlier.reached | more.reached
+    return CurvatureSums(earlier.names, (first, *others), earlier.weights, earlier.exact or more.exact, reached)
 
 
 def student_t_factor(freedom: Tensor) -> Tensor:

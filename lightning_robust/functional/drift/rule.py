@@ -226,7 +226,7 @@ def _checked_errors(
     if per_sample is None:
         return errors, [None] * count
     expected = f"a list of {count} tensors (N,) of finite numbers, or None"
-    if not isinstance(per_sample, list | tuple) or len(per_sample) != count or not all(map(_is_vector, per_sample)):
+    if not isinstance(per_sample, Sequence) or len(per_sample) != count or not all(map(_is_vector, per_sample)):
         raise ValueError(expected_but_got("per_sample", expected, per_sample))
     return errors, list(per_sample)
 

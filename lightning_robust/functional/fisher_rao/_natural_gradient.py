@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from lightning_robust.functional._validation.extras import SampleModel
-from lightning_robust.functional.fisher_rao._state import Paths, other_classes
+from lightning_robust.functional.fisher_rao._state import Paths
+from lightning_robust.functional.fisher_rao.geometry import other_classes
 from lightning_robust.functional.input_space.float64 import widened
 from lightning_robust.functional.input_space.jacobian import (
     combination,

@@ -61,12 +61,6 @@ def joined(*groups: Paths) -> Paths:
     return Paths(*map(torch.cat, zip(*groups, strict=True)))
 
 
-def other_classes(source: Tensor, num_classes: int) -> Tensor:
-    """All classes except each sample's own, in order: (n, C − 1)."""
-    others = torch.arange(num_classes - 1, device=source.device).expand(len(source), -1)
-    return others + (others >= source[:, None])
-
-
 def flat(x: Tensor) -> Tensor:
     """Samples (n, ...) as rows (n, D); n may be 0."""
     return x.reshape(len(x), math.prod(x.shape[1:]))

@@ -13,7 +13,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lightning_robust.functional.fisher_rao._state import Paths, other_classes
+from lightning_robust.functional._validation.scales import masked_classes
+from lightning_robust.functional.fisher_rao._state import Paths
+from lightning_robust.functional.fisher_rao.geometry import other_classes
 
 # A crossing is located to a gap of this many nats between two logits, or of this many times their rounding error, or
 # with at most this many trials.
@@ -65,7 +67,7 @@ def locate_crossing(
     shape = (-1, *(1,) * (ahead.ndim - 1))
     before, beyond = paths.x, ahead
     lead_before, lead_beyond = _lead(paths.logits, paths.source), _lead(logits, paths.source)
-    rounding = torch.finfo(logits.dtype).eps * logits.abs().amax(dim=1)
+    rounding = torch.finfo(logits.dtype).eps * logits.abs().masked_fill(masked_classes(logits), 0).amax(dim=1)
     allowed = (_ROUNDINGS * rounding).clamp_min(_GAP)
     for trial in range(_TRIALS):
         # regula falsi towards half of the allowed gap beyond; bisection every third time, lest one end never move

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_robust.functional._validation.extras import SampleModel
+from lightning_robust.functional._validation.scales import computable
 from lightning_robust.functional._validation.tensors import outputs_of
 from lightning_robust.functional.fisher_rao._natural_gradient import natural_gradient_by_cg, natural_gradient_by_gram
 from lightning_robust.functional.fisher_rao._state import Paths, flat, joined
@@ -20,6 +21,7 @@ from lightning_robust.functional.fisher_rao.geometry import distance_of_logits, 
 from lightning_robust.functional.fisher_rao.path_options import DAMPING, SHARE_OF_THE_WAY, PathOptions
 from lightning_robust.functional.input_space.float64 import widened
 from lightning_robust.functional.input_space.jacobian import input_gradient, leaf_and_logits
+from lightning_robust.functional.input_space.missing_gradients import refuse_missing_gradients
 from lightning_robust.functional.input_space.units import Units
 
 
@@ -56,6 +58,8 @@ class Tracer:
         leaf, logits = leaf_and_logits(self._model.on(paths.sample), paths.x, check=None)
         gap = paths.gap(logits)
         slope = widened(input_gradient(gap, leaf, self._units.std)).square().sum(dim=1)
+        if not slope.any():
+            refuse_missing_gradients(self._model.on(paths.sample), paths.x)
         if options.damping is None:
             damping = torch.where(slope > 0, slope * (DAMPING / 4), 1)  # no path leads away from a flat start
         else:
@@ -76,8 +80,8 @@ class Tracer:
         logits = self._logits_at(paths, ahead)
         if not self._unit_steps:
             ahead, logits = approach_target(paths, ahead, logits, step_at=self._step_at, logits_at=self._logits_at)
-        computable = flat(ahead).isfinite().all(dim=1) & logits.isfinite().all(dim=1)
-        moved = computable & (flat(ahead) != flat(paths.x)).any(dim=1)
+        able = flat(ahead).isfinite().all(dim=1) & computable(logits, paths.logits)
+        moved = able & (flat(ahead) != flat(paths.x)).any(dim=1)
         crossed = moved & (logits.argmax(dim=1) != paths.source)
         if not self._unit_steps and crossed.any():
             rows = crossed.nonzero()[:, 0]
@@ -95,7 +99,8 @@ class Tracer:
     def _logits_at(self, paths: Paths, x: Tensor) -> Tensor:
         """Logits of paths at points (m, ...), without a graph. They need not be finite: a path ends there."""
         with torch.no_grad():
-            return outputs_of(self._model.on(paths.sample), x, check=None)
+            outputs = outputs_of(self._model.on(paths.sample), x, check=None)
+        return outputs.contiguous()  # an expanded one cannot be written to
 
     def _step_at(self, paths: Paths, x: Tensor) -> Tensor:
         """Steps of paths at points (m, ...) of their own."""

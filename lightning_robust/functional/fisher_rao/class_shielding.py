@@ -128,7 +128,7 @@ def _estimates(paths: FisherRaoPaths, num_classes: int) -> dict[str, Estimate]:
 
 def sums_of_samples(paths: FisherRaoPaths) -> dict[str, tuple[Tensor, Tensor]]:
     """Numerators and denominators of the estimates per source class, summed over the paths of each sample (N,)."""
-    ended = paths.success.double()
+    ended, exist = paths.success.double(), paths.exist.double()
     left = paths.has_left.double()
     terms = {
         "margin": (ended * paths.margins, ended),
@@ -138,7 +138,7 @@ def sums_of_samples(paths: FisherRaoPaths) -> dict[str, tuple[Tensor, Tensor]]:
         "linf": (ended * paths.linf, ended),
         "shielded": (paths.shielded.double(), left),
         "success": (left, paths.traced.double()),
-        "unreached": (1 - ended, torch.ones_like(ended)),
+        "unreached": (exist - ended, exist),
     }
     return {name: (top.sum(dim=1), bottom.sum(dim=1)) for name, (top, bottom) in terms.items()}
 

@@ -103,6 +103,12 @@ def class_indices(name: str, classes: Tensor, scores: Tensor) -> Tensor:
     return labels.to(scores.device)
 
 
+def other_classes(source: Tensor, num_classes: int) -> Tensor:
+    """All classes except each sample's own, in order: (n, C − 1)."""
+    others = torch.arange(num_classes - 1, device=source.device).expand(len(source), -1)
+    return others + (others >= source[:, None])
+
+
 def _distance_of_roots(first: Tensor, second: Tensor) -> Tensor:
     """Distance from square roots of probabilities, by their chord, because cosines of small angles round to 1."""
     chord: Tensor = torch.linalg.vector_norm(first - second, dim=-1)

@@ -35,10 +35,11 @@ from lightning_robust.functional._isolation.context import differentiable
 from lightning_robust.functional._isolation.stand_ins import full_precision
 from lightning_robust.functional._validation.arguments import check_kind
 from lightning_robust.functional._validation.extras import SampleModel
+from lightning_robust.functional._validation.scales import masked_classes
 from lightning_robust.functional._validation.tensors import check_logits, check_pass, check_targets, outputs_of
-from lightning_robust.functional.fisher_rao._state import Paths, flat, other_classes
+from lightning_robust.functional.fisher_rao._state import Paths, flat
 from lightning_robust.functional.fisher_rao._tracing import Tracer
-from lightning_robust.functional.fisher_rao.geometry import class_indices, margin_bound
+from lightning_robust.functional.fisher_rao.geometry import class_indices, margin_bound, other_classes
 from lightning_robust.functional.fisher_rao.path_options import Mode, Solver, check_path_options
 from lightning_robust.functional.input_space.float64 import float64_dtype, widened
 from lightning_robust.functional.input_space.jacobian import largest_chunk
@@ -54,14 +55,14 @@ class FisherRaoPaths:
 
     Attributes:
         source: ``(N,)``, class that each sample's paths leave.
-        targets: ``(N, K)``, classes that the paths aim at.
+        targets: ``(N, K)``, classes that the paths aim at; −1 where a class is masked, so that there is no path.
         margins: ``(N, K)``, length of each path in nats until the class changes; 0 if the sample is misclassified. In
             mode ``"unit_steps"`` it is the number of steps.
         l2: ``(N, K)``, Euclidean distance from the sample to the end of each path, in units of the un-normalised input.
         linf: ``(N, K)``, largest change of a feature, in the same units.
         first_hit: ``(N, K)``, class that the path entered first, −1 if it entered none.
         success: ``(N, K)``, bool, whether the class has changed. If not, lengths and distances are those of the path so
-            far.
+            far, 0 if there is none.
         steps: ``(N, K)``, number of steps; 0 if the sample is misclassified.
         bound: ``(N, K)``, lower bound of the length of any path from the sample into the class that was hit, or into
             the class aimed at if none was hit.
@@ -82,9 +83,14 @@ class FisherRaoPaths:
     logits: Tensor
 
     @property
+    def exist(self) -> Tensor:
+        """``(N, K)``, bool: paths that aim at a class; the others would have aimed at a masked one."""
+        return self.targets >= 0
+
+    @property
     def traced(self) -> Tensor:
         """``(N, K)``, bool: paths of correctly classified samples."""
-        return (self.steps > 0) | ~self.success
+        return ((self.steps > 0) | ~self.success) & self.exist
 
     @property
     def has_left(self) -> Tensor:
@@ -133,7 +139,7 @@ def trace_fisher_rao_paths(
         model: Maps inputs ``(N, ...)`` to logits ``(N, C)``, sample by sample.
         inputs: ``(N, ...)``, floating point.
         targets: ``(N, K)``, or ``(K,)`` for all samples: class indices to aim at. By default all classes except the one
-            to leave, in order, so that K = C − 1.
+            to leave, in order, so that K = C − 1. There is no path to a class that a sample's logits mask.
         labels: ``(N,)``, true classes, which the paths leave. A sample that is predicted as another class has margin 0.
             By default the predicted classes.
         damping: ``λ``, in squared nats per squared unit of the un-normalised input, like the Fisher information. By
@@ -166,8 +172,8 @@ def trace_fisher_rao_paths(
 
     Raises:
         TypeError: If ``inputs`` are not floating point or the model does not return a tensor.
-        ValueError: If an argument has a wrong shape or value, a path aims at the class that it is to leave, or inputs
-            or their logits are not finite.
+        ValueError: If an argument has a wrong shape or value, a path aims at the class that it is to leave, inputs or
+            their logits are not finite, or the outputs change without gradients.
 
     Source: De & Säfken, "The Myth of Robust Classes"; see the module's docstring for the differences.
     """
@@ -184,9 +190,10 @@ def trace_fisher_rao_paths(
         predicted = start_logits.argmax(dim=1)
         source = predicted if labels is None else class_indices("labels", labels, start_logits)
         aims = _aims(targets, source, num_classes)
+        aims = torch.where(masked_classes(start_logits).gather(1, aims), -1, aims)
         num_rows = num_classes if solver == "gram" else _VECTORS_OF_CG
         at_once = largest_chunk(x, chunk_size, num_rows=num_rows)
-        samples, columns = (predicted == source)[:, None].expand_as(aims).nonzero(as_tuple=True)
+        samples, columns = ((predicted == source)[:, None] & (aims >= 0)).nonzero(as_tuple=True)
 
         def begin(numbers: Tensor) -> Paths:
             rows, zeros = samples[numbers], torch.zeros(len(numbers), dtype=float64_dtype(x), device=x.device)
@@ -209,7 +216,7 @@ def trace_fisher_rao_paths(
             )
 
         # the values of misclassified samples
-        success = torch.ones_like(aims, dtype=torch.bool)
+        success = aims >= 0
         steps = torch.zeros_like(aims)
         margins, l2, linf = (x.new_zeros(aims.shape) for _ in range(3))
         logits = start_logits[:, None].repeat(1, aims.shape[1], 1)
@@ -223,7 +230,7 @@ def trace_fisher_rao_paths(
     first_hit = torch.where(success, logits.argmax(dim=2), -1)
     entered = torch.where(success, first_hit, aims)
     probs = widened(start_logits).softmax(dim=1)
-    bound = margin_bound(probs.gather(1, source[:, None]), probs.gather(1, entered))
+    bound = margin_bound(probs.gather(1, source[:, None]), probs.gather(1, entered.clamp_min(0)))
     return FisherRaoPaths(
         source=source,
         targets=aims,
@@ -233,7 +240,7 @@ def trace_fisher_rao_paths(
         first_hit=first_hit,
         success=success,
         steps=steps,
-        bound=bound.to(x),
+        bound=torch.where(aims >= 0, bound, 0).to(x),
         start_logits=start_logits,
         logits=logits,
     )

@@ -25,7 +25,9 @@ from lightning_robust.functional._validation.arguments import (
     optional,
 )
 from lightning_robust.functional._validation.extras import SampleModel
+from lightning_robust.functional._validation.scales import masked_classes
 from lightning_robust.functional._validation.tensors import check_logits, check_pass, check_targets, outputs_of
+from lightning_robust.functional.input_space.missing_gradients import refuse_missing_gradients
 from lightning_robust.functional.input_space.units import Units, changes_within
 
 Norm = Literal["linf", "l2"]
@@ -80,7 +82,8 @@ def pgd(
 
     Raises:
         TypeError: If ``inputs`` are not floating point or the model does not return a tensor.
-        ValueError: If an argument has a wrong shape or value.
+        ValueError: If an argument has a wrong shape or value, the outputs change without gradients, or a sample has
+            fewer than three classes that are not masked for ``"dlr"``.
 
     Source: arXiv 1706.06083.
     """
@@ -115,11 +118,16 @@ def pgd(
             logits = outputs_of(network, clean + units.change(leaf), check=check_logits if step == 0 else None)
             if step == 0:  # later checks would only wait for the device
                 check_targets(labels, num_samples=len(clean), num_classes=logits.shape[1])
+                if loss == "dlr":
+                    _check_three_classes(logits.detach())
+            gradient = torch.zeros_like(leaf)
+            if logits.requires_grad:
+                with watched_once():
+                    (gradient,) = torch.autograd.grad(_total(loss, logits, labels), leaf, materialize_grads=True)
+            if step == 0 and not gradient.any():  # perhaps for want of a loss: a confident network has none
+                refuse_missing_gradients(network, clean + units.change(delta))
             if not logits.requires_grad:  # the logits do not depend on the input: there is nowhere to go
                 break
-            total = _total(loss, logits, labels)
-            with watched_once():
-                (gradient,) = torch.autograd.grad(total, leaf, materialize_grads=True)
             delta = into_ball_and_range(delta + decay[step] * size * _steepest(gradient, norm))
         attacked: Tensor = clean + units.change(delta)
     return attacked.detach()
@@ -130,12 +138,21 @@ def check_norm(norm: Norm) -> Norm:
     return check_choice("norm", norm, get_args(Norm))
 
 
+def _check_three_classes(logits: Tensor) -> None:
+    if logits.shape[1] < 3:
+        raise ValueError(f"Expected a model of three classes or more for `loss='dlr'`, but it has {logits.shape[1]}.")
+    fewest = int((~masked_classes(logits)).sum(dim=1).min())
+    if fewest < 3:
+        raise ValueError(
+            "Expected three classes or more that are not masked for `loss='dlr'`, but a sample has"
+            f" {fewest}. Use `loss='cross_entropy'`."
+        )
+
+
 def _total(loss: Loss, logits: Tensor, labels: Tensor) -> Tensor:
     """Sum of the losses that the attack increases. A sum keeps the samples independent."""
     if loss == "cross_entropy":
         return F.cross_entropy(logits, labels, reduction="sum")
-    if logits.shape[1] < 3:
-        raise ValueError(f"Expected a model of three classes or more for `loss='dlr'`, but it has {logits.shape[1]}.")
     first, second, third = logits.topk(3, dim=1).values.unbind(dim=1)
     own = logits.gather(1, labels[:, None])[:, 0]
     other = torch.where(logits.argmax(dim=1) == labels, second, first)

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from lightning_robust.functional._validation.arguments import as_number, expected_but_got
+from lightning_robust.functional._validation.scales import masked_classes, ordinary
 from lightning_robust.functional._validation.tensors import check_given_logits, check_gram, check_targets
 from lightning_robust.functional.input_space.float64 import to_float64
 
@@ -73,7 +74,8 @@ def fim_spectral_norm(logits: Tensor, gram: Tensor, *, temperature: float | Tens
     Source: arXiv 2606.04767; the reduction to C × C is ours.
     """
     check_gram(logits, gram)
-    largest = [torch.linalg.eigvalsh(_class_information(*part, temperature))[:, -1] for part in _chunks(logits, gram)]
+    parts = _chunks(_with_masks(logits), gram)
+    largest = [torch.linalg.eigvalsh(_class_information(*part, temperature))[:, -1] for part in parts]
     return torch.cat(largest).clamp_min(0).to(logits)
 
 
@@ -88,7 +90,7 @@ def fim_trace(logits: Tensor, gram: Tensor, *, temperature: float | Tensor = 1.0
     Source: arXiv 2606.04767, which estimates it; here it is exact.
     """
     check_gram(logits, gram)
-    matrices = (_class_information(*part, temperature) for part in _chunks(logits, gram))
+    matrices = (_class_information(*part, temperature) for part in _chunks(_with_masks(logits), gram))
     traces = [matrix.diagonal(dim1=1, dim2=2).sum(dim=1) for matrix in matrices]
     return torch.cat(traces).clamp_min(0).to(logits)
 
@@ -122,8 +124,15 @@ def fit_temperature(logits: Tensor, targets: Tensor) -> Tensor:
     proportional to the scale of the logits. Logits that do worse than even odds get the upper end of the range, 10⁴
     times their root mean square, which makes the odds even.
 
+    Masked classes take no part in any of this, as if the network did not have them: those with a logit of −∞, and
+    those with a logit so far below the others that their probability is exactly 0 and stays negligible at any
+    temperature that suits the others (more than 746 nats, and more than 30 times the range of the others). Samples
+    whose target is masked do not count, because no temperature makes it possible. Samples that have diverged do not
+    count, either: those whose class-centred logits are more than a hundred times larger than those of nine of ten
+    samples, because a single one of them would set the temperature of all. The temperature is 1 if no sample counts.
+
     Args:
-        logits: ``(N, C)``.
+        logits: ``(N, C)``; −∞ where a class is masked.
         targets: ``(N,)``, class indices.
 
     Returns:
@@ -135,9 +144,10 @@ def fit_temperature(logits: Tensor, targets: Tensor) -> Tensor:
     Source: Guo et al. 2017, arXiv 1706.04599; the treatment of separable samples is ours.
     """
     check_given_logits(logits)
-    z = to_float64(logits)
+    z = _with_masks(logits)
     y = check_targets(targets, num_samples=len(logits), num_classes=logits.shape[1]).to(z.device)
-    return _fit_temperature(z, _favoured(z, y)).to(logits)
+    counted = _counted(z, y)
+    return _fit_temperature(z[counted], _favoured(z[counted], y[counted])).to(logits)
 
 
 def calibrated_fim_spectral_norm(logits: Tensor, gram: Tensor, targets: Tensor) -> CalibratedSpectralNorm:
@@ -162,17 +172,20 @@ def calibrated_fim_spectral_norm(logits: Tensor, gram: Tensor, targets: Tensor) 
     Source: ours.
     """
     check_gram(logits, gram)
-    z, wide_gram = to_float64(logits), to_float64(gram)
+    z, wide_gram = _with_masks(logits), to_float64(gram)
     y = check_targets(targets, num_samples=len(logits), num_classes=logits.shape[1]).to(z.device)
-    favoured = _favoured(z, y)
-    temperature = _fit_temperature(z, favoured)
+    counted = _counted(z, y)
+    favoured = _favoured(z[counted], y[counted])
+    temperature = _fit_temperature(z[counted], favoured)
     value, vectors = _largest_eigenpairs(z, wide_gram, temperature)
 
     n, step = len(z), 1e-4
-    probs = (z / temperature).softmax(dim=1)
-    expected = (probs * z).sum(dim=1)
-    slope = expected - favoured  # ℓ'_i(β)
-    curvature = (probs * (z - expected[:, None]).square()).sum(dim=1).mean()  # mean ℓ''
+    probs, finite = (z / temperature).softmax(dim=1), _finite(z)
+    expected = (probs * finite).sum(dim=1)
+    slope, bend = torch.zeros_like(value), torch.zeros_like(value)  # ℓ'_i(β) and ℓ''_i(β)
+    slope[counted] = expected[counted] - favoured
+    bend[counted] = (probs * (finite - expected[:, None]).square()).sum(dim=1)[counted]
+    curvature = bend.mean()
     # to first order an eigenvalue changes as the quadratic form of its eigenvector does
     up, down = (_rayleigh(z, wide_gram, temperature / (1 + s), vectors) for s in (step, -step))
     sensitivity = (up - down).mean() / (2 * step) * temperature  # derivative of the mean with respect to β
@@ -203,7 +216,7 @@ def _largest_eigenpairs(z: Tensor, gram: Tensor, temperature: Tensor) -> tuple[T
     for part, part_gram in _chunks(z, gram):
         eigenvalues, eigenvectors = torch.linalg.eigh(_class_information(part, part_gram, temperature))
         values.append(eigenvalues[:, -1].clamp_min(0))
-        vectors.append(eigenvectors[:, :, -1])
+        vectors.append(eigenvectors[:, :, -1].clone())  # a view would keep all eigenvectors of all samples
     return torch.cat(values), torch.cat(vectors)
 
 
@@ -221,15 +234,33 @@ def _chunks(logits: Tensor, gram: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     return zip(torch.split(logits, size), torch.split(gram, size), strict=True)
 
 
+def _with_masks(logits: Tensor) -> Tensor:
+    """Logits in float64, with −∞ for every masked class (see :func:`fit_temperature`)."""
+    z = to_float64(logits)
+    return z.masked_fill(masked_classes(z), -torch.inf)
+
+
+def _finite(z: Tensor) -> Tensor:
+    """Logits for sums weighted by probabilities: 0 in place of −∞, because 0 · −∞ is not a number."""
+    return z.masked_fill(z.isneginf(), 0)
+
+
+def _counted(z: Tensor, y: Tensor) -> Tensor:
+    """Samples (N,), bool, to which a temperature is fitted: possible targets, and logits that have not diverged."""
+    possible = ~z.gather(1, y[:, None])[:, 0].isneginf()
+    return possible & ordinary(_centred(z).square().mean(dim=1).sqrt())
+
+
 def _fit_temperature(z: Tensor, favoured: Tensor) -> Tensor:
     """Temperature at which the expected logits equal the ``favoured`` logits on average."""
     spread = _spread(z)
-    if spread == 0:
+    if not len(z) or spread == 0:
         return z.new_ones(())
+    finite = _finite(z)
     low, high = ((1 / (bound * spread)).log() for bound in reversed(_TEMPERATURE_RANGE))  # of log β
     for _ in range(60):
         middle = (low + high) / 2
-        rising = (((middle.exp() * z).softmax(dim=1) * z).sum(dim=1) - favoured).mean() > 0  # derivative in β
+        rising = (((middle.exp() * z).softmax(dim=1) * finite).sum(dim=1) - favoured).mean() > 0  # derivative in β
         low, high = torch.where(rising, low, middle), torch.where(rising, middle, high)
     return (-(low + high) / 2).exp()
 
@@ -240,9 +271,21 @@ def _favoured(z: Tensor, y: Tensor) -> Tensor:
     missed_by = z.scatter(1, y[:, None], -torch.inf).amax(dim=1) - own[:, 0]
     errors = (missed_by / _spread(z).clamp_min(torch.finfo(z.dtype).tiny)).clamp(0, 1).sum()
     weight = _PSEUDO_SAMPLES * (1 - errors).clamp_min(0) / len(z)
-    return (1 - weight) * own[:, 0] + weight * z.mean(dim=1)
+    return (1 - weight) * own[:, 0] + weight * _class_mean(z)
 
 
 def _spread(z: Tensor) -> Tensor:
     """Root mean square of the class-centred logits."""
-    return (z - z.mean(dim=1, keepdim=True)).square().mean().sqrt()
+    squares, masked = _centred(z).square(), z.isneginf()
+    return (squares.sum() / (~masked).sum() if masked.any() else squares.mean()).sqrt()
+
+
+def _centred(z: Tensor) -> Tensor:
+    """Logits minus their mean over classes; 0 for masked classes."""
+    return (z - _class_mean(z)[:, None]).masked_fill(z.isneginf(), 0)
+
+
+def _class_mean(z: Tensor) -> Tensor:
+    """Mean (N,) over the classes that are not masked."""
+    masked = z.isneginf()
+    return _finite(z).sum(dim=1) / (~masked).sum(dim=1) if masked.any() else z.mean(dim=1)

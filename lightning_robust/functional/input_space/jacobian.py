@@ -97,7 +97,7 @@ class BoxConstraint:
 
         A perturbation of size ε achieves ``Σ_i |d_i| min(ε, box_i)``, which is concave and piecewise linear in ε.
         Newton's method from below therefore never overshoots. It ends after at most as many steps as there are pieces,
-        in practice after three.
+        in practice after three. An infinite gap, to a masked class, is closed by none: its slope is 0.
         """
         box = torch.where(differences > 0, self._down, self._up)
         weights, target = differences.abs().to(box), gaps.to(box)
@@ -110,7 +110,8 @@ class BoxConstraint:
             if not (step > 0).any():
                 break
             epsilon = epsilon + step
-        return torch.where(target > 0, target / epsilon, norms).to(differences)
+        slopes = torch.where(target > 0, target / epsilon, norms)
+        return torch.where(target.isfinite(), slopes, 0).to(differences)
 
 
 def input_gradient(outputs: Tensor, leaf: Tensor, std: Tensor | None) -> Tensor:

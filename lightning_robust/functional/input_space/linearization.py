@@ -28,6 +28,7 @@ from lightning_robust.functional._isolation.context import differentiable
 from lightning_robust.functional._isolation.stand_ins import full_precision
 from lightning_robust.functional._validation.arguments import check_kind, check_number
 from lightning_robust.functional._validation.extras import SampleModel
+from lightning_robust.functional._validation.scales import computable
 from lightning_robust.functional._validation.tensors import check_finite, check_logits, check_pass
 from lightning_robust.functional.input_space.attacks import Norm, check_norm
 from lightning_robust.functional.input_space.jacobian import (
@@ -38,6 +39,7 @@ from lightning_robust.functional.input_space.jacobian import (
     samples_at_once,
 )
 from lightning_robust.functional.input_space.linearized_margin import gap_l2
+from lightning_robust.functional.input_space.missing_gradients import refuse_missing_gradients
 from lightning_robust.functional.input_space.units import Units
 
 
@@ -46,7 +48,7 @@ class Linearization:
     """First-order behaviour of a network around N inputs.
 
     Attributes:
-        logits: ``(N, C)``, the network's outputs.
+        logits: ``(N, C)``, the network's outputs; −∞ where a class is masked.
         gram: ``(N, C, C)``, ``J Jᵀ`` with ``J`` in logits per unit of un-normalised input. It is float64 because
             margins and Fisher information are differences of its entries, in which a component common to all rows of
             ``J`` cancels.
@@ -95,8 +97,10 @@ def linearize(
 
     Raises:
         TypeError: If ``inputs`` are not floating point or the model does not return a tensor.
-        ValueError: If an argument has a wrong shape or value, the logits are not ``(N, C)`` with ``C ≥ 2``, or inputs,
-            logits or gradients are not finite.
+        ValueError: If an argument has a wrong shape or value, the logits are not ``(N, C)`` with ``C ≥ 2``, inputs,
+            logits or gradients are not finite, or the outputs change without gradients.
+
+    A logit of −∞ masks its class: no margin, information or attack depends on that class.
 
     Source: ours; see the module's docstring.
     """
@@ -112,11 +116,14 @@ def linearize(
             chunk = x[rows]
             leaf, logits = leaf_and_logits(network.on(rows), chunk)
             fitting = size if fitted else samples_at_once(x, chunk_size, num_classes=logits.shape[1])
-            if fitting == size:
+            fits = fitting == size
+            if fits:
                 chunks.append(gram_and_gaps(logits, leaf, units.std, BoxConstraint.of(chunk, units)))
                 start += len(chunk)
             size, fitted = fitting, True
             del leaf, logits  # free the graph before the next pass builds another
+            if fits and _is_flat(chunks[-1]):
+                refuse_missing_gradients(network.on(rows), chunk)
     return _joined(chunks)
 
 
@@ -193,15 +200,22 @@ def relinearize(
             )
             leaf, logits = leaf_and_logits(network.on(rows), moved, check=None)
             # the boundary of a sample with almost no gradient may lie beyond what the network can compute
-            computable = logits.isfinite().all(dim=1)
-            if not computable.all():
-                moved = torch.where(computable.view(-1, *(1,) * (x.ndim - 1)), moved, x[rows])
+            able = computable(logits, here.logits)
+            if not able.all():
+                moved = torch.where(able.view(-1, *(1,) * (x.ndim - 1)), moved, x[rows])
                 del leaf, logits
                 leaf, logits = leaf_and_logits(network.on(rows), moved, check=None)
             check_logits(logits, num_samples=len(moved))
             chunks.append(gram_and_gaps(logits, leaf, units.std, box, logits_before=here.logits))
             del leaf, logits  # free the graph before the next pass builds another
+            if _is_flat(chunks[-1]):
+                refuse_missing_gradients(network.on(rows), moved)
     return _joined(chunks)
+
+
+def _is_flat(chunk: tuple[Tensor, Tensor, Tensor]) -> bool:
+    """Whether all gradients are exactly zero, by their squared norms."""
+    return not chunk[1].diagonal(dim1=1, dim2=2).any()
 
 
 def _joined(chunks: list[tuple[Tensor, Tensor, Tensor]]) -> Linearization:

@@ -12,6 +12,7 @@ from torch import Tensor
 from lightning_robust.functional._isolation.stand_ins import full_precision
 from lightning_robust.functional._validation.arguments import as_number, as_numbers, expected_but_got, plain
 
+_SMALLEST_IMAGE = 20  # pixels per side
 Constant = float | Sequence[float] | Tensor  # one number, or one per channel
 
 
@@ -52,6 +53,20 @@ class Units(NamedTuple):
         return raw_change if self.std is None else raw_change / self.std
 
 
+def are_images(inputs: Tensor) -> bool:
+    """Whether inputs (N, channels, H, W, ...) or (N, H, W) are images rather than tables (N, D) or sequences (N, T, D).
+
+    Of three dimensions only square images of some size can be told from sequences.
+    """
+    side = inputs.shape[-1] if inputs.ndim else 0
+    return inputs.ndim > 3 or (inputs.ndim == 3 and inputs.shape[1] == side >= _SMALLEST_IMAGE)
+
+
+def are_images_of_unknown_scale(inputs: Tensor, std: Constant | None) -> bool:
+    """Whether inputs are images beyond the range from 0 to 1, without a word on how they were scaled."""
+    return std is None and are_images(inputs) and bool((inputs.amin() < 0) | (inputs.amax() > 1))
+
+
 def _channelwise(name: str, value: Constant, inputs: Tensor, *, positive: bool = True) -> Tensor:
     """Check a scalar or per-channel constant, and shape it to broadcast against ``inputs`` ``(N, channels, ...)``."""
     entries = as_numbers(value)
@@ -89,7 +104,7 @@ def check_valid_range(valid_range: tuple[float, float] | None) -> tuple[float, f
     """Return ``valid_range`` as floats, or raise unless it is None or two numbers in ascending order."""
     if valid_range is None:
         return None
-    ends = as_numbers(valid_range) if isinstance(valid_range, tuple | list) else None
+    ends = as_numbers(valid_range)
     if ends is None or len(ends) != 2 or not ends[0] < ends[1]:
         raise ValueError(expected_but_got("valid_range", "(low, high) with low < high", valid_range))
     return ends[0], ends[1]

@@ -355,8 +355,13 @@ def test_values_that_are_missing_or_not_finite_are_skipped(tmp_path: Path, missi
     assert stopper.stopped_epoch == 9
     assert series(stopper) == [0.6, 0.7, 0.7, 0.4, 0.4, 0.4]
     assert messages
-    expected = "skipped the measurement in epoch" if missing is None else "is not finite, so it is not logged"
-    assert all(expected in message for message in messages)
+    if missing is None:
+        assert [message.split(":")[0] for message in messages] == [
+            "RobustnessMonitor skipped the measurement in epoch 0",
+            "RobustnessMonitor skipped 3 more measurements, for the reason given in epoch 0.",
+        ]
+    else:
+        assert all("is not finite, so it is not logged" in message for message in messages)
 
 
 def test_values_of_the_user_that_are_not_finite_are_skipped_with_one_warning(tmp_path: Path) -> None:

@@ -227,7 +227,7 @@ class Careless(Text):
 
 def test_padding_is_never_perturbed() -> None:
     probe = read_batch(Careless().eval(), texts(), probe_fn=None, defaults=DEFAULTS).probe()
-    jacobian = torch.autograd.functional.jacobian(lambda x: probe.network(x).sum(dim=0), probe.inputs)
+    jacobian = torch.autograd.functional.jacobian(lambda x: probe.network.on_all()(x).sum(dim=0), probe.inputs)
     assert (jacobian[:, texts()["attention_mask"] == 0] == 0).all()
     assert (jacobian[:, texts()["attention_mask"] == 1] != 0).any()
     moved = torch.where(texts()["attention_mask"][..., None] == 0, 9.0, probe.inputs)

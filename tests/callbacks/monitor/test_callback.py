@@ -8,6 +8,7 @@ from jsonargparse import ArgumentParser
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torchmetrics import MeanMetric
 
@@ -46,8 +47,8 @@ DOCUMENTED = {
     *(f"robust/fim_spectral_norm_{statistic}" for statistic in ("median", "p95", "max")),
     *(f"robust/{key}" for key in ("fim_trace", "temperature", "saturated", "num_samples", "seconds", "overhead")),
     *(f"robust/{key}_stderr_probes" for key in ("hessian_trace", "wci")),
-    *(f"robust/hessian_trace/network.{name}" for name in PARAMETERS),
-    *(f"robust/wci/network.{name}" for name in ("0.weight", "5.weight")),
+    *(f"robust/hessian_trace_per_layer/network.{name}" for name in PARAMETERS),
+    *(f"robust/wci_per_layer/network.{name}" for name in ("0.weight", "5.weight")),
     "robust/wci_negative_layers",
 }
 
@@ -431,7 +432,47 @@ def test_fisher_rao_margins_have_a_monitor_of_their_own_at_a_slower_cadence(tmp_
         "paths/fisher_rao_margin_bound",
         "paths/fisher_rao_margin_unreached",
         "paths/num_samples",
-        *(f"paths/{key}/{label}" for key in ("fisher_rao_margin", "shielded") for label in range(NUM_CLASSES)),
+        *(
+            f"paths/{key}_per_class/{label}"
+            for key in ("fisher_rao_margin", "shielded")
+            for label in range(NUM_CLASSES)
+        ),
     }
     values = [row["paths/fisher_rao_margin"] for row in history.rows]  # Lightning keeps showing the last one
     assert values[0] == values[1] != values[2] == values[3]
+
+
+def two_monitors(first: ProbeMetric, second: ProbeMetric, root: Path) -> Trainer:
+    monitors = [
+        RobustnessMonitor([metric], log_key_prefix=prefix, max_samples=60)
+        for metric, prefix in ((first, "a/"), (second, "b/"))
+    ]
+    return trainer(*monitors, root=root, max_epochs=1)
+
+
+class Wrapping(LinearizedAccuracy):
+    """Holds another metric."""
+
+    def __init__(self, inner: ProbeMetric) -> None:
+        super().__init__()
+        self.inner = inner
+
+
+@pytest.mark.parametrize("wrap", [lambda metric: metric, Wrapping], ids=["itself", "wrapped"])
+def test_one_metric_in_two_monitors_is_refused_and_a_clone_is_not(tmp_path: Path, wrap: Any) -> None:
+    metric = LinearizedAccuracy([0.05])
+    with pytest.raises(MisconfigurationException, match=r"one LinearizedAccuracy object in two.*metric\.clone\(\)"):
+        two_monitors(metric, wrap(metric), tmp_path).fit(classifier(), loader(), loader())
+    with pytest.raises(MisconfigurationException, match=r"holds each metric once \(`metric\.clone\(\)`"):
+        RobustnessMonitor([metric, metric])
+    run = two_monitors(metric, wrap(metric.clone()), tmp_path)
+    run.fit(classifier(), loader(), loader())
+    assert run.callback_metrics["a/num_samples"] == run.callback_metrics["b/num_samples"] == 60
+
+
+def test_a_metric_may_go_from_one_trainer_to_the_next(tmp_path: Path) -> None:
+    metric = LinearizedAccuracy([0.05])
+    for _ in range(2):
+        run = trainer(RobustnessMonitor([metric], max_samples=60), root=tmp_path, max_epochs=1)
+        run.fit(classifier(), loader(), loader())
+        assert run.callback_metrics["robust/num_samples"] == 60

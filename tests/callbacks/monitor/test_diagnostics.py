@@ -65,7 +65,7 @@ def test_a_flaw_is_found(model: Callable[[Tensor], Tensor], sentence: str) -> No
 
 def test_a_function_that_only_takes_the_whole_batch_is_refused_with_the_remedy() -> None:
     scale = torch.arange(8.0)
-    with pytest.raises(ValueError, match=r"close over .*extras=\{'mask': mask\}.*7 of 8 samples, it raised"):
+    with pytest.raises(ValueError, match=r"close over .*extras=\{'mask': mask\}.*On 7 of 8 samples it raised"):
         find_flaws(probe_of(beside(scale)[1]))
     inputs = random(0, 20, 12)
     extras = {"scale": torch.arange(20.0)}
@@ -119,20 +119,67 @@ def test_looking_for_flaws_takes_a_few_passes_of_a_few_samples_and_changes_nothi
     assert torch.equal(given, inputs)
 
 
-def test_integer_inputs_are_refused_with_a_way_out() -> None:
+def test_integer_inputs_that_the_network_does_not_take_are_refused_with_a_way_out() -> None:
     with pytest.raises(TypeError, match=r"embeddings.*`probe_fn`"):
-        find_flaws(Probe(nn.Identity(), torch.ones(3, 4, dtype=torch.long), torch.tensor([0, 1, 2])))
+        find_flaws(Probe(nn.Linear(4, 3), torch.ones(3, 4, dtype=torch.long), torch.tensor([0, 1, 2])))
 
 
-def test_a_forward_pass_that_stops_gradients_is_found() -> None:
-    """Without gradients every margin is infinite: the network would look perfectly robust."""
-    model, inputs, targets = build("mlp")
+@pytest.mark.parametrize("change", [lambda ids: ids, lambda ids: ids.float()], ids=["integers", "floats"])
+def test_token_ids_are_examined_although_they_have_no_derivative(change: Callable[[Tensor], Tensor]) -> None:
+    embedding, generator = nn.Embedding(9, 4), torch.Generator().manual_seed(0)
+    ids, targets = change(torch.randint(9, (8, 5), generator=generator)), torch.zeros(8, dtype=torch.long)
 
-    def frozen(x: torch.Tensor) -> torch.Tensor:
-        with torch.no_grad():
-            return model.eval()(x)
+    def network(ids: Tensor) -> Tensor:
+        return embedding(ids.long()).mean(dim=1)
 
-    with pytest.raises(ValueError, match="every number would claim perfect robustness"):
-        find_flaws(Probe(frozen, inputs, targets))
-    constant = torch.randn(6, generator=torch.Generator().manual_seed(0))
-    assert find_flaws(Probe(lambda x: constant.expand(len(x), 6), inputs, targets)) == []
+    assert on_probe(Probe(network, ids, targets)) == []
+    (flaw,) = find_flaws(Probe(lambda ids: batch_normalised(network(ids)), ids, targets))
+    assert "mixes the samples" in flaw
+
+
+# --- scales that one class or one sample sets -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fill", [-1e4, -1e9, -torch.inf], ids=str)
+@pytest.mark.parametrize(
+    ("model", "sentence"),
+    [(Noisy(nn.Linear(12, 6)), "called twice"), (batch_normalised, "mixes the samples")],
+    ids=["dropout", "batch statistics"],
+)
+def test_masked_classes_hide_no_flaw(model: Callable[[Tensor], Tensor], sentence: str, fill: float) -> None:
+    (flaw,) = find_flaws(probe_of(lambda x: nn.functional.pad(model(x), (0, 2), value=fill)))
+    assert sentence in flaw
+
+
+@pytest.mark.parametrize("fill", [-1e4, -1e9, -torch.inf], ids=str)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_valid_network_with_masked_classes_has_no_flaws(name: str, fill: float) -> None:
+    model, inputs, targets = build(name)
+    assert find_flaws(Probe(lambda x: nn.functional.pad(model.eval()(x), (0, 2), value=fill), inputs, targets)) == []
+
+
+def test_a_diverged_sample_hides_no_flaw() -> None:
+    probe = probe_of(lambda x: batch_normalised(x) * (1 + 1e6 * (torch.arange(len(x)) == 4))[:, None])
+    assert len(find_flaws(probe)) == 1
+
+
+# --- units ------------------------------------------------------------------------------------------------------------
+
+
+def sentences_on(*shape: int, **options: bool) -> list[str]:
+    inputs = 3 * random(0, 8, *shape, dtype=torch.float32)
+    return on_probe(
+        Probe(nn.Sequential(nn.Flatten(), nn.Linear(inputs[0].numel(), 3)), inputs, torch.arange(8) % 3), **options
+    )
+
+
+@pytest.mark.parametrize("shape", [(3, 6, 6), (1, 4, 4), (28, 28), (2, 4, 4, 4)])
+def test_units_of_images_outside_of_zero_to_one_are_reported(shape: tuple[int, ...]) -> None:
+    (sentence,) = sentences_on(*shape)
+    assert "in units of pixels between 0 and 1" in sentence
+    assert sentences_on(*shape, units_matter=False) == []
+
+
+@pytest.mark.parametrize("shape", [(12,), (784,), (10, 16), (5, 6), (3, 500)])
+def test_tables_and_sequences_are_not_taken_for_images(shape: tuple[int, ...]) -> None:
+    assert sentences_on(*shape) == []

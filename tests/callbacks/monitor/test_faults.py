@@ -1,5 +1,6 @@
 """Whatever goes wrong inside a measurement, a warning names the cause and training goes on."""
 
+import re
 from collections.abc import Callable
 from contextlib import redirect_stderr
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
@@ -18,6 +20,7 @@ from lightning_robust import FisherSpectralNorm, HessianTrace, LinearizedAccurac
 from lightning_robust.callbacks.monitor import diagnostics
 from lightning_robust.callbacks.warn_once import WarnOnce
 from lightning_robust.functional import hessian_trace
+from lightning_robust.metrics import ProbeMetric
 from tests.helpers import processes
 from tests.helpers.training import (
     CLOCKS,
@@ -41,14 +44,16 @@ class Quiet(Classifier):
         self.log("val_acc", 1.0, batch_size=1)
 
 
-def fit(model: Classifier, val_loader: Any, root: Path, **options: Any) -> tuple[list[str], list[dict[str, float]]]:
-    """Train for two epochs; return the warnings, and what was logged after each epoch."""
-    history = History()
+def fit(
+    model: Classifier, val_loader: Any, root: Path, logger: Any = False, **options: Any
+) -> tuple[list[str], list[dict[str, float]]]:
+    """Train for a few epochs; return the warnings, and what was logged after each epoch."""
+    history, max_epochs = History(), options.pop("max_epochs", 2)
     with robustness_warnings() as messages:
-        run = trainer(RobustnessMonitor(**options), history, root=root)
+        run = trainer(RobustnessMonitor(**options), history, root=root, logger=logger, max_epochs=max_epochs)
         run.fit(model, loader(), val_loader)
     assert run.state.finished
-    assert run.current_epoch == len(history.rows) == 2
+    assert run.current_epoch == len(history.rows) == max_epochs
     return messages, history.rows
 
 
@@ -76,6 +81,11 @@ def nan_inputs() -> DataLoader:
     return loader(TensorDataset(x / 0 * 0, y))
 
 
+ALL_SKIPPED = (
+    "RobustnessMonitor measured nothing in this run: all 2 measurements were skipped, as explained in epoch 0."
+)
+
+
 @pytest.mark.parametrize(
     ("change", "val_loader", "sentence"),
     [
@@ -95,11 +105,9 @@ def test_a_measurement_that_cannot_be_is_skipped_with_the_cause(
     model = Quiet(None if change is None else Outputs(change))
     messages, rows = fit(model, val_loader(), tmp_path)
     assert rows == [{}, {}]
-    assert len(messages) == 2  # one for each measurement
-    for epoch, message in enumerate(messages):
-        assert message.startswith(f"RobustnessMonitor skipped the measurement in epoch {epoch}: ")
-        with pytest.raises(RuntimeError, match=sentence):
-            raise RuntimeError(message)
+    assert len(messages) == 2
+    assert re.search(f"^RobustnessMonitor skipped the measurement in epoch 0: .*{sentence}", messages[0])
+    assert messages[1] == ALL_SKIPPED
 
 
 def test_on_error_raise_lets_the_failure_through(tmp_path: Path) -> None:
@@ -184,6 +192,21 @@ def test_bytes_have_their_own_remedy(tmp_path: Path) -> None:
     assert "For bytes from 0 to 255 pass `input_std=1/255`" in messages[0]
 
 
+@pytest.mark.parametrize(("unit", "sentence"), [(1e-4, "is nearly 0"), (100.0, "is hardly less than")])
+def test_epsilons_far_from_all_margins_of_a_table_are_reported_once(tmp_path: Path, unit: float, sentence: str) -> None:
+    x, y = samples().tensors
+    table = loader(TensorDataset(unit * (x.flatten(1) - 0.5) / 0.2, y))
+    network = nn.Sequential(nn.Flatten(), nn.Linear(16, 4, bias=False))
+    with torch.no_grad():
+        network[1].weight.copy_(torch.randn(4, 16, generator=torch.Generator().manual_seed(0)))
+    messages, rows = fit(Classifier(network), table, tmp_path, max_epochs=4)
+    assert len({row["robust/linearized_margin_linf"] for row in rows}) == len(rows) == 4
+    (message,) = messages
+    assert sentence in message
+    assert "`LinearizedAccuracy([" in message
+    assert fit(Classifier(network), table, tmp_path, metrics=["hessian_trace"])[0] == []
+
+
 def test_inputs_beyond_their_valid_range_are_reported_once(tmp_path: Path) -> None:
     x, y = samples().tensors
     normalised = loader(TensorDataset((x - 0.5) / 0.2, y))
@@ -236,11 +259,58 @@ def test_a_layout_that_cannot_be_written_does_not_end_the_run(tmp_path: Path, mo
     assert run.callback_metrics["robust/num_samples"] == 120
 
 
-def test_a_model_without_input_gradients_is_not_measured(tmp_path: Path) -> None:
-    messages, rows = fit(Quiet(Outputs(lambda z: z.detach())), loader(), tmp_path)
+def quantised(z: Tensor) -> Tensor:
+    """As dynamic quantisation does it, with a scale from the whole batch."""
+    scale = z.detach().abs().mean() / 30
+    return (z.detach() / scale).round() * scale
+
+
+INPUT_SIDE = ["fisher_spectral_norm", "linearized_accuracy", "adversarial_accuracy"]
+
+
+@pytest.mark.parametrize("change", [Tensor.detach, lambda z: z.round(decimals=1), quantised])
+def test_a_model_without_input_gradients_is_not_measured(tmp_path: Path, change: Callable[[Tensor], Tensor]) -> None:
+    messages, rows = fit(Quiet(Outputs(change)), loader(), tmp_path, metrics=INPUT_SIDE)
     assert rows == [{}, {}]
+    mixes = [message for message in messages if "mixes the samples" in message]
+    assert len(mixes) == (change is quantised)
+    refusals = [message for message in messages if message not in mixes]
+    assert len(refusals) == 2
+    assert "outputs have gradients with respect to its inputs, but they change without any" in refusals[0]
+    assert refusals[1] == ALL_SKIPPED
+
+
+class Transferred(Quiet):
+    """Features without gradients, and a head that is trained."""
+
+    def __init__(self, change: Callable[[Tensor], Tensor]) -> None:
+        super().__init__(nn.Linear(16, 4))
+        self.change = change
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            features = self.change(x).flatten(1)
+        return self.network(features)
+
+
+@pytest.mark.parametrize(
+    "change", [torch.sin, torch.round, lambda x: (9 * x).long() / 9], ids=["no_grad", "rounded", "integers"]
+)
+def test_curvature_needs_no_gradients_with_respect_to_inputs(
+    tmp_path: Path, change: Callable[[Tensor], Tensor]
+) -> None:
+    (x, y), model = samples().tensors, Transferred(change)
+    with robustness_warnings() as messages:
+        run = trainer(RobustnessMonitor([HessianTrace(num_probes=3)]), root=tmp_path)
+        run.validate(model, loader(), verbose=False)
+    assert messages == []
+    exact = hessian_trace(model.network, change(x).flatten(1), y, num_probes=3, rtol=None)
+    assert float(run.callback_metrics["robust/hessian_trace"]) == pytest.approx(float(exact.total), rel=1e-5)
+    messages, rows = fit(Transferred(change), loader(), tmp_path)
+    assert "robust/hessian_trace" in rows[0]
+    assert "robust/fim_spectral_norm" not in rows[0]
     assert len(messages) == 2
-    assert all("outputs have gradients with respect to its inputs, but they change without any" in m for m in messages)
+    assert "FisherSpectralNorm and LinearizedAccuracy: ValueError" in messages[0]
 
 
 def test_a_model_that_refuses_inputs_out_of_range_is_measured(tmp_path: Path) -> None:
@@ -327,7 +397,9 @@ def test_the_second_of_two_metrics_that_log_the_same_key_is_left_out(tmp_path: P
     messages, rows = fit(classifier(), loader(), tmp_path, metrics=metrics)
     assert all("robust/linearized_accuracy_linf_0.1" in row for row in rows)
     assert all("robust/linearized_accuracy_linf_0.2" not in row for row in rows)
-    assert len(messages) == 2
+    assert messages[1:] == [
+        "RobustnessMonitor skipped LinearizedAccuracy in 1 more measurement, for the reason given in epoch 0."
+    ]
     assert "skipped in epoch 0 LinearizedAccuracy: ValueError: Expected each metric to log its own keys" in messages[0]
     assert "two log ['linearized_accuracy_linf_0'" in messages[0]
 
@@ -389,18 +461,23 @@ def test_the_two_matrices_can_be_logged_side_by_side(tmp_path: Path) -> None:
     assert messages == []
     for row in rows:
         assert row["robust/hessian_trace"] != row["robust/hessian_trace_gauss_newton"]
-        assert row["robust/hessian_trace/network.1.weight"] != row["robust/hessian_trace_gauss_newton/network.1.weight"]
+        assert (
+            row["robust/hessian_trace_per_layer/network.1.weight"]
+            != row["robust/hessian_trace_gauss_newton_per_layer/network.1.weight"]
+        )
 
 
 def test_the_hint_about_calling_the_module_follows_only_its_own_errors(tmp_path: Path) -> None:
     def refuse(z: Tensor) -> Tensor:
         raise TypeError("forward() missing 1 required positional argument: 'mask'")
 
-    hint = "If the module is not called as `pl_module(inputs)`, pass `probe_fn`."
+    hint = "If the module is not called as `pl_module(inputs)`, pass `probe_fn=lambda pl_module, batch: Probe("
     messages, _ = fit(Quiet(Outputs(refuse)), loader(), tmp_path)
-    assert [hint in message for message in messages] == [True, True]
+    assert [hint in message for message in messages] == [True, False]
     messages, _ = fit(Quiet(), nan_inputs(), tmp_path)
-    assert [hint in message for message in messages] == [False, False]
+    assert not any("probe_fn" in message for message in messages)
+    messages, _ = fit(Quiet(Outputs(lambda z: (z, z))), loader(), tmp_path)
+    assert "`probe_fn=lambda pl_module, batch: Probe(lambda x: logits_of(pl_module(x)), batch[0]" in messages[0]
 
 
 def warn_in_two_runs(path: Path) -> None:
@@ -425,7 +502,7 @@ def test_a_function_that_calls_the_module_is_measured_on_the_module_s_weights(tm
         messages, rows = fit(classifier(), loader(), tmp_path, **options)
         assert messages == []
         results.append([{key: value for key, value in row.items() if key not in CLOCKS} for row in rows])
-    assert "robust/hessian_trace/network.0.weight" in results[0][0]
+    assert "robust/hessian_trace_per_layer/network.0.weight" in results[0][0]
     assert results[0] == results[1]
 
 
@@ -499,16 +576,139 @@ def test_a_barebones_trainer_warns_that_nothing_is_measured(tmp_path: Path) -> N
         ({"loss_fn": 3}, "`loss_fn` to be a function or a module, but got int"),
         ({"loss_fn": nn.MSELoss}, "`loss_fn` to be a function or a module, but got the class MSELoss"),
         ({"metrics": []}, "`metrics` to be a non-empty list"),
-        ({"metrics": "fisher_spectral_norm"}, "`metrics` to be a non-empty list"),
+        ({"metrics": "fisher"}, "names among .*, but got 'fisher'"),
         (
             {"metrics": ["fisher"]},
             r"names among \['adversarial_accuracy', 'fisher_rao_margin', 'fisher_spectral_norm', 'hessian_trace',",
         ),
         ({"metrics": [3]}, "but got 3"),
-        ({"metrics": FisherSpectralNorm()}, "`metrics` to be a non-empty list of metrics"),
+        ({"metrics": FisherSpectralNorm}, "`metrics` to be a non-empty list of metrics"),
         ({"metrics": [FisherSpectralNorm]}, "metrics of lightning_robust.metrics"),
     ],
 )
 def test_bad_arguments_are_named(options: dict[str, Any], sentence: str) -> None:
     with pytest.raises(MisconfigurationException, match=sentence):
         RobustnessMonitor(**options)
+
+
+class Own(ProbeMetric):
+    """A metric that a user writes, with values under the given keys."""
+
+    def __init__(self, *keys: str) -> None:
+        super().__init__()
+        self.add_float64_state("count")
+        self.keys = keys
+
+    def _add(self, probe: Probe) -> None:
+        self.count = self.count + len(probe)
+
+    def compute(self) -> dict[str, Tensor]:
+        return dict.fromkeys(self.keys, self.count)
+
+
+class FolderLogger(DummyLogger):
+    """Writes each value to a file in folders that the key names, as file stores do."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__()
+        self.root = root
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        for key, value in metrics.items():
+            path = self.root / key
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(str(value))
+
+
+def test_every_default_key_fits_a_logger_that_makes_folders(tmp_path: Path) -> None:
+    messages, rows = fit(classifier(), loader(), tmp_path, logger=FolderLogger(tmp_path / "log"))
+    assert messages == []
+    assert all((tmp_path / "log" / key).is_file() for key in rows[-1])
+
+
+@pytest.mark.parametrize(
+    ("metrics", "refused"),
+    [
+        ([Own("mine", "mine/a"), Own("other")], "'mine' and 'mine/a'.*to 'mine_of/a'"),
+        ([Own("other"), Own("other/a")], "'other' and 'other/a'"),
+        ([Own("other"), Own("seconds/a")], "'seconds' and 'seconds/a'"),
+        ([Own("other"), Own("a/b/c", "a")], "'a' and 'a/b/c'"),
+        ([Own("other"), Own("num_samples")], r"two log \['num_samples'\]"),
+    ],
+    ids=["of itself", "of another", "of the monitor", "further up", "twice"],
+)
+def test_a_metric_with_a_key_that_is_a_folder_is_left_out(
+    tmp_path: Path, metrics: list[ProbeMetric], refused: str
+) -> None:
+    messages, rows = fit(classifier(), loader(), tmp_path, metrics=metrics, logger=FolderLogger(tmp_path / "log"))
+    assert all(
+        {key for key in row if not key.endswith(("seconds", "overhead", "samples"))} == {"robust/other"} for row in rows
+    )
+    assert re.search(f"skipped in epoch 0 Own: ValueError: .*{refused}", messages[0])
+
+
+@pytest.mark.parametrize(
+    ("logged", "prefix", "pair"),
+    [
+        ("robust", "robust/", ("robust", "robust/")),
+        ("robust/mine/a", "robust/", ("robust/mine", "robust/mine/a")),
+        ("robust_mine", "robust/", None),
+        ("robust/loss", "robust/", None),
+    ],
+)
+def test_a_key_of_the_module_that_is_a_folder_of_the_monitor_is_told(
+    tmp_path: Path, logged: str, prefix: str, pair: tuple[str, str] | None
+) -> None:
+    class Logs(Quiet):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.log(logged, 1.0, batch_size=1)
+
+    messages, _ = fit(Logs(), loader(), tmp_path, metrics=[Own("mine")], log_key_prefix=prefix)
+    assert len(messages) == (0 if pair is None else 1)
+    if pair is not None:
+        assert messages[0].startswith(f"Both `{pair[0]}` and `{pair[1]}")
+        assert "RobustnessMonitor(log_key_prefix=" in messages[0]
+
+
+def test_characters_that_loggers_rename_are_told_once(tmp_path: Path) -> None:
+    messages, rows = fit(Quiet(), loader(), tmp_path, metrics=[Own("accuracy (mean)", "größe")])
+    assert all({"robust/accuracy (mean)", "robust/größe"} <= row.keys() for row in rows)
+    assert len(messages) == 1
+    assert messages[0].startswith("`robust/accuracy (mean)` holds characters that some loggers rename")
+
+
+@pytest.mark.parametrize("in_probe", [False, True], ids=["loss of the monitor", "loss of the probe"])
+def test_the_loss_of_the_monitor_says_what_the_targets_of_a_probe_may_be(tmp_path: Path, in_probe: bool) -> None:
+    x, y = samples().tensors
+    wanted, loss = nn.functional.one_hot(y).float(), {"loss_fn": nn.MSELoss()}
+    in_monitor, in_probe_fn = ({}, loss) if in_probe else (loss, {})
+
+    def probe_fn(module: Any, batch: Any) -> Probe:
+        return Probe(module, batch[0], batch[2], **in_probe_fn)
+
+    def measured(data: DataLoader, **options: Any) -> float:
+        run = trainer(RobustnessMonitor("hessian_trace", max_samples=120, on_error="raise", **options), root=tmp_path)
+        run.validate(Quiet(classifier().network), data, verbose=False)
+        return float(run.callback_metrics["robust/hessian_trace"])
+
+    found = measured(loader(TensorDataset(x, y, wanted)), probe_fn=probe_fn, **in_monitor)
+    assert found == measured(loader(TensorDataset(x, wanted)), **loss)
+
+
+def test_a_probe_may_leave_the_mean_of_its_range_to_the_monitor(tmp_path: Path) -> None:
+    def probe_fn(module: Any, batch: Any) -> Probe:
+        return Probe(module, *batch, input_std=0.5, valid_range=(0, 1))
+
+    messages, rows = fit(Quiet(), loader(), tmp_path, metrics="linearized_accuracy", probe_fn=probe_fn, input_mean=0.0)
+    assert messages == []
+    assert all(row["robust/num_samples"] == 120 for row in rows)
+
+
+@pytest.mark.parametrize("targets", [Tensor.float, nn.functional.one_hot], ids=["floats", "one-hot"])
+def test_without_a_loss_wrong_targets_of_a_probe_are_told_at_once(tmp_path: Path, targets: Any) -> None:
+    messages, _ = fit(
+        Quiet(), loader(), tmp_path, probe_fn=lambda module, batch: Probe(module, batch[0], targets(batch[1]))
+    )
+    assert "`targets` to hold one class index per sample" in messages[0]
+    with pytest.raises(ValueError, match="one class index per sample"):  # the monitor's loss is not assumed afterwards
+        Probe(classifier(), torch.ones(2, 1, 4, 4), torch.ones(2, 4))

@@ -64,7 +64,7 @@ def test_a_default_measurement_takes_few_probes_isolations_and_passes(tmp_path: 
     run.validate(Counted(counts), loader(samples(1280), batch_size=64), verbose=False)
     assert run.callback_metrics["robust/num_samples"] == 256
     assert counts == {
-        "probes": NUM_GROUPS + 2,  # two small ones are examined, once per run
+        "probes": NUM_GROUPS + 1,  # a small one is examined, once per run
         "isolations": 1,
         "passes": EXAMINING + NUM_GROUPS * sum(PER_GROUP.values()),
     }

@@ -122,8 +122,9 @@ def test_other_failures_are_not_taken_for_a_shortage(words: str) -> None:
 def test_if_not_even_one_sample_fits_the_cause_is_reported(tmp_path: Path) -> None:
     rows, messages, tried = fit(tmp_path, 0)
     assert rows == [{}, {}]
-    assert [message.startswith("RobustnessMonitor skipped the measurement") for message in messages].count(True) == 2
-    assert "OutOfMemoryError: CUDA out of memory" in messages[-1]
+    assert [message.startswith("RobustnessMonitor skipped the measurement") for message in messages].count(True) == 1
+    assert any("OutOfMemoryError: CUDA out of memory" in message for message in messages)
+    assert messages[-1].startswith("RobustnessMonitor measured nothing in this run: all 2 measurements")
     assert all(min(of_measurement) == 1 for of_measurement in tried)
     assert len(tried[1]) < 10  # it does not try every sample in turn
 

@@ -138,7 +138,7 @@ def test_sharded_weights_give_the_values_of_whole_ones_in_one_process(
     run.validate(model, loader(VALIDATION, batch_size=8), verbose=False)
     expected = {key: float(value) for key, value in run.callback_metrics.items() if key.startswith("robust/")}
     assert expected["robust/num_samples"] == 17
-    assert "robust/hessian_trace/network.1.weight" in expected
+    assert "robust/hessian_trace_per_layer/network.1.weight" in expected
     assert values(rows[-1]) == pytest.approx(values(expected), rel=1e-5, abs=1e-6)
 
 
@@ -175,7 +175,7 @@ def test_strategies_that_cannot_be_undone_are_refused_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     pretended = type(kind, (SingleDeviceStrategy,), {})  # neither runs on a CPU
-    monkeypatch.setattr(f"lightning_robust.callbacks.monitor.diagnostics.{kind}", pretended)
+    monkeypatch.setattr(f"lightning_robust.callbacks.monitor.run_diagnostics.{kind}", pretended)
     for method in ("fit", "validate"):
         history = History()
         with robustness_warnings() as messages:

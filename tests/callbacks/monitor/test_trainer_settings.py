@@ -137,6 +137,7 @@ class ListOfBatches:
 
 
 RESERVOIR = r"cannot tell beforehand .* uniformly random subset of 50 \(reservoir sampling\)"
+TOO_EARLY = "measured nothing in this run: training ended after 2 steps, before the first validation"
 
 SETTINGS = {
     "fast_dev_run": Setting([32], {"fast_dev_run": True}),
@@ -156,7 +157,7 @@ SETTINGS = {
     ),
     "validation amid epochs": Setting([50, 50, 50, 50], {"val_check_interval": 2}),
     "the end amid an epoch": Setting([50], {"max_steps": 6}),
-    "the end amid the first epoch": Setting([], {"max_steps": 2}),
+    "the end amid the first epoch": Setting([], {"max_steps": 2}, says=TOO_EARLY),
     "overfitting": Setting([50, 50], {"overfit_batches": 2}),
     "overfitting a share": Setting([32, 32], {"overfit_batches": 0.25}),
     "reloaded loaders": Setting([50, 50], {"reload_dataloaders_every_n_epochs": 1}),

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import itertools
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -75,11 +76,74 @@ class WithSpare(nn.Module):
 
 
 @every_estimator
-def test_unused_parameters_have_trace_and_error_zero(estimator: Any) -> None:
+def test_unused_parameters_are_left_out_and_named(estimator: Any) -> None:
     estimate = measure(seeded(WithSpare, 5), estimator=estimator)
-    for name in ("spare.weight", "spare.bias"):
-        assert estimate.layers[name] == estimate.stderr[name] == estimate.sample_stderr[name] == 0
-    assert all(trace != 0 for name, trace in estimate.layers.items() if name.startswith("body"))
+    assert estimate.unreached == ("spare.weight", "spare.bias")
+    by_layer = (estimate.layers, estimate.stderr, estimate.sample_stderr, estimate.estimator, estimate.matrix)
+    assert all(layers.keys() == estimate.layers.keys() for layers in by_layer)
+    assert all(name.startswith("body") and trace != 0 for name, trace in estimate.layers.items())
+
+
+def test_an_unused_layer_costs_no_second_derivatives() -> None:
+    class Spare(WithSpare):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = relu_mlp()
+
+    assert set(measure(seeded(Spare, 5)).estimator.values()) == {"gauss_newton"}
+
+
+class LinearInOne(nn.Module):
+    """The loss is linear in ``level``, which raises all logits alike, and curved in the rest."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.level, self.head = nn.Parameter(torch.ones(1)), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x) + self.level
+
+
+@every_estimator
+def test_a_parameter_in_which_the_loss_is_linear_has_a_trace_of_zero(estimator: Any) -> None:
+    estimate = measure(seeded(LinearInOne, 5), estimator=estimator)
+    assert estimate.unreached == ()
+    assert float(estimate.layers["level"]) == pytest.approx(0, abs=1e-6)
+    assert float(estimate.stderr["level"]) == pytest.approx(0, abs=1e-6)
+
+
+class Merged(nn.Module):
+    """A low-rank adapter that is folded into the weight in eval mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base = nn.Linear(5, 4)
+        self.down, self.up = nn.Parameter(torch.randn(2, 5)), nn.Parameter(torch.randn(4, 2))
+        self.head = nn.Linear(4, 3)
+        self.merged = False
+
+    def train(self, mode: bool = True) -> "Merged":
+        if mode == self.merged:
+            with torch.no_grad():
+                self.base.weight += (-1 if mode else 1) * (self.up @ self.down)
+            self.merged = not mode
+        return super().train(mode)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.base(x)
+        return self.head(torch.tanh(z if self.merged else z + x @ self.down.T @ self.up.T))
+
+
+def test_an_adapter_that_is_folded_into_a_weight_is_left_out_and_the_rest_is_measured() -> None:
+    case, options = seeded(Merged, 5), {"estimator": "gauss_newton", "num_probes": 2, "rtol": None}  # exact
+    apart = hessian_trace(*case, **options)
+    assert apart.unreached == ()
+    case.model.eval()
+    folded = hessian_trace(*case, **options)
+    assert folded.unreached == ("down", "up")
+    assert set(folded.layers) == {"base.weight", "base.bias", "head.weight", "head.bias"}
+    for name, trace in folded.layers.items():  # the same function of these weights
+        torch.testing.assert_close(trace, apart.layers[name], rtol=1e-4, atol=1e-6)
 
 
 def test_buffers_are_left_out_and_bare_parameters_are_measured() -> None:
@@ -446,11 +510,11 @@ class FailsFrom(nn.Module):
 
     def __init__(self, model: nn.Module, call: int) -> None:
         super().__init__()
-        self.model, self.call, self.num_calls = model, call, 0
+        self.model, self.call = model, call
+        self.calls = itertools.count(1)  # which is not set back between passes
 
     def forward(self, x: Tensor) -> Tensor:
-        self.num_calls += 1
-        if self.num_calls >= self.call:
+        if next(self.calls) >= self.call:
             raise KeyError("out of luck")
         return self.model(x)
 

@@ -266,6 +266,26 @@ def test_logits_worse_than_chance_get_the_upper_end_of_the_range() -> None:
     torch.testing.assert_close(fit_temperature(logits, logits.argmin(dim=1)), 1e4 * spread, rtol=1e-9, atol=0)
 
 
+@pytest.mark.parametrize("separable", [False, True])
+@pytest.mark.parametrize("correct", [False, True])
+@pytest.mark.parametrize("factor", [1e3, 1e6, 1e12])
+def test_a_diverged_sample_does_not_set_the_temperature_of_others(
+    factor: float, correct: bool, separable: bool
+) -> None:
+    logits, gram, targets = draw_samples(1, num_samples=256, num_classes=5)
+    if separable:
+        targets = logits.argmax(dim=1)
+    rest = torch.arange(256) != 7
+    expected = calibrated_fim_spectral_norm(logits[rest], gram[rest], targets[rest])
+    targets[7] = logits[7].argmax() if correct else logits[7].argmin()
+    logits[7] *= factor
+    actual = calibrated_fim_spectral_norm(logits, gram, targets)
+    torch.testing.assert_close(actual.temperature, expected.temperature)
+    torch.testing.assert_close(actual.value[rest], expected.value)
+    torch.testing.assert_close(actual.stderr, expected.stderr, rtol=0.05, atol=0)
+    assert actual.value[7] < 1e-6
+
+
 # --- calibrated spectral norm ---------------------------------------------------------------------------------------
 
 

@@ -11,7 +11,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from lightning_robust.functional import Linearization, fim_spectral_norm, linearize, linearized_margin
+from lightning_robust import Probe
+from lightning_robust.functional import (
+    Linearization,
+    fim_spectral_norm,
+    hessian_trace,
+    linearize,
+    linearized_margin,
+    trace_fisher_rao_paths,
+)
 from lightning_robust.functional._isolation.context import differentiable
 from tests.helpers.contexts import CONTEXTS, every_context
 from tests.helpers.networks import NETWORKS, build, random
@@ -362,3 +370,87 @@ def test_a_partial_application_of_a_network_is_shielded_as_the_network_is() -> N
     before = state_of(model)
     assert_equal(linearize(functools.partial(model), inputs), linearize(model, inputs))
     assert state_of(model) == before
+
+
+# --- a forward pass that takes gradients itself ---------------------------------------------------------------------
+
+
+class Energy(nn.Module):
+    """Classifies by the gradient of an energy, as models of forces do."""
+
+    def __init__(self, *, create_graph: bool = True) -> None:
+        super().__init__()
+        self.energy = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 1))
+        self.head, self.create_graph = nn.Linear(5, 3), create_graph
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x if x.requires_grad else x.clone().requires_grad_()
+        (force,) = torch.autograd.grad(self.energy(x).sum(), x, create_graph=self.create_graph)
+        return self.head(force)
+
+
+class ByDefinition(Energy):
+    """The same by hand: the gradient of ``vᵀ tanh(Wx + b)``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, _, last = self.energy
+        return self.head((last.weight[0] * (1 - first(x).tanh() ** 2)) @ first.weight)
+
+
+class WithGradModeOn(Energy):
+    """Switches gradients on for itself."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            return super().forward(x)
+
+
+class ByTransform(Energy):
+    """Takes the gradient by ``torch.func``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.func.grad(lambda x: self.energy(x).sum())(x))
+
+
+def energy(cls: type[Energy], **options: bool) -> tuple[nn.Module, Tensor, Tensor]:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return cls(**options).double(), torch.randn(9, 5, dtype=torch.float64), torch.arange(9) % 3
+
+
+@pytest.mark.parametrize("cls", [Energy, WithGradModeOn, ByTransform])
+def test_a_forward_pass_that_takes_a_gradient_is_measured_as_the_function_that_it_is(cls: type[Energy]) -> None:
+    (model, x, targets), (plain, _, _) = energy(cls), energy(ByDefinition)
+    torch.testing.assert_close(linearize(model, x).gram, linearize(plain, x).gram)
+    paths, others = (trace_fisher_rao_paths(net, x, max_steps=4) for net in (model, plain))
+    torch.testing.assert_close(paths.margins, others.margins)
+    torch.testing.assert_close(Probe(model, x, targets).logits(x), plain(x).detach())
+    assert not Probe(model, x, targets).logits(x).requires_grad
+    for estimator in ("gauss_newton", "hutchinson"):
+        settings: dict[str, Any] = {"estimator": estimator, "num_probes": 3, "rtol": None}
+        measured, expected = (hessian_trace(net, x, targets, **settings) for net in (model, plain))
+        assert set(expected.unreached) == set(measured.unreached) == {"energy.2.bias"}  # an energy has no level
+        torch.testing.assert_close(measured.layers, expected.layers)
+    curved = {
+        name for name, estimator in hessian_trace(model, x, targets).estimator.items() if estimator != "gauss_newton"
+    }
+    assert {"energy.0.weight", "energy.0.bias"} <= curved
+
+
+def test_weights_behind_a_gradient_without_a_graph_are_left_out() -> None:
+    model, x, targets = energy(Energy, create_graph=False)
+    measured = hessian_trace(model, x, targets)
+    assert set(measured.layers) == {"head.weight", "head.bias"}
+    assert set(measured.unreached) == {"energy.0.weight", "energy.0.bias", "energy.2.weight", "energy.2.bias"}
+
+
+def test_other_errors_of_a_pass_without_gradients_are_raised_as_they_are() -> None:
+    calls = []
+
+    def fails(x: Tensor) -> Tensor:
+        calls.append(len(x))
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    with pytest.raises(RuntimeError, match="cannot be multiplied"):
+        Probe(fails, torch.ones(2, 3), torch.zeros(2, dtype=torch.long)).outputs(torch.ones(2, 3))
+    assert len(calls) == 1

@@ -1,0 +1,97 @@
+"""How long a measurement will take, told before it takes long.
+
+A linearisation takes a backward pass for each class. The time of one, on as many samples as pass through the network
+together, tells the time of all. With many classes the algebra on C × C matrices counts as well; it is timed on one
+sample. Ordinary networks pay nothing for this: the passes that look for flaws give a bound, and only where that is long
+is anything timed.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+
+from lightning_robust.functional._isolation.context import differentiable
+from lightning_robust.functional._isolation.stand_ins import full_precision
+from lightning_robust.functional.input_space.jacobian import (
+    gram_matrix,
+    input_gradient,
+    leaf_and_logits,
+    samples_at_once,
+)
+from lightning_robust.metrics import ProbeMetric
+from lightning_robust.probe import Probe
+
+_LONG = 10.0  # seconds
+_MUCH = 2**30  # bytes
+_FEWEST = 16  # samples that are worth measuring
+_SOME_CLASSES = 32  # enough to time inner products
+
+
+def on_cost(
+    metrics: Sequence[ProbeMetric], probe: Probe, outputs: Tensor, *, num_samples: int, seconds: float
+) -> list[str]:
+    """Tell time and memory of a measurement if it takes long or much.
+
+    Args:
+        metrics: What will be measured.
+        probe: The first samples.
+        outputs: Outputs of the network for some of them.
+        num_samples: Samples that this process will measure.
+        seconds: How long several passes of these samples took, at least one of them a backward pass.
+    """
+    linearizations = len({name for metric in metrics for name in metric.linearizations})
+    num_classes = outputs.shape[1] if outputs.ndim == 2 else 0
+    if not linearizations or num_classes < 2:
+        return []
+    passes = num_classes * linearizations
+    each = sum(metric.seconds_per_sample(outputs) for metric in metrics)
+    if seconds / len(outputs) * passes * num_samples + each * num_samples > _LONG:
+        each += _seconds_of_classes(probe, num_classes) * linearizations
+    else:
+        each = 0.0
+    expected = each * num_samples
+    memory = sum(metric.bytes_per_sample(num_classes) for metric in metrics) * num_samples
+    return [_sentence(expected, memory, num_samples, num_classes)] if expected > _LONG or memory > _MUCH else []
+
+
+def _seconds_of_classes(probe: Probe, num_classes: int) -> float:
+    """Time that the gradients of all classes, and their inner products, take for one sample."""
+    with differentiable(probe.model):
+        x = full_precision(probe.inputs)
+        chunk = x[: samples_at_once(x, probe.chunk_size, num_classes=num_classes)]
+        leaf, logits = leaf_and_logits(probe.model, chunk)
+        of_class = min(_timed(lambda: input_gradient(logits[:, 0], leaf, None)) for _ in range(2))
+    some = min(num_classes, _SOME_CLASSES)
+    rows = chunk[:1].reshape(1, 1, -1).expand(1, some, -1).contiguous()
+    return of_class / len(chunk) * num_classes + _timed(lambda: gram_matrix(rows)) * (num_classes / some) ** 2
+
+
+def _timed(step: Callable[[], Tensor]) -> float:
+    start = time.perf_counter()
+    float(step().flatten()[0])  # waits for the device
+    return time.perf_counter() - start
+
+
+def _sentence(seconds: float, memory: float, num_samples: int, num_classes: int) -> str:
+    takes = [f"about {_rounded(seconds)} s"] if seconds > _LONG else []
+    takes += [f"about {_rounded(memory / 1e9)} GB of memory"] if memory > _MUCH else []
+    share = max(seconds / _LONG, memory / _MUCH)
+    fewer = max(_FEWEST, 2 ** math.floor(math.log2(num_samples / share)))
+    less = [f"{_rounded(seconds * fewer / num_samples)} s"] if seconds > _LONG else []
+    less += [f"{_rounded(memory * fewer / num_samples / 1e9)} GB"] if memory > _MUCH else []
+    lower = f"`RobustnessMonitor(max_samples={fewer})` takes about {' and '.join(less)}, "
+    return (
+        f"The first measurement takes {' and '.join(takes)}: {num_samples} samples × {num_classes} classes, with a"
+        f" backward pass for each class. {lower if fewer < num_samples else ''}`every_n_epochs=5` measures less often,"
+        ' and `RobustnessMonitor(["hessian_trace", "weight_curvature_index"])` leaves the classes out.'
+    )
+
+
+def _rounded(number: float) -> str:
+    """Two significant digits, without an exponent."""
+    digits = 1 - math.floor(math.log10(number)) if number > 0 else 0
+    return f"{round(number, digits):.{max(0, digits)}f}" if digits > 0 else f"{round(number, digits):.0f}"

@@ -1,0 +1,114 @@
+"""What a measurement will cost is told before it takes long, and nothing is told or timed where it is short."""
+
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_robust import FisherSpectralNorm, HessianTrace, LinearizedAccuracy, Probe, RobustnessMonitor
+from lightning_robust.callbacks.monitor import announced_cost
+from lightning_robust.callbacks.monitor.announced_cost import on_cost
+from lightning_robust.metrics import ProbeMetric
+from tests.helpers.networks import random, random_linear
+from tests.helpers.training import Classifier, classifier, loader, robustness_warnings, trainer
+
+
+def told(*metrics: ProbeMetric, num_classes: int = 10, num_samples: int = 256, seconds: float = 0.0) -> list[str]:
+    model = random_linear(0, num_classes=num_classes, num_features=6)
+    probe = Probe(model, random(1, 32, 6), torch.arange(32) % num_classes)
+    return on_cost(metrics, probe, probe.outputs(probe.inputs[:8]), num_samples=num_samples, seconds=seconds)
+
+
+@pytest.fixture
+def slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(announced_cost, "_seconds_of_classes", lambda probe, num_classes: num_classes / 100)
+
+
+@pytest.mark.usefixtures("slow")
+@pytest.mark.parametrize(
+    ("metrics", "sentence"),
+    [
+        (
+            [FisherSpectralNorm(), LinearizedAccuracy(), HessianTrace()],
+            "The first measurement takes about 260 s: 256 samples × 100 classes, with a backward pass for each class."
+            " `RobustnessMonitor(max_samples=16)` takes about 16 s, `every_n_epochs=5` measures less often, and"
+            ' `RobustnessMonitor(["hessian_trace", "weight_curvature_index"])` leaves the classes out.',
+        ),
+        ([LinearizedAccuracy(order=2)], "The first measurement takes about 510 s: 256 samples × 100 classes"),
+        ([LinearizedAccuracy(order=2), LinearizedAccuracy(order=2, norm="l2")], "takes about 770 s: 256 samples"),
+    ],
+    ids=["default", "second order", "both norms"],
+)
+def test_a_long_measurement_is_told_with_the_line_that_shortens_it(metrics: list[ProbeMetric], sentence: str) -> None:
+    (found,) = told(*metrics, num_classes=100, seconds=10.0)
+    assert sentence in found
+
+
+@pytest.mark.usefixtures("slow")
+@pytest.mark.parametrize(
+    ("metric", "options"),
+    [
+        (HessianTrace(), {"num_classes": 1000, "seconds": 10.0}),
+        (FisherSpectralNorm(), {"num_classes": 100, "seconds": 0.001}),
+        (FisherSpectralNorm(), {"num_classes": 10, "seconds": 100.0, "num_samples": 50}),
+    ],
+    ids=["no linearisation", "fast passes", "slow at first alone"],
+)
+def test_a_short_measurement_is_not_told(metric: ProbeMetric, options: dict[str, Any]) -> None:
+    assert told(metric, **options) == []
+
+
+def test_much_memory_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FisherSpectralNorm, "seconds_per_sample", lambda self, outputs: 0.0)
+    (found,) = told(FisherSpectralNorm(), num_classes=1000, seconds=1e-6)
+    assert found.startswith("The first measurement takes about 3.1 GB of memory: 256 samples × 1000 classes")
+    assert "`RobustnessMonitor(max_samples=64)` takes about 0.77 GB" in found
+    assert told(LinearizedAccuracy(), num_classes=1000, seconds=1e-6) == []
+
+
+def test_the_algebra_of_many_classes_counts_and_that_of_few_is_not_even_timed() -> None:
+    outputs = random(0, 8, 300)
+    assert 0 < FisherSpectralNorm().seconds_per_sample(outputs) < 10
+    assert FisherSpectralNorm().seconds_per_sample(outputs[:, :100]) == 0
+
+
+class Sleeping(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        time.sleep(5e-4 * len(gradient))
+        return gradient
+
+
+class Slow(Classifier):
+    def __init__(self) -> None:
+        super().__init__(nn.Sequential(nn.Flatten(), nn.Linear(16, 20)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(Sleeping.apply(x))
+
+
+def test_the_time_that_is_told_is_the_time_that_it_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(announced_cost, "_LONG", 0.1)
+    with robustness_warnings() as messages:
+        run = trainer(RobustnessMonitor("linearized_accuracy"), root=tmp_path)
+        run.validate(Slow(), loader(), verbose=False)
+    assert len(messages) == 1
+    expected = re.search(r"takes about (.*?) s: 120 samples × 20 classes", messages[0])
+    assert expected is not None
+    assert 0.5 < float(expected[1]) / float(run.callback_metrics["robust/seconds"]) < 2
+
+
+def test_it_is_told_once_per_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(announced_cost, "_LONG", 1e-6)
+    with robustness_warnings() as messages:
+        trainer(RobustnessMonitor("linearized_accuracy"), root=tmp_path).fit(classifier(), loader(), loader())
+    assert len(messages) == 1
+    assert messages[0].startswith("The first measurement takes about")
