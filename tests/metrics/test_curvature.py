@@ -164,7 +164,7 @@ def routed(num_samples: int = 12) -> Probe:
     return Probe(Experts(), inputs, torch.arange(num_samples) % 3)
 
 
-REACHED = {f"hessian_trace/experts.{k}.{name}" for k in (0, 1) for name in ("weight", "bias")}
+REACHED = {f"hessian_trace_per_layer/experts.{k}.{name}" for k in (0, 1) for name in ("weight", "bias")}
 
 
 def per_layer(values: Iterable[str]) -> set[str]:
@@ -174,7 +174,7 @@ def per_layer(values: Iterable[str]) -> set[str]:
 def test_a_layer_that_some_samples_reach_is_measured_and_one_that_none_reaches_has_no_key() -> None:
     whole = routed()
     metric = HessianTrace(estimator="gauss_newton")
-    expected = {key.replace("trace/", "trace_gauss_newton/") for key in REACHED}
+    expected = {key.replace("trace_per", "trace_gauss_newton_per") for key in REACHED}
     for _ in range(2):
         at_once = measured(metric, whole)
         metric.reset()
@@ -183,7 +183,7 @@ def test_a_layer_that_some_samples_reach_is_measured_and_one_that_none_reaches_h
         assert per_layer(at_once) == per_layer(in_parts) == expected
         assert in_parts == pytest.approx(at_once, rel=1e-5)
     index = measured(WeightCurvatureIndex(), whole)
-    assert per_layer(index) == {"wci/experts.0.weight", "wci/experts.1.weight"}
+    assert per_layer(index) == {"wci_per_layer/experts.0.weight", "wci_per_layer/experts.1.weight"}
     assert index["wci"] == pytest.approx(sum(index[key] for key in per_layer(index)))
 
 
@@ -216,15 +216,15 @@ def test_parameters_that_are_left_out_are_named_once_for_both_metrics() -> None:
     trace, index = HessianTrace(), WeightCurvatureIndex()
     values = measured(trace, samples)
     (sentence,) = trace.caveats(values).values()
-    assert list(trace.caveats(values)) == ["hessian_trace/spare.weight"]
+    assert list(trace.caveats(values)) == ["hessian_trace_per_layer/spare.weight"]
     assert "nor is another" in sentence
     trace.reset()
-    assert trace.caveats(values) == {"hessian_trace/spare.weight": sentence}
-    assert list(index.caveats(measured(index, samples))) == ["wci/spare.weight"]
+    assert trace.caveats(values) == {"hessian_trace_per_layer/spare.weight": sentence}
+    assert list(index.caveats(measured(index, samples))) == ["wci_per_layer/spare.weight"]
     assert index.caveats(values | measured(index)) == {}
     chosen = Probe(samples.model.forward, samples.inputs, samples.targets)  # a part of the network, on purpose
     metric = HessianTrace()
-    assert "hessian_trace/spare.weight" not in measured(metric, chosen)
+    assert "hessian_trace_per_layer/spare.weight" not in measured(metric, chosen)
     assert metric.caveats(values) == {}
 
 
@@ -374,7 +374,7 @@ def test_networks_of_token_ids_have_curvature(estimator: str, dtype: torch.dtype
     values = measured(HessianTrace(estimator, num_probes=64), Probe(model, ids, targets))  # type: ignore[arg-type]
     for name, trace in expected.items():
         assert abs(float(estimate.layers[name]) - trace) <= 4 * float(estimate.stderr[name]) + 1e-5
-        assert values[f"hessian_trace/{name}"] == pytest.approx(float(estimate.layers[name]), rel=1e-4, abs=1e-7)
+        assert values[f"hessian_trace_per_layer/{name}"] == pytest.approx(float(estimate.layers[name]), rel=1e-4, abs=1e-7)
 
 
 def test_only_what_needs_a_derivative_refuses_token_ids() -> None:

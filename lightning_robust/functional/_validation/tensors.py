@@ -177,7 +177,7 @@ def check_targets(
 def check_finite(values: Tensor, what: str) -> None:
     """Raise, with the number of samples concerned, if any of ``values`` ``(N, ...)`` is NaN or infinite."""
     size = max(1, _CHECKED_ELEMENTS // max(1, values.shape[1:].numel()))
-    parts = (part.isfinite() for part in torch.split(values.detach(), size))
+    parts = (part.isfinite() for part in torch.split(plain_tensor(values.detach()), size))
     finite = torch.cat([part.flatten(1).all(dim=1) if part.ndim > 1 else part for part in parts])
     _refuse(~finite, f"Expected finite {what}, but got NaN or infinity")
 

@@ -127,7 +127,7 @@ def test_only_the_weights_of_the_given_module_are_measured() -> None:
 @every_estimator
 def test_outputs_that_are_not_a_tensor_of_samples_are_refused(estimator: Any) -> None:
     model, inputs, targets = small("relu_mlp")
-    for wrong, expected in ((lambda x: {"logits": model(x)}, "dict"), (lambda x: (model(x),), "tuple")):
+    for wrong, expected in ((lambda x: {"loss": model(x).sum()}, "dict"), (lambda x: (str(model(x)),), "tuple")):
         with pytest.raises(TypeError, match=rf"outputs of shape .*, but for \d+ inputs it returned {expected}"):
             hessian_trace(wrong, inputs, targets, module=model, estimator=estimator)
     with pytest.raises(ValueError, match=r"outputs of shape \(N, ...\), but for \d+ inputs it returned shape \(4,\)"):

@@ -259,7 +259,7 @@ def test_a_monitor_measures_the_weight_after_the_validation_has_filled_the_cache
     monitor = RobustnessMonitor([HessianTrace()], on_error="raise")
     run = trainer(monitor, root=tmp_path, max_epochs=1)
     run.fit(model, loader(samples(32)), loader(samples(32)))
-    fitted = float(run.callback_metrics["robust/hessian_trace/network.2.table"])
+    fitted = float(run.callback_metrics["robust/hessian_trace_per_layer/network.2.table"])
     assert fitted != 0
     run.validate(model, loader(samples(32)), verbose=False)
-    assert float(run.callback_metrics["robust/hessian_trace/network.2.table"]) == pytest.approx(fitted, rel=1e-4)
+    assert float(run.callback_metrics["robust/hessian_trace_per_layer/network.2.table"]) == pytest.approx(fitted, rel=1e-4)
