@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_robust.callbacks.monitor.batches import Batch
+from lightning_robust.functional._isolation.stand_ins import plain_tensor
 from lightning_robust.functional._validation.scales import magnitudes
 
 _FEW = 8  # samples that are compared
@@ -149,7 +150,7 @@ def _difference(name: str, in_step: list[_Call], measured: _Call) -> str | None:
 def _first_rows(value: object) -> Tensor | None:
     """Copies of the first rows of the first tensor inside."""
     found = next(_tensors(value), None)
-    return None if found is None else found[:_FEW].detach().clone()
+    return None if found is None else plain_tensor(found.detach())[:_FEW].clone()
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
