@@ -53,12 +53,32 @@ def _depthwise(slopes: Tensor, inputs: Tensor, shape: torch.Size, geometry: Geom
 
 
 def _by_taps(slopes: Tensor, inputs: Tensor, shape: torch.Size, geometry: Geometry, maps: int) -> Tensor:
-    padded = F.pad(inputs, [p for padding in reversed(geometry.padding) for p in (padding, padding)])
+    padded = _padded(inputs, geometry)
+    if maps == 1 and set(geometry.stride) == {1}:
+        # With zeros between the rows of the slopes, each tap is a shift of the whole map in memory, without a copy.
+        sizes = padded.shape[2:]
+        slopes = _filled(slopes, (slopes.shape[2], *sizes[1:]))
+        padded = _filled(padded, (sizes[0] + 1, *sizes[1:])).flatten(2)
+        steps = [math.prod(sizes[d:]) for d in range(1, len(sizes) + 1)]
+        starts = (sum(math.prod(pair) for pair in zip(tap, steps, strict=True)) for tap in _starts(shape, geometry))
+        taps: Iterator[tuple[slice, ...]] = ((slice(start, start + slopes[0, 0].numel()),) for start in starts)
+    else:
+        taps = _taps(shape, geometry, slopes.shape)
     g = _grouped(slopes, geometry.groups, maps)
     norms = g.new_zeros(len(g), dtype=torch.float64)
-    for tap in _taps(shape, geometry, slopes.shape):
+    for tap in taps:
         norms += product_norms(g, _grouped(padded[(_ALL, _ALL, *tap)], geometry.groups, maps))
     return norms.view(-1, geometry.groups).sum(dim=1)
+
+
+def _padded(inputs: Tensor, geometry: Geometry) -> Tensor:
+    return F.pad(inputs, [p for padding in reversed(geometry.padding) for p in (padding, padding)])
+
+
+def _filled(maps: Tensor, sizes: tuple[int, ...]) -> Tensor:
+    """Maps of these sizes, with zeros at the ends."""
+    missing = [size - there for size, there in zip(sizes, maps.shape[2:], strict=True)]
+    return F.pad(maps, [p for more in reversed(missing) for p in (0, more)])
 
 
 def _by_pairs(slopes: Tensor, inputs: Tensor, shape: torch.Size, geometry: Geometry, maps: int) -> Tensor:
@@ -75,10 +95,15 @@ def _by_pairs(slopes: Tensor, inputs: Tensor, shape: torch.Size, geometry: Geome
     return norms.view(-1, geometry.groups).sum(dim=1)
 
 
+def _starts(shape: torch.Size, geometry: Geometry) -> Iterator[tuple[int, ...]]:
+    """For each tap of the kernel, the first position of the padded inputs that it multiplies."""
+    for tap in itertools.product(*map(range, shape[2:])):
+        yield tuple(place * dilation for place, dilation in zip(tap, geometry.dilation, strict=True))
+
+
 def _taps(shape: torch.Size, geometry: Geometry, slopes: torch.Size) -> Iterator[tuple[slice, ...]]:
     """For each tap of the kernel, the positions of the padded inputs that it multiplies."""
-    for tap in itertools.product(*map(range, shape[2:])):
-        starts = [place * dilation for place, dilation in zip(tap, geometry.dilation, strict=True)]
+    for starts in _starts(shape, geometry):
         yield tuple(
             slice(start, start + stride * (size - 1) + 1, stride)
             for start, stride, size in zip(starts, geometry.stride, slopes[2:], strict=True)
