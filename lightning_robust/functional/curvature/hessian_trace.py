@@ -19,9 +19,9 @@ root.
 Sources: Hutchinson 1989; PyHessian (arXiv 1912.07145); Schraudolph 2002; Dangel et al. 2020 (arXiv 1912.10985). The
 decomposition into an exact test of linearity, single-sample Gauss–Newton probes and a residual is ours.
 
-Cost in forward passes of the batch, on a CIFAR ResNet-20: 9 for two Gauss–Newton probes of every layer, including one
-that also finds the piecewise linear layers. Where layers are curved, each probe adds a Hessian-vector product, 8 to 17
-passes.
+Cost in forward passes of a batch of 128: 6 to 14 for two Gauss–Newton probes of every layer, including one that also
+finds the piecewise linear layers. Where layers are curved, each probe adds a Hessian-vector product, 8 to 20 passes
+(``docs/performance.md`` has a table).
 
 Second derivatives of a custom ``torch.autograd.Function`` are trusted unless its backward pass is marked with
 ``@once_differentiable``; ``torch.autograd.gradgradcheck`` checks them.
@@ -131,7 +131,7 @@ def hessian_trace(
             measured by Hutchinson probes; if it returns the mean over a batch, it is called on single samples.
         module: The module whose parameters are meant, by default the one that ``model`` is or belongs to.
         chunk_size: Largest number of samples that pass through the network together. By default a measurement takes at
-            most twice the memory of a training step, and 16 MiB (256 MiB on a GPU) for gradients of samples.
+            most twice the memory of a training step, or three times that of the weights if they are most of it.
         generator: Draws the probes. By default the probes of a sample are a function of its contents, so the same
             samples always give the same numbers, however they are batched.
 

@@ -21,10 +21,42 @@ def wide_gelu() -> nn.Module:
     )  # fmt: skip
 
 
+class Mixer(nn.Module):
+    """Mixes tokens and channels in turn: weights at many positions, whose gradients of samples would be large."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 96, 4, stride=4)
+        self.tokens = nn.ModuleList(nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64)) for _ in range(3))
+        self.channels = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(96), nn.Linear(96, 384), nn.GELU(), nn.Linear(384, 96)) for _ in range(3)
+        )
+        self.head = nn.Linear(96, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).flatten(2)
+        for tokens, channels in zip(self.tokens, self.channels, strict=True):
+            x = x + tokens(x)
+            x = x + channels(x.mT).mT
+        return self.head(x.mean(dim=2))
+
+
+def separable() -> nn.Module:
+    layers = [
+        layer for _ in range(3)
+        for layer in (nn.Conv2d(48, 48, 5, padding=2, groups=48), nn.BatchNorm2d(48), nn.Conv2d(48, 48, 1), nn.SiLU())
+    ]  # fmt: skip
+    return nn.Sequential(
+        nn.Conv2d(3, 48, 2, stride=2), *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(48, 10)
+    )
+
+
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "resnet20": (lambda: initialised(CifarResNet(20), seed=0), (64, 3, 32, 32)),
     "digits_cnn": (digits_cnn, (64, 1, 8, 8)),
     "wide_gelu": (wide_gelu, (64, 3, 32, 32)),
+    "mixer": (Mixer, (16, 3, 32, 32)),
+    "separable": (separable, (16, 3, 32, 32)),
     "attention": (lambda: Attention(32, 10), (64, 40, 32)),
 }
 
