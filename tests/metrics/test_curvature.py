@@ -374,7 +374,9 @@ def test_networks_of_token_ids_have_curvature(estimator: str, dtype: torch.dtype
     values = measured(HessianTrace(estimator, num_probes=64), Probe(model, ids, targets))  # type: ignore[arg-type]
     for name, trace in expected.items():
         assert abs(float(estimate.layers[name]) - trace) <= 4 * float(estimate.stderr[name]) + 1e-5
-        assert values[f"hessian_trace_per_layer/{name}"] == pytest.approx(float(estimate.layers[name]), rel=1e-4, abs=1e-7)
+        assert values[f"hessian_trace_per_layer/{name}"] == pytest.approx(
+            float(estimate.layers[name]), rel=1e-4, abs=1e-7
+        )
 
 
 def test_only_what_needs_a_derivative_refuses_token_ids() -> None:
