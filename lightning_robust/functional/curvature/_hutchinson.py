@@ -29,15 +29,7 @@ def quadratic_forms(objective: Tensor, tensors: dict[str, Tensor], keys: Sequenc
     try:
         slopes = torch.autograd.grad(objective, wanted, create_graph=True, allow_unused=True)
         for m, key in enumerate(keys):
-            signs = weight_signs(wanted, *key)
-            pairs = [(s, v) for s, v in zip(slopes, signs, strict=True) if s is not None and s.requires_grad]
-            if not pairs:
-                break
-            curved, directions = zip(*pairs, strict=True)
-            products = torch.autograd.grad(
-                curved, wanted, directions, retain_graph=m + 1 < len(keys), allow_unused=True
-            )
-            forms[m] = torch.stack([(v * (0 if p is None else p)).sum() for p, v in zip(products, signs, strict=True)])
+            forms[m] = _forms(slopes, wanted, weight_signs(wanted, *key), last=m + 1 == len(keys)).to(forms)
     except RuntimeError as error:
         names = [name for (name, w), s in zip(tensors.items(), slopes, strict=False) if not _has_product(s, w)]
         raise _no_second_derivative(f"in layer {names[0]!r}: {error}" if names else error) from error
@@ -57,6 +49,19 @@ def refuse_missing_derivatives(outputs: Tensor, weights: Weights) -> None:
                 name = names.get(id(leaf_of(below)))
                 if name is not None:
                     raise _no_second_derivative(f"in layer {name!r}: {node.name()} is marked with @once_differentiable")
+
+
+def _forms(slopes: Sequence[Tensor | None], wanted: Sequence[Tensor], signs: Sequence[Tensor], *, last: bool) -> Tensor:
+    """``v_kᵀ(Hv)_k`` of each tensor, ``(L,)``, for signs ``v``. What takes the memory of all weights ends with it."""
+    zero = signs[0].new_zeros(())
+    pairs = [(s, v) for s, v in zip(slopes, signs, strict=True) if s is not None and s.requires_grad]
+    if not pairs:
+        return zero.expand(len(wanted))
+    curved, directions = zip(*pairs, strict=True)
+    products = torch.autograd.grad(curved, wanted, directions, retain_graph=not last, allow_unused=True)
+    return torch.stack(
+        [zero if p is None else torch.dot(p.flatten(), v.flatten()) for p, v in zip(products, signs, strict=True)]
+    )
 
 
 def _no_second_derivative(cause: object) -> ValueError:

@@ -13,7 +13,7 @@ computed for one sample at a time, as is whatever differs from a plain backward 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -133,11 +133,13 @@ class SampleGradients:
             if not outputs.requires_grad:
                 continue
             for m, cotangent in enumerate(cotangents[:, n]):
-                gradients = torch.autograd.grad(
-                    outputs, list(tensors.values()), cotangent, retain_graph=True, allow_unused=True
+                # no name holds the gradients: those of the next probe would stand beside them
+                norms[m, n] = _squares(
+                    torch.autograd.grad(
+                        outputs, list(tensors.values()), cotangent, retain_graph=True, allow_unused=True
+                    ),
+                    zero=norms.new_zeros(()),
                 )
-                flat = [None if gradient is None else gradient.flatten() for gradient in gradients]
-                norms[m, n] = torch.stack([norms.new_zeros(()) if g is None else g.dot(g).double() for g in flat])
         return dict(zip(tensors, norms.unbind(dim=2), strict=True))
 
 
@@ -161,6 +163,12 @@ class _Plain(NamedTuple):
         largest = torch.stack(list(self.norms.values())).amax(dim=(0, 2))  # (M,)
         there = {name: values[:, self.sample] for name, values in norms.items()}
         return {name for name, values in there.items() if _near(values, self.norms[name][:, 0], largest)}
+
+
+def _squares(gradients: Sequence[Tensor | None], *, zero: Tensor) -> Tensor:
+    """Sum of squares of each gradient, ``(L,)``, without a copy of any."""
+    flat = [None if gradient is None else gradient.flatten() for gradient in gradients]
+    return torch.stack([zero if g is None else g.dot(g).to(zero) for g in flat])
 
 
 def _near(a: Tensor, b: Tensor, largest: Tensor) -> bool:

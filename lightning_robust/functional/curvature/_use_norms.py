@@ -93,12 +93,13 @@ def _addmm_bias(node: Any, use: Use, slopes: Slopes) -> Tensor | None:
     return slopes.norms_of_sums(slopes.values) if plain else None
 
 
-def _convolution_weight(node: Any, use: Use, slopes: Slopes) -> Tensor | None:
-    if node._saved_transposed:
-        return None
+def _convolution_weight(node: Any, use: Use, slopes: Slopes) -> Tensor:
     numbers = (tuple(node._saved_stride), tuple(node._saved_padding), tuple(node._saved_dilation))
     geometry = Geometry(*numbers, node._saved_groups)
-    return convolution_norms(slopes.values, node._saved_input, use.shape, geometry, slopes.num_samples)
+    ends = (slopes.values, node._saved_input)
+    if node._saved_transposed:  # the inputs of a transposed convolution stand for the outputs of a plain one
+        ends = ends[::-1]
+    return convolution_norms(*ends, use.shape, geometry, slopes.num_samples)
 
 
 def _channel_bias(node: Any, use: Use, slopes: Slopes) -> Tensor:

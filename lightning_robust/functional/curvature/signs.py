@@ -76,8 +76,7 @@ def weight_signs(tensors: Sequence[Tensor], *keys: int) -> list[Tensor]:
     """Independent random signs in the shapes of these tensors, as a function of all keys together."""
     if not tensors:
         return []
-    generator = torch.Generator(tensors[0].device).manual_seed(_mixed(*keys))
-    return [
-        torch.randint(2, tensor.shape, generator=generator, device=tensor.device, dtype=torch.int8).to(tensor) * 2 - 1
-        for tensor in tensors
-    ]
+    device = tensors[0].device
+    generator = torch.Generator(device).manual_seed(_mixed(*keys))
+    bits = [torch.randint(2, t.shape, generator=generator, device=t.device, dtype=torch.int8) for t in tensors]
+    return [signs.mul_(2).sub_(1).to(tensor) for signs, tensor in zip(bits, tensors, strict=True)]

@@ -78,6 +78,16 @@ DIRECT = {
     "depthwise convolution": Case(lambda: conv(3, 6, 3, groups=3, stride=2), (3, 6, 6)),
     "convolution of sequences": Case(lambda: after(nn.Conv1d(2, 3, 3, padding=2, stride=2), 2, 1), (2, 7)),
     "convolution of volumes": Case(lambda: after(nn.Conv3d(2, 2, 2, padding=1), 2, 1, 1, 1), (2, 3, 2, 3)),
+    "transposed convolution": Case(
+        lambda: after(nn.ConvTranspose2d(2, 3, (3, 2), stride=(2, 1), padding=1, output_padding=(1, 0)), 2, 1, 1),
+        (2, 3, 4),
+    ),
+    "grouped transposed convolution": Case(
+        lambda: after(nn.ConvTranspose2d(4, 2, 2, stride=2, groups=2), 4, 1, 1), (4, 3, 2)
+    ),
+    "transposed convolution of small maps": Case(
+        lambda: after(nn.ConvTranspose1d(12, 14, 3, padding=1, dilation=1), 12, 1), (12, 3)
+    ),
     "frames": Case(
         lambda: Function(
             lambda m, x: m.depth(m.conv(x.flatten(0, 1)).sin()).sin().unflatten(0, x.shape[:2]),
@@ -123,9 +133,6 @@ INDIRECT = {
     "used twice": Case(
         lambda: Function(lambda m, x: m.one(m.one(x).sin()).sin() + m.two(x), one=nn.Linear(3, 3), two=nn.Linear(3, 3)),
         (3,), PAIR,
-    ),
-    "transposed convolution": Case(
-        lambda: after(nn.ConvTranspose2d(2, 3, 2), 2, 1, 1), (2, 3, 3), ("layer.weight",)
     ),
     "a product of weights": Case(
         lambda: Function(lambda m, x: (x @ (m.one * m.two)).sin(), one=torch.rand(3, 5), two=torch.rand(3, 5)),
