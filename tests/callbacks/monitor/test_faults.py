@@ -41,7 +41,7 @@ class Quiet(Classifier):
     """Trains, and accepts any validation batch without looking at it."""
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        self.log("val_acc", 1.0, batch_size=1)
+        self.log("val_score", 1.0, batch_size=1)
 
 
 def fit(
