@@ -319,7 +319,10 @@ def test_readme_is_a_front_door() -> None:
             "Choose a checkpoint by robustness",
             ['monitor="robust/linearized_accuracy_linf_0.03137"', 'mode="max"', "auto_insert_metric_name=False"],
         ),
-        ("Dictionary batches, and any other batch", ["probe_fn=", "`robustness_probe(self, batch)`", "`pixel_values`"]),
+        (
+            "Dictionaries, texts, and any other batch",
+            ["probe_fn=", "`robustness_probe(self, batch)`", "`pixel_values`"],
+        ),
     ],
 )
 def test_newcomers_find_the_line_they_need(heading: str, lines: list[str]) -> None:

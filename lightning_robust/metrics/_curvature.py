@@ -92,10 +92,10 @@ class CurvatureMetric(ProbeMetric):
         first, *others = self._left_out
         too = f", nor {'is another' if len(others) == 1 else f'are {len(others)} others'}" if others else ""
         return {
-            f"{key}_per_layer/{first}": f"is not measured{too}: no gradient leads from the outputs to it, so `{key}` leaves it"
-            " out. In eval mode the forward pass does not use it, or takes numbers that were computed from it before (a"
-            " merged adapter, a cache). To count it, compute with it in every forward pass; if it is not meant to"
-            " count, nothing is wrong."
+            f"{key}_per_layer/{first}": f"is not measured{too}: no gradient leads from the outputs to it, so `{key}`"
+            " leaves it out. In eval mode the forward pass does not use it, or takes numbers that were computed from it"
+            " before (a merged adapter, a cache). To count it, compute with it in every forward pass; if it is not"
+            " meant to count, nothing is wrong."
         }
 
 

@@ -69,7 +69,7 @@ class FisherSpectralNorm(ProbeMetric):
         if c < _MANY_CLASSES:
             return 0.0
         rows = torch.rand(1, c, c, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-        logits, gram = outputs[:1].detach().to(self.device, torch.float64), (rows @ rows.mT).to(self.device)
+        logits, gram = outputs[:1].detach().cpu().double().to(self.device), (rows @ rows.mT).to(self.device)
 
         def seconds() -> float:
             start = time.perf_counter()

@@ -103,22 +103,17 @@ def monitored(module: Validated, rows: list[Any], root: Any, **loader: Any) -> R
 
 
 def check_traces(network: nn.Module, call: Callable[[nn.Module], Tensor], x: Tensor, y: Tensor, **options: Any) -> None:
-    """Compare Gauss–Newton traces of all layers and the total of the Hessian with the references.
+    """Compare exact Gauss–Newton traces of all layers, and the total of the Hessian, with the references.
 
     ``call`` maps the float64 copy to the logits of all samples, on a graph.
     """
     reference = double(network)
     exact = gauss_newton_traces(reference, call(reference))
-    found = hessian_trace(network, x, y, estimator="gauss_newton", num_probes=2, rtol=None, **options)
-    assert found.layers.keys() == exact.keys()
-    total, stderr = float(sum(exact.values())), float(found.total_stderr)
-    assert abs(float(found.total) - total) <= 3 * stderr + 1e-5 * total
-    for name, trace in exact.items():  # of a hundred layers the worst is three and a half errors away
-        distance = abs(float(found.layers[name]) - float(trace))
-        assert distance <= 5 * float(found.stderr[name]) + 1e-5 * float(trace) + 1e-9, name
+    total = float(sum(exact.values()))
     every = hessian_trace(network, x, y, estimator="gauss_newton", num_probes=NUM_CLASSES - 1, rtol=None, **options)
+    assert every.layers.keys() == exact.keys()
     for name, trace in exact.items():  # as many probes as columns leave nothing to chance
-        assert float(every.layers[name]) == pytest.approx(float(trace), rel=1e-3, abs=1e-6 * total), name
+        assert float(every.layers[name]) == pytest.approx(float(trace), rel=1e-4, abs=1e-6 * total), name
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         total, own = hessian_total(reference, call(reference), y)
     hessian = hessian_trace(network, x, y, num_probes=8, rtol=None, **options)

@@ -20,7 +20,8 @@ from lightning_robust.functional._validation.arguments import (
 )
 
 # Elements checked at once: the check takes memory of their size, and some tensors are the largest that there are.
-_CHECKED_ELEMENTS = 2**22
+# Smaller blocks would stay on the heap of glibc.
+_CHECKED_ELEMENTS = 2**24
 _WRAP = "Wrap the model so that it does (in a callback, through `probe_fn`)."
 
 

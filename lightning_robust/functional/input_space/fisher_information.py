@@ -34,8 +34,9 @@ from lightning_robust.functional.input_space.float64 import to_float64
 _SATURATED_ABOVE = 0.999
 # Weight, in samples, of the smoothing that keeps a fitted temperature finite.
 _PSEUDO_SAMPLES = 0.5
-# Elements of C × C matrices processed at once: 32 MiB.
-_MATRIX_ELEMENTS = 2**22
+# Elements of C × C matrices processed at once: 64 MiB. Blocks below 32 MiB stay on the heap of glibc, which then grows
+# by gigabytes.
+_MATRIX_ELEMENTS = 2**23
 # Temperatures are searched between these multiples of the root mean square of the class-centred logits.
 _TEMPERATURE_RANGE = (1e-4, 1e4)
 
@@ -75,7 +76,7 @@ def fim_spectral_norm(logits: Tensor, gram: Tensor, *, temperature: float | Tens
     """
     check_gram(logits, gram)
     parts = _chunks(_with_masks(logits), gram)
-    largest = [torch.linalg.eigvalsh(_class_information(*part, temperature))[:, -1] for part in parts]
+    largest = [torch.linalg.eigvalsh(_class_information(*part, temperature))[:, -1].clone() for part in parts]
     return torch.cat(largest).clamp_min(0).to(logits)
 
 

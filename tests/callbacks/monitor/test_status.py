@@ -38,7 +38,7 @@ def failure(step: Any) -> Failure:
         (lambda: linearize(nn.LSTM(4, 2), IMAGES), "raised", "ValueError: LSTM: Expected input to be 2D or 3D"),
         (lambda: linearize(Checks(), IMAGES), "raised", "ValueError: Expected argument `mask`"),
         (lambda: linearize(nn.Identity(), IMAGES), "refused", "Expected the model to return logits of shape (N, C)"),
-        (lambda: Probe(nn.Identity(), CLASSES, CLASSES), "refused", "TypeError: Expected argument `inputs`"),
+        (lambda: Probe(nn.Identity(), [1.0], CLASSES), "refused", "TypeError: Expected argument `inputs`"),
         (
             lambda: read_batch(nn.Identity(), [1], probe_fn=None, defaults={}),  # type: ignore[arg-type]
             "refused",

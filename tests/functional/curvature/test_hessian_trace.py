@@ -378,7 +378,12 @@ def test_the_interval_covers_the_total_also_where_its_width_decided_when_to_stop
 
 @pytest.mark.parametrize(
     "settings",
-    [*FIXED[:2], pytest.param(FIXED[2], marks=pytest.mark.long), *TRAINED],
+    [
+        FIXED[0],
+        ("tanh_mlp", 8, None, 4),  # as many blocks as samples, so half the passes
+        TRAINED[0],
+        *(pytest.param(costly, marks=pytest.mark.long) for costly in (*FIXED[1:], TRAINED[1])),
+    ],
     ids=lambda settings: f"{settings[0]} {settings[1]}",
 )
 def test_the_estimate_is_unbiased_and_its_squared_error_on_average_the_variance(settings: Any) -> None:
@@ -389,7 +394,7 @@ def test_the_estimate_is_unbiased_and_its_squared_error_on_average_the_variance(
     ratio = (many.values.var(dim=0) / many.stderr.square().mean(dim=0))[many.random]
     # the variance of 200 estimates is known to 10 %; the worst of all layers and networks may be four times that away
     assert (ratio < 1.4).all(), ratio
-    if settings in FIXED:  # the few probes of the default have errors on the safe side
+    if settings not in TRAINED:  # the few probes of the default have errors on the safe side
         assert (ratio > 0.6).all(), ratio
 
 

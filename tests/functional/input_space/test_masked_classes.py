@@ -102,12 +102,17 @@ METRICS: dict[str, Callable[[], ProbeMetric]] = {
 
 
 @pytest.mark.parametrize(
-    ("mask", "fill"),
-    [(filled, -math.inf), (filled, -1e4), (appended, -1e4), (added, -1e9), (added, -math.inf)],
+    ("mask", "fill", "activation"),
+    [
+        (filled, -math.inf, nn.ReLU()),
+        (filled, -1e4, nn.Tanh()),
+        (appended, -1e4, nn.ReLU()),
+        (added, -1e9, nn.ReLU()),
+        (added, -math.inf, nn.Tanh()),
+    ],
     ids=["filled", "filled, finite", "appended", "added, finite", "added"],
 )
 @pytest.mark.parametrize("name", METRICS)
-@pytest.mark.parametrize("activation", [nn.ReLU(), nn.Tanh()], ids=["relu", "tanh"])
 def test_every_metric_is_that_of_the_network_without_masked_classes(
     name: str, mask: Callable[[float], Callable[[Tensor], Tensor]], fill: float, activation: nn.Module
 ) -> None:

@@ -262,4 +262,6 @@ def test_a_monitor_measures_the_weight_after_the_validation_has_filled_the_cache
     fitted = float(run.callback_metrics["robust/hessian_trace_per_layer/network.2.table"])
     assert fitted != 0
     run.validate(model, loader(samples(32)), verbose=False)
-    assert float(run.callback_metrics["robust/hessian_trace_per_layer/network.2.table"]) == pytest.approx(fitted, rel=1e-4)
+    assert float(run.callback_metrics["robust/hessian_trace_per_layer/network.2.table"]) == pytest.approx(
+        fitted, rel=1e-4
+    )
