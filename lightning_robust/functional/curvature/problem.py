@@ -58,11 +58,12 @@ class CurvatureProblem:
                 "Expected argument `loss_fn` to be torch's cross-entropy, MSE or BCE with logits for"
                 f" estimator='gauss_newton', but got {given}. Use estimator='hutchinson'."
             )
+        model = SampleModel(self.model, self.extras, num_samples=len(self.inputs))
         with (
             differentiable_weights(self.model, self.loss_fn, module=self.module) as weights,
-            caches_made_anew(weights, self.model, full_precision(self.inputs[:2])),
+            caches_made_anew(weights, model.on(slice(2)), full_precision(self.inputs[:2])),
         ):
-            yield ExaminedProblem(self, loss, weights)
+            yield ExaminedProblem(self, model, loss, weights)
 
 
 class ExaminedProblem:
@@ -72,12 +73,12 @@ class ExaminedProblem:
         plan: Which estimator measures each layer.
     """
 
-    def __init__(self, problem: CurvatureProblem, loss: SampleLoss, weights: Weights) -> None:
+    def __init__(self, problem: CurvatureProblem, model: SampleModel, loss: SampleLoss, weights: Weights) -> None:
         self._problem = problem
+        self._model = model
         self._loss = loss
         self._weights = weights
         self._inputs = x = full_precision(problem.inputs)
-        self._model = SampleModel(problem.model, problem.extras, num_samples=len(x))
         given = problem.targets
         self._targets = None if given is None else loss.prepared(full_precision(given), num_samples=len(x))
         names = tuple(weights.tensors)

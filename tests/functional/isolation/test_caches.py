@@ -195,6 +195,27 @@ def test_the_input_side_takes_what_a_pass_in_inference_mode_has_kept(kind: type[
     )
 
 
+class WithExtras(ByDevice):
+    """Takes an argument beside its inputs, and returns more than logits."""
+
+    def forward(self, x: Tensor, scale: Tensor) -> Any:
+        z = super().forward(x * scale)
+        return {"logits": z, "features": z.detach()}
+
+
+def test_networks_with_extras_and_outputs_beside_the_logits_are_examined_like_others() -> None:
+    scale = 1 + random(8, 20, 1, dtype=torch.float32).abs()
+    settings: dict[str, Any] = {"estimator": "gauss_newton", "num_probes": 4, "rtol": None}  # all columns
+    expected = hessian_trace(filled(ByDevice, "empty"), X * scale, TARGETS, **settings)
+    network = WithExtras().eval()
+    with torch.no_grad():
+        network(X, scale)
+    measured = hessian_trace(network, X, TARGETS, extras={"scale": scale}, **settings)
+    assert measured.layers["table"] != 0
+    for name, trace in expected.layers.items():
+        torch.testing.assert_close(measured.layers[name], trace, rtol=1e-4, atol=1e-6)
+
+
 class Flagged(Biased):
     """Remembers by a flag that it has computed it."""
 
