@@ -41,19 +41,17 @@ def on_cost(
         probe: The first samples.
         outputs: Outputs of the network for some of them.
         num_samples: Samples that this process will measure.
-        seconds: How long several passes of these samples took, at least one of them a backward pass.
+        seconds: How long three forward passes of these samples took, and with them about a backward pass.
     """
     linearizations = len({name for metric in metrics for name in metric.linearizations})
     num_classes = outputs.shape[1] if outputs.ndim == 2 else 0
-    if not linearizations or num_classes < 2:
+    if not linearizations or num_classes < 2 or not probe.inputs.is_floating_point():
         return []
-    passes = num_classes * linearizations
     each = sum(metric.seconds_per_sample(outputs) for metric in metrics)
-    if seconds / len(outputs) * passes * num_samples + each * num_samples > _LONG:
-        each += _seconds_of_classes(probe, num_classes) * linearizations
-    else:
-        each = 0.0
-    expected = each * num_samples
+    at_most = each + linearizations * num_classes * seconds / len(outputs)
+    expected = 0.0
+    if at_most * num_samples > _LONG:
+        expected = (each + linearizations * _seconds_of_classes(probe, num_classes)) * num_samples
     memory = sum(metric.bytes_per_sample(num_classes) for metric in metrics) * num_samples
     return [_sentence(expected, memory, num_samples, num_classes)] if expected > _LONG or memory > _MUCH else []
 
@@ -62,12 +60,12 @@ def _seconds_of_classes(probe: Probe, num_classes: int) -> float:
     """Time that the gradients of all classes, and their inner products, take for one sample."""
     with differentiable(probe.model):
         x = full_precision(probe.inputs)
-        chunk = x[: samples_at_once(x, probe.chunk_size, num_classes=num_classes)]
-        leaf, logits = leaf_and_logits(probe.model, chunk)
+        rows = slice(samples_at_once(x, probe.chunk_size, num_classes=num_classes))
+        leaf, logits = leaf_and_logits(probe.network.on(rows), x[rows])
         of_class = min(_timed(lambda: input_gradient(logits[:, 0], leaf, None)) for _ in range(2))
     some = min(num_classes, _SOME_CLASSES)
-    rows = chunk[:1].reshape(1, 1, -1).expand(1, some, -1).contiguous()
-    return of_class / len(chunk) * num_classes + _timed(lambda: gram_matrix(rows)) * (num_classes / some) ** 2
+    gradients = x[:1].reshape(1, 1, -1).expand(1, some, -1).contiguous()
+    return of_class / len(leaf) * num_classes + _timed(lambda: gram_matrix(gradients)) * (num_classes / some) ** 2
 
 
 def _timed(step: Callable[[], Tensor]) -> float:

@@ -112,3 +112,29 @@ def test_it_is_told_once_per_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         trainer(RobustnessMonitor("linearized_accuracy"), root=tmp_path).fit(classifier(), loader(), loader())
     assert len(messages) == 1
     assert messages[0].startswith("The first measurement takes about")
+
+
+class WithExtras(nn.Module):
+    """Takes an argument beside its inputs, and returns more than logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(6, 10)
+
+    def forward(self, x: Tensor, scale: Tensor) -> dict[str, Tensor]:
+        return {"logits": self.body(x * scale), "features": x}
+
+
+def test_networks_with_extras_and_outputs_beside_the_logits_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(announced_cost, "_LONG", 1e-9)
+    x, targets = random(1, 32, 6, dtype=torch.float32), torch.arange(32) % 10
+    probe = Probe(WithExtras(), x, targets, extras={"scale": random(2, 32, 1, dtype=torch.float32)})
+    (found,) = on_cost([LinearizedAccuracy()], probe, probe.outputs(x), num_samples=256, seconds=1.0)
+    assert "256 samples × 10 classes" in found
+
+
+def test_token_ids_have_no_gradients_to_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(announced_cost, "_LONG", 1e-9)
+    ids = torch.arange(32).reshape(16, 2) % 5
+    probe = Probe(nn.Sequential(nn.Embedding(5, 3), nn.Flatten(), nn.Linear(6, 4)), ids, torch.arange(16) % 4)
+    assert on_cost([LinearizedAccuracy()], probe, probe.outputs(ids), num_samples=256, seconds=1.0) == []
