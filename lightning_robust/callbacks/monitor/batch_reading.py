@@ -18,7 +18,8 @@ from lightning_robust.callbacks.monitor.token_embeddings import MASK, FromEmbedd
 from lightning_robust.functional._isolation.context import owner_of
 from lightning_robust.functional._isolation.side_effects import side_effects_reverted
 from lightning_robust.functional._validation.arguments import class_of
-from lightning_robust.probe import Probe, check_samples
+from lightning_robust.functional._validation.extras import check_extras
+from lightning_robust.probe import Probe, check_samples, checked_with
 
 _INPUT_KEYS = (
     *("x", "input", "inputs", "image", "images", "img", "pixel_values", "data", "features"),
@@ -76,7 +77,7 @@ def read_batch(
         pl_module: The module that is trained.
         batch: What its loader yields.
         probe_fn: The user's function, or None.
-        defaults: Options for the probe, where the user's own probe leaves them open.
+        defaults: Options for the probe. The user's own probe is checked with them, where it leaves them open.
 
     Raises:
         MisconfigurationException: If the batch cannot be read, or ``probe_fn`` returns no probe.
@@ -85,7 +86,7 @@ def read_batch(
     if probe_fn is None and not callable(method):
         return _read(pl_module, batch, defaults)
     metrics = [inner for module in pl_module.modules() if isinstance(module, Metric) for inner in module.modules()]
-    with muted_logging(pl_module), side_effects_reverted(metrics):
+    with muted_logging(pl_module), side_effects_reverted(metrics), checked_with(defaults):
         probe: object = probe_fn(pl_module, batch) if probe_fn is not None else method(batch)  # type: ignore[misc]
     if not isinstance(probe, Probe):
         raise MisconfigurationException(
@@ -120,6 +121,7 @@ def _read(pl_module: LightningModule, batch: object, defaults: Mapping[str, Any]
         extras = {**extras, tokens.key: inputs, **({MASK: mask} if isinstance(mask, Tensor) else {})}
         inputs = tokens.embedded(inputs)
     check_samples(inputs, targets, loss_fn=options["loss_fn"])
+    check_extras(extras, len(inputs))
     return Batch(inputs, targets, options, extras)
 
 

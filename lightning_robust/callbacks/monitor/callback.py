@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from lightning_robust.callbacks.arguments import as_constant, as_metrics, check_unshared, misconfiguration
 from lightning_robust.callbacks.monitor import run_diagnostics
 from lightning_robust.callbacks.monitor.batch_reading import read_batch
-from lightning_robust.callbacks.monitor.batches import Batch
 from lightning_robust.callbacks.monitor.measurement_loop import MeasurementLoop
 from lightning_robust.callbacks.monitor.overhead import check_budget
 from lightning_robust.callbacks.monitor.reporting import Reporter
@@ -28,7 +27,7 @@ from lightning_robust.functional._validation.arguments import (
 from lightning_robust.functional.curvature.losses import check_loss_fn
 from lightning_robust.functional.input_space.units import check_units, check_valid_range
 from lightning_robust.metrics import ProbeMetric
-from lightning_robust.probe import Probe, checked_with
+from lightning_robust.probe import Probe
 
 ProbeFn = Callable[[LightningModule, Any], Probe]
 
@@ -142,7 +141,7 @@ class RobustnessMonitor(Callback):
         self._loop = MeasurementLoop(
             self.metrics,
             self._reporter,
-            functools.partial(_read, probe_fn=self.probe_fn, defaults=defaults),
+            functools.partial(read_batch, probe_fn=self.probe_fn, defaults=defaults),
             max_samples=self.max_samples,
             dataloader_idx=self.dataloader_idx,
             seed=self.seed,
@@ -281,12 +280,6 @@ class RobustnessMonitor(Callback):
     on_test_batch_end = on_validation_batch_end
     on_test_epoch_end = on_validation_epoch_end
     on_test_end = on_validation_end
-
-
-def _read(pl_module: LightningModule, batch: object, *, probe_fn: ProbeFn | None, defaults: Mapping[str, Any]) -> Batch:
-    """Read a batch. The user's probe is checked with the options of the monitor, which fill in what it leaves open."""
-    with checked_with(defaults):
-        return read_batch(pl_module, batch, probe_fn=probe_fn, defaults=defaults)
 
 
 def monitors_of(trainer: Trainer) -> list[RobustnessMonitor]:

@@ -246,6 +246,17 @@ def test_a_network_that_embeds_twice_is_refused() -> None:
         _ = probe.linearization
 
 
+class OnlyIds(Text):
+    def forward(self, input_ids: Tensor) -> Any:
+        return self.encoder(input_ids)
+
+
+def test_a_mask_that_the_module_does_not_take_must_have_a_row_per_text_all_the_same() -> None:
+    given = texts() | {"attention_mask": texts()["attention_mask"][:-1]}
+    with pytest.raises(ValueError, match=r"one row per sample.*\(7, ...\), but 'attention_mask' has shape \(6, 6\)"):
+        read_batch(OnlyIds(), given, probe_fn=None, defaults=DEFAULTS)
+
+
 def collate(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Cut each batch to its longest text, as tokenisers pad."""
     batch = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
