@@ -33,18 +33,12 @@ class WarnOnce:
         """Warn in this process, whatever its rank, because the cause may be specific to it."""
         warnings.warn(sentence, category=RobustnessWarning, stacklevel=2)
 
-    def once(self, *sentences: str) -> None:
-        """Warn of each sentence that is new in this run."""
+    def once(self, *sentences: str, here: bool = False) -> None:
+        """Warn of each sentence that is new in this run; on rank zero, or ``here``, in this process."""
         for sentence in sentences:
             if sentence not in self._said:
                 self._said.add(sentence)
-                self.warn(sentence)
-
-    def once_here(self, sentence: str) -> None:
-        """Warn of a sentence that is new in this run, in this process."""
-        if sentence not in self._said:
-            self._said.add(sentence)
-            self.warn_here(sentence)
+                (self.warn_here if here else self.warn)(sentence)
 
     def were(self, beginning: str | tuple[str, ...]) -> bool:
         """Whether a sentence with this beginning has been given."""

@@ -52,7 +52,8 @@ class CurvatureMetric(ProbeMetric):
         known = weight_norms(probe.model, module=probe.module)
         norms = torch.tensor([float(known.get(name, torch.nan)) for name in sums.names], dtype=torch.float64)
         parts = [part if len(part) else part.new_zeros(self.num_probes, *part.shape[1:]) for part in sums.parts]
-        reached = torch.tensor([name not in sums.unreached() for name in sums.names], dtype=torch.float64)
+        unreached = set(sums.unreached())
+        reached = torch.tensor([name not in unreached for name in sums.names], dtype=torch.float64)
         row = torch.cat([norms, sums.weights, *(part.flatten() for part in parts), reached]).to(self.device)
         text = row.new_tensor([ord(char) for char in "\n".join(parameter_names_in_keys(sums.names)) + "\0"])
         if self.rows and not torch.equal(text, self.text[0]):

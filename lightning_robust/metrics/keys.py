@@ -22,7 +22,7 @@ TensorBoard gets this text and compiles it in JavaScript: use only syntax that P
 
 _EPSILON = r"_accuracy_[^_]+_(?P<epsilon>[\d.e+-]+)"  # after the kind, as in `accuracy_key`
 _VALIDATION_ACCURACY = re.compile(r"(?:^|[_/])val\w*[_/](?:\w*_)?acc(?:uracy)?(?:/dataloader_idx_0)?$", re.IGNORECASE)
-_PERTURBED = re.compile(r"adv|attack|pgd|fgsm|robust|noise|corrupt", re.IGNORECASE)
+_NOT_PLAIN = re.compile(r"adv|attack|pgd|fgsm|robust|noise|corrupt|top[_-]?\d", re.IGNORECASE)
 _RENAMED = re.compile(r"[^\w./-]")  # characters that some loggers rename or refuse
 _ERROR_BAR = re.compile(r"_(?:stderr|lower|upper|stderr_probes)$")
 
@@ -74,9 +74,20 @@ def is_accuracy_at_epsilon(key: str, *, prefix: str) -> bool:
     return re.fullmatch(rf"{re.escape(prefix)}\w+{_EPSILON}", key) is not None
 
 
+def is_accuracy_at_zero(key: str) -> bool:
+    """Whether :func:`accuracy_key` built this key for ε = 0, the samples as they are."""
+    found = re.search(rf"{_EPSILON}$", key)
+    return found is not None and found["epsilon"] == "0"
+
+
 def is_accuracy(key: str) -> bool:
     """Whether a key, from us or from the user, names an accuracy."""
     return re.search(_ACCURACY, key) is not None
+
+
+def is_plain_accuracy(key: str) -> bool:
+    """Whether a key names an accuracy, and says nothing of perturbations or of several guesses."""
+    return is_accuracy(key) and _NOT_PLAIN.search(key) is None
 
 
 def is_error_bar(key: str) -> bool:
@@ -98,8 +109,7 @@ def clean_accuracy_key(keys: Iterable[str], *, prefixes: Iterable[str]) -> str |
     keys = list(keys)
     for prefix in prefixes:
         for key in keys:
-            found = re.fullmatch(rf"{re.escape(prefix)}linearized{_EPSILON}", key)
-            if found is not None and found["epsilon"] == "0":
+            if key.startswith(f"{prefix}linearized_accuracy_") and is_accuracy_at_zero(key):
                 return key
-    users = [key for key in keys if _VALIDATION_ACCURACY.search(key) and not _PERTURBED.search(key)]
+    users = [key for key in keys if _VALIDATION_ACCURACY.search(key) and is_plain_accuracy(key)]
     return min(users, key=len, default=None)

@@ -21,6 +21,7 @@ from lightning_robust.metrics.keys import has_renamed_characters, leaves_and_fol
 from lightning_robust.probe import Probe
 
 _EXAMINED = 8  # samples
+OF_THE_MODEL = "The model"  # begins the sentences after which every number is in doubt
 SHUFFLES = (
     "The validation loader shuffles, so RobustnessMonitor measures different samples each time, and its curves carry"
     " that noise. Pass `shuffle=False` to the validation DataLoader."
@@ -96,10 +97,10 @@ def not_finite(keys: Sequence[str], *, prefix: str) -> list[str]:
     return [f"{listed} are not finite, so they are not logged. Their curves have gaps wherever this happens."]
 
 
-def on_values(metrics: Iterable[ProbeMetric], values: Mapping[str, float], *, prefix: str) -> list[str]:
-    """The caveats of metrics about their values, which are keyed without the prefix."""
+def on_values(metrics: Iterable[ProbeMetric], values: Mapping[str, float], *, prefix: str) -> dict[str, str]:
+    """The caveats of metrics about their values, by key without the prefix."""
     caveats = {key: caveat for metric in metrics for key, caveat in metric.caveats(values).items()}
-    return [f"`{prefix}{key}` {caveat}" for key, caveat in caveats.items()]
+    return {key: f"`{prefix}{key}` {caveat}" for key, caveat in caveats.items()}
 
 
 def skipped(failures: Mapping[int, Failure], names: Mapping[int, str], *, epoch: int) -> str:
@@ -166,7 +167,7 @@ def on_probe(
 
 
 def note_on(probe: Probe) -> str | None:
-    """What is not wrong, but good to know: the units of token models, unless the user has chosen others."""
+    """Tell the units in which embeddings of tokens are perturbed, unless the user has chosen them."""
     unit = probe.model.unit() if isinstance(probe.model, FromEmbeddings) else None
     if unit is None or probe.input_std != unit:
         return None

@@ -25,9 +25,10 @@ from lightning_robust.callbacks.monitor.sample_collection import SampleCollector
 from lightning_robust.callbacks.monitor.sample_selection import LoaderShare
 from lightning_robust.callbacks.monitor.schedule import Schedule
 from lightning_robust.callbacks.monitor.status import WHOLE, Failure, JointStatus, in_words
-from lightning_robust.callbacks.monitor.validation_witness import ValidationWitness, other_accuracy
+from lightning_robust.callbacks.monitor.validation_witness import OF_THE_STEP, ValidationWitness, other_accuracy
 from lightning_robust.callbacks.warn_once import WarnOnce
 from lightning_robust.metrics import ProbeMetric
+from lightning_robust.metrics.keys import is_accuracy_at_zero
 from lightning_robust.probe import Probe
 
 
@@ -65,7 +66,7 @@ class MeasurementLoop:
         self.record = RunRecord()
         self.incomplete = False
         self.per_sample: dict[str, Tensor] = {}
-        self._unexamined, self._compared = True, False
+        self._unexamined = True
         self._samples_at_once: int | None = None  # that fit into memory
         self._measurement: Measurement | None = None  # in progress
         self._witness: ValidationWitness | None = None  # of the first batch of a run
@@ -75,7 +76,7 @@ class MeasurementLoop:
 
     def begin_run(self, schedule: Schedule | None) -> None:
         """Begin a new run; with a schedule, a new ``fit``."""
-        self._unexamined, self._compared = True, False
+        self._unexamined = True
         self.warnings.forget()
         self.record = RunRecord()
         if schedule is not None:
@@ -208,7 +209,7 @@ class MeasurementLoop:
             if units_matter and (note := diagnostics.note_on(probe)):
                 rank_zero_info(note)
             discrepancy = None if self._witness is None else self._witness.discrepancy()
-            if discrepancy is not None and not self.warnings.were("The model "):
+            if discrepancy is not None and not self.warnings.were(diagnostics.OF_THE_MODEL):
                 self.warnings.once(discrepancy)
             self._unexamined, self._witness = False, None
 
@@ -221,7 +222,7 @@ class MeasurementLoop:
 
     def compare_accuracy(self, trainer: Trainer, *, prefixes: Sequence[str]) -> None:
         """After the first validation of a run, compare the accuracy of the samples with what the module has logged."""
-        if self._clean is not None and not self.warnings.were(("The m", "`validation_step`")):
+        if self._clean is not None and not self.warnings.were((diagnostics.OF_THE_MODEL, OF_THE_STEP)):
             clean, num_samples = self._clean
             logged = {
                 key: float(value)
@@ -233,16 +234,15 @@ class MeasurementLoop:
 
     def _report(self, trainer: Trainer, pl_module: LightningModule, values: Values, status: JointStatus) -> None:
         logged = self._reporter.report(trainer, pl_module, self._metrics, values, status)
-        if not self._compared:
-            clean = [value for key, value in logged.items() if key.endswith(("accuracy_linf_0", "accuracy_l2_0"))]
-            self._clean, self._compared = (clean[0], status.num_samples) if clean else None, True
+        if self.record.measured == 1:
+            clean = next((value for key, value in logged.items() if is_accuracy_at_zero(key)), None)
+            self._clean = None if clean is None else (clean, status.num_samples)
         prefix, measured = self._reporter.prefix, [self._metrics[number] for number in values]
         self.warnings.once(*diagnostics.on_keys(self._reporter.values, trainer.callback_metrics, prefix=prefix))
         self.warnings.once(*diagnostics.not_finite(self.record.newly_not_finite(logged), prefix=prefix))
-        if not self.warnings.were("The model "):  # then every number is in doubt
-            sentences = diagnostics.on_values(measured, logged, prefix=prefix)
-            # the caveat of a key is given once: its numbers change from measurement to measurement
-            self.warnings.once(*(said for said in sentences if not self.warnings.were(said.split(" ")[0] + " ")))
+        if not self.warnings.were(diagnostics.OF_THE_MODEL):
+            caveats = diagnostics.on_values(measured, logged, prefix=prefix)
+            self.warnings.once(*self.record.newly_explained(caveats))
 
     def abandon(self) -> None:
         """Drop a measurement that will not be finished, with its samples."""
@@ -257,4 +257,4 @@ class MeasurementLoop:
         except Exception as error:
             if self._on_error == "raise":
                 raise
-            self.warnings.once_here(f"RobustnessMonitor could not {purpose}: {in_words(error)}. The run goes on.")
+            self.warnings.once(f"RobustnessMonitor could not {purpose}: {in_words(error)}. The run goes on.", here=True)

@@ -38,6 +38,7 @@ class RunRecord:
         impossible: Whether an obstacle to all measurements was explained.
         failures: By cause.
         not_finite: Keys whose values were not finite at least once.
+        explained: Keys whose values were explained by a caveat.
     """
 
     first_epoch: int = 0
@@ -48,6 +49,7 @@ class RunRecord:
     impossible: bool = False
     failures: dict[Hashable, Failures] = field(default_factory=dict)
     not_finite: set[str] = field(default_factory=set)
+    explained: set[str] = field(default_factory=set)
 
     def is_new(self, number: int, what: str | None, message: str, *, epoch: int) -> bool:
         """Count the failure of a metric, by its index; whether the cause is new.
@@ -65,4 +67,10 @@ class RunRecord:
         """Keys whose value is not finite for the first time."""
         new = [key for key, value in values.items() if not math.isfinite(value) and key not in self.not_finite]
         self.not_finite.update(new)
+        return new
+
+    def newly_explained(self, sentences: Mapping[str, str]) -> list[str]:
+        """Sentences about keys that had none: their numbers change from measurement to measurement."""
+        new = [sentence for key, sentence in sentences.items() if key not in self.explained]
+        self.explained.update(sentences)
         return new

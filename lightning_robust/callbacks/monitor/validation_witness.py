@@ -14,11 +14,13 @@ from torch.utils.hooks import RemovableHandle
 from lightning_robust.callbacks.monitor.batches import Batch
 from lightning_robust.functional._isolation.stand_ins import plain_tensor
 from lightning_robust.functional._validation.scales import magnitudes
+from lightning_robust.metrics.keys import is_plain_accuracy
 
 _FEW = 8  # samples that are compared
 _CALLS = 8  # of one module in one step that are remembered
 # The step may run in half precision, which rounds to 0.4 %; what differs on purpose differs by more.
 _INPUT_TOLERANCE, _OUTPUT_TOLERANCE = 0.02, 0.1
+OF_THE_STEP = "`validation_step`"  # begins the sentences about what differs
 _REMEDY = "Say what is to be measured: `probe_fn=lambda module, batch: Probe("
 
 
@@ -33,8 +35,8 @@ def other_accuracy(logged: Mapping[str, float], clean: float, *, num_samples: in
     Returns:
         A sentence if the module logs an accuracy, and none of them agrees within four standard errors.
     """
-    found = {key: float(value) for key, value in logged.items() if "acc" in key.lower() and "top" not in key.lower()}
-    shares = {key: value / 100 if value > 1 else value for key, value in found.items() if 0 <= value <= 100}
+    found = {key: value for key, value in logged.items() if is_plain_accuracy(key) and 0 <= value <= 100}
+    shares = {key: value / 100 if value > 1 else value for key, value in found.items()}
 
     def agrees(share: float) -> bool:
         middle = (share + clean) / 2
@@ -122,7 +124,7 @@ class ValidationWitness:
         if outputs is None or outputs.ndim != 2:
             return None
         return (
-            f"`validation_step` goes on after what RobustnessMonitor measures: it calls `{last}`, too, which returns"
+            f"{OF_THE_STEP} goes on after what RobustnessMonitor measures: it calls `{last}`, too, which returns"
             f" {outputs.shape[1]} numbers per sample. If these are the logits, the numbers are about something else."
             f" {_REMEDY}lambda x: module.{last}(module(x)), batch[0], batch[1], module=module)`."
         )
@@ -133,14 +135,14 @@ def _difference(name: str, in_step: list[_Call], measured: _Call) -> str | None:
     same = [call for call in in_step if not _differ(call.inputs, measured.inputs, _INPUT_TOLERANCE, whole=not name)]
     if not same:
         return (
-            f"`validation_step` does not call {called} on the inputs that RobustnessMonitor measures: it passes"
+            f"{OF_THE_STEP} does not call {called} on the inputs that RobustnessMonitor measures: it passes"
             f" {_shown(in_step[0].inputs)}, and the monitor {_shown(measured.inputs)}. So every number is about other"
             " inputs than the accuracy beside it. If the step normalises them, move that into `forward` or into the"
             f" data. {_REMEDY}module, normalise(batch[0]), batch[1], input_mean=…, input_std=…)`."
         )
     if all(_differ(call.outputs, measured.outputs, _OUTPUT_TOLERANCE, whole=not name) for call in same):
         return (
-            f"`validation_step` gets other outputs from {called} than RobustnessMonitor does on the same inputs, so the"
+            f"{OF_THE_STEP} gets other outputs from {called} than RobustnessMonitor does on the same inputs, so the"
             f" numbers are not about what is validated. Does the step pass further arguments? {_REMEDY}module,"
             " batch[0], batch[1], extras={'name': …})`."
         )

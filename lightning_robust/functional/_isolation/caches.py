@@ -133,7 +133,7 @@ class _Trial:
         return made or []
 
     def _all_at_once(self, remedies: Sequence[tuple[_Kept, Callable[[], object]]]) -> list[_Kept] | None:
-        """The same after all remedies together; None if they change what the network does."""
+        """Which tensors it makes anew after all remedies together; None if they change what the network does."""
         leaf = self.samples.detach().clone()
         leaf.requires_grad_(leaf.is_floating_point())  # token ids are no leaves
         try:

@@ -43,14 +43,17 @@ class Slopes:
         return squared_norms(self.by_sample(rows).sum(dim=1))
 
     def norms_by_channel(self, products: Tensor) -> Tensor:
-        """Of products ``(N R, C, ...)``, squared norms of the sums over everything but channels, ``(N,)``."""
+        """Squared norms ``(N,)`` of products ``(N R, C, ...)``, summed over everything but channels."""
         return self.norms_of_sums(products.flatten(2).sum(dim=2) if products.ndim > 2 else products)
 
     def norms_of_operand(self, products: Tensor, shape: torch.Size) -> Tensor | None:
-        """Of products ``(N R, ...)``, squared norms of the gradient of an operand that was broadcast from a shape."""
+        """Squared norms ``(N,)`` of the gradient of an operand of a shape, from products ``(N R, ...)`` with the rest.
+
+        None if the operand has values of its own for every row.
+        """
         own = (1,) * (products.ndim - len(shape)) + tuple(shape)
         if own[0] != 1 or (self.samples_last and own[1:2] != (1,)):
-            return None  # an operand with values of its own for every row
+            return None
         others = [dim for dim in range(1, products.ndim) if own[dim] == 1]
         if self.samples_last:  # dimension 1 is among the others
             return squared_norms(products.transpose(0, 1).sum(dim=others))

@@ -1,4 +1,4 @@
-"""What is measured must be what the user's own validation step computes."""
+"""The monitor warns where it measures something other than what the validation step computes, and only there."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -115,7 +115,7 @@ def test_outputs_that_change_without_gradients_are_refused(
 def test_networks_that_are_flat_where_they_are_measured_are_not_refused(
     model: Network, num_samples: int, measure: Callable[[Network, Tensor], object]
 ) -> None:
-    measure(model, INPUTS[:num_samples])
+    assert measure(model, INPUTS[:num_samples]) is not None
 
 
 def test_only_networks_without_any_gradient_are_called_more_often() -> None:

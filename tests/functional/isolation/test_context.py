@@ -390,7 +390,7 @@ class Energy(nn.Module):
 
 
 class ByDefinition(Energy):
-    """The same by hand: the gradient of ``vᵀ tanh(Wx + b)``."""
+    """Its force in closed form: the gradient of ``vᵀ tanh(Wx + b)``."""
 
     def forward(self, x: Tensor) -> Tensor:
         first, _, last = self.energy
