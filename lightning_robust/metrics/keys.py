@@ -22,7 +22,7 @@ TensorBoard gets this text and compiles it in JavaScript: use only syntax that P
 
 _EPSILON = r"_accuracy_[^_]+_(?P<epsilon>[\d.e+-]+)"  # after the kind, as in `accuracy_key`
 _VALIDATION_ACCURACY = re.compile(r"(?:^|[_/])val\w*[_/](?:\w*_)?acc(?:uracy)?(?:/dataloader_idx_0)?$", re.IGNORECASE)
-_NOT_PLAIN = re.compile(r"adv|attack|pgd|fgsm|robust|noise|corrupt|top[_-]?\d", re.IGNORECASE)
+_NOT_PLAIN = re.compile(r"adv|attack|pgd|fgsm|robust|noise|corrupt|top[_-]?(?!1(?!\d))\d", re.IGNORECASE)
 _RENAMED = re.compile(r"[^\w./-]")  # characters that some loggers rename or refuse
 _ERROR_BAR = re.compile(r"_(?:stderr|lower|upper|stderr_probes)$")
 

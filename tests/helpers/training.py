@@ -60,7 +60,7 @@ def samples(num_samples: int = 120, *, seed: int = 0) -> TensorDataset:
     return TensorDataset(x.clamp(0, 1), y)
 
 
-def loader(dataset: Any = None, batch_size: int = 32, **options: Any) -> DataLoader:
+def loader(dataset: Any = None, batch_size: int = 64, **options: Any) -> DataLoader:
     return DataLoader(samples() if dataset is None else dataset, batch_size, **options)
 
 

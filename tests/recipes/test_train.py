@@ -90,7 +90,7 @@ def test_the_table_shows_training_metrics_and_no_standard_error_of_another_epoch
                 self.log("value_stderr", 0.5)
 
     table = EpochTable({"step": "step", "epoch": "epoch", "value": "value"})
-    trainer(table, root=tmp_path, max_epochs=3, limit_train_batches=4).fit(Logging(), loader(), loader())
+    trainer(table, root=tmp_path, max_epochs=3, limit_train_batches=4).fit(Logging(), loader(batch_size=30), loader())
     rows = [line.split() for line in capsys.readouterr().out.splitlines() if line[:5].strip().isdigit()]
     assert rows == [
         ["0", "3.000", "–", "2.000", "±", "0.500"],  # Lightning reduces an epoch's values after its validation

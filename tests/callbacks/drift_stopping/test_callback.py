@@ -31,7 +31,7 @@ from tests.helpers.training import Classifier, classifier, loader, robustness_wa
 
 KEY = "robust/quality"
 STATES = Path(__file__).parent / "states"
-STEPS = 4  # of an epoch
+STEPS = 2  # of an epoch
 FALL = [0.5, 0.6, 0.7, 0.7, 0.7] + [0.4] * 30  # epochs 2 to 4 have the best mean of three
 
 
@@ -119,9 +119,14 @@ def monitor(*metrics: ProbeMetric, **options: Any) -> RobustnessMonitor:
 
 
 def fit(
-    root: Path, *callbacks: Callback, model: Classifier | None = None, ckpt_path: Path | None = None, **options: Any
+    root: Path,
+    *callbacks: Callback,
+    model: Classifier | None = None,
+    ckpt_path: Path | None = None,
+    steps: int = STEPS,
+    **options: Any,
 ) -> Trainer:
-    data = loader(samples(8 * STEPS), batch_size=8)
+    data = loader(samples(8 * steps), batch_size=8)
     checkpointing = any(isinstance(callback, ModelCheckpoint) for callback in callbacks)
     run = trainer(*callbacks, root=root, **{"max_epochs": 20, "enable_checkpointing": checkpointing} | options)
     run.fit(model or module(), data, data, ckpt_path=None if ckpt_path is None else str(ckpt_path), weights_only=True)
@@ -340,8 +345,8 @@ def test_measurements_in_every_second_epoch_are_counted(tmp_path: Path) -> None:
 
 def test_several_measurements_in_an_epoch_are_counted(tmp_path: Path) -> None:
     stopper = RobustnessDriftStopping(KEY, patience=3)
-    run = fit(tmp_path, monitor(Quality([1.0] * 3 + [0.5] * 20, steps=1)), stopper, val_check_interval=0.25)
-    assert stopper.stopped_epoch == 1
+    run = fit(tmp_path, monitor(Quality([1.0] * 3 + [0.5] * 20, steps=1)), stopper, val_check_interval=0.5)
+    assert stopper.stopped_epoch == 2
     assert run.global_step == 6
     assert len(series(stopper)) == 6
 
@@ -1060,7 +1065,8 @@ def test_an_old_standard_error_is_ignored(tmp_path: Path) -> None:
 def test_the_change_of_accuracy_is_that_between_measurements_of_one_epoch(tmp_path: Path) -> None:
     values = {"val_rob": [0.9, 0.9, 0.9, 0.4, 0.4, 0.4], "val_acc": [0.5, 0.5, 0.5, 0.9, 0.9, 0.9]}
     stopper = RobustnessDriftStopping("val_rob", mode="max", patience=2)
-    fit(tmp_path, stopper, model=Logging(values), max_epochs=2, val_check_interval=0.25, num_sanity_val_steps=0)
+    settings = {"max_epochs": 2, "val_check_interval": 0.25, "num_sanity_val_steps": 0}
+    fit(tmp_path, stopper, model=Logging(values), steps=4, **settings)
     assert stopper.stopping_reason_message is not None
     assert "clean accuracy rose 40.0 points (val_acc)" in stopper.stopping_reason_message
 

@@ -242,10 +242,10 @@ def test_several_validation_loaders(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "num_samples"),
     [
-        ({"fast_dev_run": True}, 32),  # one batch
-        ({"limit_val_batches": 2}, 64),
+        ({"fast_dev_run": True}, 64),  # one batch
+        ({"limit_val_batches": 1}, 64),
         ({"limit_val_batches": 0.5}, 64),
-        ({"overfit_batches": 2}, 64),
+        ({"overfit_batches": 1}, 64),
     ],
     ids=str,
 )
@@ -332,7 +332,7 @@ def test_early_stopping_and_checkpoints_can_follow_a_robustness_key(tmp_path: Pa
         RobustnessMonitor(), stopper, checkpoint, history, root=tmp_path, enable_checkpointing=True, max_epochs=9
     )
     torch.manual_seed(0)
-    run.fit(classifier(), loader(), loader())
+    run.fit(classifier(), loader(batch_size=32), loader())
     values = [row[key] for row in history.rows]
     best = values.index(max(values))
     assert best > 0

@@ -78,7 +78,7 @@ def three_parts() -> DataLoader:
 
 def nan_inputs() -> DataLoader:
     x, y = samples().tensors
-    return loader(TensorDataset(x / 0 * 0, y))
+    return loader(TensorDataset(x / 0 * 0, y), batch_size=32)
 
 
 ALL_SKIPPED = (
@@ -343,7 +343,7 @@ def test_infinite_values_are_not_logged_and_reported_once(tmp_path: Path) -> Non
 
 
 def test_an_input_std_of_wrong_length_is_reported_and_skips_only_the_metrics_that_need_it(tmp_path: Path) -> None:
-    messages, rows = fit(Quiet(classifier().network), loader(), tmp_path, input_std=[0.2, 0.3, 0.4])
+    messages, rows = fit(Quiet(classifier().network), loader(batch_size=32), tmp_path, input_std=[0.2, 0.3, 0.4])
     for row in rows:
         assert {key.split("/")[1].split("_")[0] for key in row} == {"hessian", "wci", "num", "seconds", "overhead"}
     assert messages[0].startswith("RobustnessMonitor skipped in epoch 0 FisherSpectralNorm and LinearizedAccuracy: ")
@@ -406,7 +406,7 @@ def test_the_second_of_two_metrics_that_log_the_same_key_is_left_out(tmp_path: P
 def test_the_caveat_about_noisy_curvature_is_the_same_at_every_measurement() -> None:
     def said(trace: float, noise: float, num_samples: int = 120) -> list[str]:
         values = {"hessian_trace": trace, "hessian_trace_stderr_probes": noise, "num_samples": float(num_samples)}
-        return diagnostics.on_values([HessianTrace()], values, prefix="robust/")
+        return list(diagnostics.on_values([HessianTrace()], values, prefix="robust/").values())
 
     (sentence,) = said(1.0, 2.0)
     assert sentence.startswith("`robust/hessian_trace` is mostly noise of its random probes")

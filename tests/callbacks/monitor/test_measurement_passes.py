@@ -1,5 +1,6 @@
 """What one measurement does: a probe for each group of samples, one isolation, and few forward passes."""
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_robust import Probe, RobustnessMonitor
+from lightning_robust.callbacks.monitor import announced_cost
 from lightning_robust.functional._isolation import context
 from tests.helpers.training import Classifier, loader, samples, trainer
 
@@ -57,7 +59,10 @@ class Counted(Classifier):
         """Leave the counting to the measurement."""
 
 
-def test_a_default_measurement_takes_few_probes_isolations_and_passes(tmp_path: Path, counts: Counter[str]) -> None:
+def test_a_default_measurement_takes_few_probes_isolations_and_passes(
+    tmp_path: Path, counts: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(announced_cost, "_LONG", math.inf)  # on a slow machine a backward pass is timed
     torch.manual_seed(0)
     monitor = RobustnessMonitor(on_error="raise")
     run = trainer(monitor, root=tmp_path)

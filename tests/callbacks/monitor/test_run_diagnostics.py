@@ -58,7 +58,7 @@ def fit(
 ) -> tuple[list[str], Trainer]:
     with robustness_warnings() as messages:
         run = trainer(*callbacks, root=root, **{"max_epochs": 8, "enable_checkpointing": True} | options)
-        run.fit(model or classifier(), loader(), loader() if val_loader is None else val_loader)
+        run.fit(model or classifier(), loader(batch_size=32), loader() if val_loader is None else val_loader)
     assert run.state.finished
     return messages, run
 

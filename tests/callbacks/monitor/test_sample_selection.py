@@ -59,10 +59,10 @@ def test_selection_leaves_the_global_generator_alone(make) -> None:
 
 
 def test_share_of_an_ordinary_loader() -> None:
-    assert LoaderShare.of(loader(), num_batches=float("inf")) == LoaderShare(size=120, batch_size=32)
-    assert LoaderShare.of(loader(), num_batches=4) == LoaderShare(size=120, batch_size=32)
-    assert LoaderShare.of(loader(), num_batches=2) == LoaderShare(size=64, batch_size=32)
-    assert LoaderShare.of(loader(drop_last=True), num_batches=3) == LoaderShare(size=96, batch_size=32)
+    assert LoaderShare.of(loader(), num_batches=float("inf")) == LoaderShare(size=120, batch_size=64)
+    assert LoaderShare.of(loader(), num_batches=2) == LoaderShare(size=120, batch_size=64)
+    assert LoaderShare.of(loader(), num_batches=1) == LoaderShare(size=64, batch_size=64)
+    assert LoaderShare.of(loader(drop_last=True), num_batches=1) == LoaderShare(size=64, batch_size=64)
     batch_sampler = BatchSampler(SequentialSampler(samples()), 50, drop_last=False)
     assert LoaderShare.of(DataLoader(samples(), batch_sampler=batch_sampler), num_batches=2).size == 100
 

@@ -32,13 +32,12 @@ from lightning_robust import (
     WeightCurvatureIndex,
 )
 from lightning_robust.metrics import METRICS, ProbeMetric
-from tests.helpers import processes
+from tests.helpers import processes, training
 from tests.helpers.training import (
     CLOCKS,
     Classifier,
     History,
     classifier,
-    loader,
     robustness_warnings,
     samples,
     trainer,
@@ -68,6 +67,11 @@ def monitor(**options: Any) -> RobustnessMonitor:
 
 
 # ---- fit, under all settings of a Trainer ----------------------------------------------------------------------------
+
+
+def loader(dataset: Any = None, batch_size: int = 32, **options: Any) -> DataLoader:
+    """Four batches of the 120 samples by default, of which settings take a part."""
+    return training.loader(dataset, batch_size, **options)
 
 
 @dataclass(frozen=True)

@@ -546,7 +546,7 @@ def test_a_single_probe_has_no_error_and_more_follow_only_if_one_is_needed() -> 
 
 @every_estimator
 def test_probes_taken_in_rounds_equal_those_taken_at_once(estimator: Any) -> None:
-    case = small("tanh_mlp")
+    case = small("tanh_mlp", num_samples=4)
     problem = CurvatureProblem(*case, estimator=estimator)
     for seeds in (ProbeSeeds.from_contents(case.inputs), ProbeSeeds.random(len(case.inputs), seed(0))):
         with problem.examined() as examined:
@@ -577,8 +577,9 @@ def test_stopping_at_a_number_of_probes_equals_asking_for_that_number(name: str,
 
 @every_estimator
 def test_without_a_generator_the_same_samples_give_the_same_numbers(estimator: Any) -> None:
-    case = small("tanh_mlp")
-    assert_same(hessian_trace(*case, estimator=estimator), hessian_trace(*case, estimator=estimator), rtol=0)
+    case = small("tanh_mlp", num_samples=4)
+    first, again = (hessian_trace(*case, estimator=estimator, rtol=0.2) for _ in range(2))
+    assert_same(again, first, rtol=0)
 
 
 @every_estimator

@@ -209,7 +209,7 @@ def test_activation_checkpointing_changes_nothing(estimator: Any) -> None:
 
 
 def test_a_checkpointed_network_agrees_with_finite_differences() -> None:
-    case = seeded(lambda: Checkpointed(use_reentrant=False), 5)
+    case = seeded(lambda: Checkpointed(use_reentrant=False), 5, num_samples=4)
     assert_within(measure(case, num_probes=24, generator=seed(0)), hessian_traces_by_differences(*case, CROSS_ENTROPY))
 
 
@@ -223,7 +223,7 @@ def test_re_entrant_checkpointing_is_refused_with_the_remedy(estimator: Any) -> 
 
 @pytest.mark.parametrize("estimator", ["auto", "hutchinson"])
 def test_a_recurrent_network_agrees_with_finite_differences(estimator: Any) -> None:
-    model, inputs, targets = networks.build("recurrent", num_samples=6)
+    model, inputs, targets = networks.build("recurrent", num_samples=2)
     expected = hessian_traces_by_differences(model, inputs, targets, CROSS_ENTROPY)
     assert_within(
         measure(Case(model, inputs, targets), estimator=estimator, num_probes=24, generator=seed(0)), expected
