@@ -3,6 +3,7 @@
 import copy
 import pickle
 from collections.abc import Callable
+from functools import cache
 
 import pytest
 import torch
@@ -43,9 +44,10 @@ def probes(sizes: list[int]) -> list[Probe]:
     return [Probe(model, x, y) for x, y in zip(inputs.split(sizes), targets.split(sizes), strict=True)]
 
 
-def measured(name: str, sizes: list[int]) -> dict[str, Tensor]:
+@cache
+def measured(name: str, *sizes: int) -> dict[str, Tensor]:
     metric = FACTORIES[name]()
-    for probe in probes(sizes):
+    for probe in probes([*sizes]):
         metric.update(probe)
     return metric.compute()
 
@@ -66,7 +68,7 @@ def measured_by_process(rank: int, sizes: list[int]) -> dict[str, Found]:
 
 @every_metric
 def test_values_are_finite_scalars_with_bands_around_the_mean(name: str) -> None:
-    values = measured(name, [30])
+    values = measured(name, 30)
     assert any(key.endswith("_stderr") for key in values)
     for key, value in values.items():
         assert value.shape == ()
@@ -81,7 +83,7 @@ def test_values_are_finite_scalars_with_bands_around_the_mean(name: str) -> None
 @every_metric
 @pytest.mark.parametrize("sizes", [[30], [1] * 30, *SHARDS.values()], ids=str)
 def test_values_do_not_depend_on_how_samples_are_batched(name: str, sizes: list[int]) -> None:
-    expected, values = measured(name, [30]), measured(name, sizes)
+    expected, values = measured(name, 30), measured(name, *sizes)
     assert values.keys() == expected.keys()
     for key, value in values.items():
         torch.testing.assert_close(value, expected[key], rtol=1e-5, atol=1e-7, msg=lambda m, key=key: f"{key}: {m}")
@@ -137,7 +139,7 @@ def test_a_metric_without_samples_has_no_values(name: str) -> None:
 
 @every_metric
 def test_one_sample_has_means_without_error_bars(name: str) -> None:
-    values = measured(name, [1])
+    values = measured(name, 1)
     assert values
     assert not any(key.endswith(("_stderr", "_lower", "_upper")) for key in values if "accuracy" not in key)
 
@@ -163,7 +165,7 @@ def test_a_metric_started_in_inference_mode_continues_outside(name: str) -> None
         metric.update(first)
     with torch.no_grad():
         metric.update(second)
-    assert metric.compute() == measured(name, [20, 10])
+    assert metric.compute() == measured(name, 20, 10)
 
 
 @every_metric
@@ -173,7 +175,7 @@ def test_clones_and_pickles_are_independent(name: str) -> None:
     metric.update(first)
     for twin in (metric.clone(), copy.deepcopy(metric), pickle.loads(pickle.dumps(metric))):
         twin.update(second)
-        assert twin.compute() == measured(name, [20, 10])
+        assert twin.compute() == measured(name, 20, 10)
     alone = FACTORIES[name]()
     alone.update(first)
     assert metric.compute() == alone.compute()
@@ -191,7 +193,7 @@ def test_conversions_of_a_module_leave_states_in_float64(name: str) -> None:
     ]
     assert states
     assert all(state.dtype == torch.float64 for state in states)
-    assert metric.compute() == measured(name, [20, 10])
+    assert metric.compute() == measured(name, 20, 10)
 
 
 @every_metric
@@ -202,7 +204,7 @@ def test_only_probes_are_accepted(name: str) -> None:
 
 @every_metric
 def test_direction_is_stated(name: str) -> None:
-    metric, first = FACTORIES[name](), next(iter(measured(name, [30])))
+    metric, first = FACTORIES[name](), next(iter(measured(name, 30)))
     assert metric.higher_is_better is (None if name == "fisher_rao_margin" else "accuracy" in first)
     assert metric.direction(first) is metric.higher_is_better
 

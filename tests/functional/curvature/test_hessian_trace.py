@@ -206,7 +206,7 @@ def test_enumeration_gives_the_gauss_newton_matrix_of_a_curved_network_exactly_a
 
 @pytest.mark.parametrize("name", ["tanh_mlp", "self_attention", pytest.param("gelu_attention", marks=pytest.mark.long)])
 def test_unit_vectors_in_place_of_signs_give_the_hessian_exactly(name: str) -> None:
-    case = small(name, num_samples=4, dtype=torch.float64)
+    case = small(name, num_samples=2, dtype=torch.float64)
     expected = dense_hessian_traces(*case, CROSS_ENTROPY)
     assert enumerated_products(case, residual=False) == pytest.approx(expected, rel=1e-9, abs=1e-12)
     assert enumerated_hessian(case) == pytest.approx(expected, rel=1e-9, abs=1e-12)
@@ -298,7 +298,7 @@ KINDS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_layers_of_every_kind_agree_with_finite_differences(kind: str) -> None:
     factory, shape = KINDS[kind]
-    case = seeded(factory, *shape, num_samples=8, dtype=torch.float64)
+    case = seeded(factory, *shape, num_samples=4, dtype=torch.float64)
     expected = hessian_traces_by_differences(*case, CROSS_ENTROPY)
     gauss_newton, residual = enumerated(case), enumerated_products(case, residual=True)
     for layer, estimator in hessian_trace(*case, rtol=None, num_probes=1).estimator.items():

@@ -704,7 +704,7 @@ def test_chunk_size_bounds_the_samples_that_pass_together() -> None:
 @every_estimator
 @pytest.mark.parametrize("name", ["relu_cnn", "tanh_mlp"])
 def test_the_size_of_chunks_does_not_matter(name: str, estimator: Any, chunk_size: int) -> None:
-    case = small(name, num_samples=40)
+    case = small(name, num_samples=20)
     for generator in (lambda: None, lambda: seed(0)):
         expected = measure(case, estimator=estimator, generator=generator())
         assert_same(measure(case, estimator=estimator, chunk_size=chunk_size, generator=generator()), expected)

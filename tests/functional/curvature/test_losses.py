@@ -162,6 +162,7 @@ class Subclass(nn.CrossEntropyLoss):
         return super().forward(2 * outputs, targets)
 
 
+NUM_SAMPLES = 6
 CLASS_WEIGHTS = torch.tensor([0.2, 5.0, 1.0, 8.0])
 LOSSES: dict[str, LossCase] = {
     "default": LossCase(None, labels, F.cross_entropy),
@@ -269,10 +270,14 @@ def narrow_tanh_mlp() -> nn.Module:
 def case_for(name: str, loss_fn: Any, targets: Callable[[int], Tensor]) -> Case:
     """A network in float64 whose outputs suit the loss."""
     model, inputs, _ = (
-        seeded(narrow_tanh_mlp, 5, dtype=torch.float64) if name == "tanh_mlp" else small(name, dtype=torch.float64)
+        seeded(narrow_tanh_mlp, 5, num_samples=NUM_SAMPLES, dtype=torch.float64)
+        if name == "tanh_mlp"
+        else small(name, num_samples=NUM_SAMPLES, dtype=torch.float64)
     )
     wants_log = isinstance(loss_fn, nn.NLLLoss | nn.KLDivLoss)
-    return Case(nn.Sequential(model, nn.LogSoftmax(dim=1)) if wants_log else model, inputs, in_double(targets(12)))
+    return Case(
+        nn.Sequential(model, nn.LogSoftmax(dim=1)) if wants_log else model, inputs, in_double(targets(NUM_SAMPLES))
+    )
 
 
 def close(expected: dict[str, float]) -> Any:

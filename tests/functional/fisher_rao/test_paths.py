@@ -161,7 +161,7 @@ def test_the_first_unit_step_is_the_dense_natural_gradient_of_length_one(name: s
 @every_solver
 @every_network
 def test_paths_are_those_of_dense_matrices_taken_one_by_one(name: str, solver: Any) -> None:
-    model, inputs, _ = build(name, num_samples=4)
+    model, inputs, _ = build(name, num_samples=2)
     model, inputs = model.double().eval(), inputs.double()
     paths = trace_fisher_rao_paths(model, inputs, solver=solver, **OPTIONS)
     for n, x in enumerate(inputs):
@@ -177,7 +177,7 @@ def test_paths_are_those_of_dense_matrices_taken_one_by_one(name: str, solver: A
 
 @every_network
 def test_both_solvers_agree_in_single_precision(name: str) -> None:
-    model, inputs, _ = build(name)
+    model, inputs, _ = build(name, num_samples=4)
     for options in ({}, OPTIONS):
         one, other = (trace_fisher_rao_paths(model, inputs, solver=solver, **options) for solver in ("gram", "cg"))
         torch.testing.assert_close(one.margins, other.margins, rtol=1e-4, atol=1e-4)
@@ -251,7 +251,7 @@ def test_refining_the_step_converges_with_the_square_of_the_step() -> None:
     assert errors[-1] < 1e-3 * float(truth.mean())
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=15)
 @given(
     name=st.sampled_from(list(NETWORKS)),
     seed=st.integers(0, 100),
@@ -326,15 +326,15 @@ def test_paths_aim_where_they_are_told_to_one_class_for_all_or_several_for_each(
 
 
 def test_samples_are_traced_each_for_itself_whatever_the_order_and_how_many_at_once() -> None:
-    model, inputs, _ = build("cnn_batchnorm")
+    model, inputs, _ = build("cnn_batchnorm", num_samples=5)
     expected = trace_fisher_rao_paths(model, inputs)
-    order = torch.randperm(9, generator=torch.Generator().manual_seed(0))
+    order = torch.randperm(5, generator=torch.Generator().manual_seed(0))
     for chunk_size in (1, 4):
         paths = trace_fisher_rao_paths(model, inputs[order], chunk_size=chunk_size)
         torch.testing.assert_close(paths.margins, expected.margins[order], rtol=1e-4, atol=1e-4)
         assert torch.equal(paths.first_hit, expected.first_hit[order])
         assert torch.equal(paths.steps, expected.steps[order])
-    parts = [trace_fisher_rao_paths(model, part) for part in inputs.split(4)]
+    parts = [trace_fisher_rao_paths(model, part) for part in inputs.split(3)]
     torch.testing.assert_close(FisherRaoPaths.joined(parts).margins, expected.margins, rtol=1e-4, atol=1e-4)
 
 
@@ -530,11 +530,11 @@ def test_unit_steps_have_length_one_and_are_counted() -> None:
 def test_the_network_is_left_as_it_was_in_any_context(
     name: str, solver: Any, context: Callable[[], AbstractContextManager[Any]]
 ) -> None:
-    model, inputs, _ = build(name, num_samples=3)
+    model, inputs, _ = build(name, num_samples=2)
     before, given = state_of(model), inputs.clone()
-    expected = trace_fisher_rao_paths(model, inputs, max_steps=3, solver=solver)
+    expected = trace_fisher_rao_paths(model, inputs, max_steps=2, solver=solver)
     with context():
-        paths = trace_fisher_rao_paths(model, given, max_steps=3, solver=solver)
+        paths = trace_fisher_rao_paths(model, given, max_steps=2, solver=solver)
     assert state_of(model) == before
     assert torch.equal(given, inputs)
     torch.testing.assert_close(paths.margins, expected.margins, rtol=1e-5, atol=1e-5)
