@@ -21,8 +21,8 @@ from lightning_robust.functional._validation.arguments import (
     optional,
 )
 from lightning_robust.functional._validation.extras import SampleModel, check_extras
-from lightning_robust.functional._validation.independence import check_place
-from lightning_robust.functional._validation.outputs import as_one_logit, as_two_classes
+from lightning_robust.functional._validation.independence import check_place, places_known
+from lightning_robust.functional._validation.outputs import as_classifier, as_one_logit, as_two_classes
 from lightning_robust.functional._validation.tensors import (
     check_logits,
     check_real,
@@ -120,7 +120,7 @@ class Probe:
     chunk_size: int | None = None
     loss_fn: LossFn | None = None
     module: nn.Module | None = None
-    _done: dict[tuple[object, ...], object] = field(default_factory=dict, init=False, repr=False)
+    _done: dict[object, object] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         check_function("model", self.model)
@@ -140,7 +140,9 @@ class Probe:
 
     def check_place(self) -> None:
         """Raise a ``ValueError`` if the model is a function that gives a sample other outputs at other places."""
-        self._once(("place",), lambda: check_place(self.network, self.inputs))
+        if "place" not in self._done:
+            check_place(self.network, self.inputs, module=self.module)
+            self._done["place"] = True
 
     @property
     def linearization(self) -> Linearization:
@@ -169,7 +171,7 @@ class Probe:
     @property
     def classifier(self) -> Callable[..., Tensor]:
         """The model, with one logit per class."""
-        return as_two_classes(self.model) if self.is_binary else self.model
+        return as_two_classes(self.model) if self.is_binary else as_classifier(self.model, self.targets)
 
     @property
     def labels(self) -> Tensor:
@@ -216,7 +218,7 @@ class Probe:
 
     def _curvature(self, estimator: Estimator, num_probes: int, attack: Attack | None) -> CurvatureSums:
         problem = CurvatureProblem(
-            as_one_logit(self.model) if self.is_binary else self.model,
+            as_one_logit(self.model) if self.is_binary else self.classifier,
             self.inputs if attack is None else self.attacked(attack),
             full_precision(self.targets).float().reshape(len(self)) if self.is_binary else self.targets,
             extras=self.extras,
@@ -270,7 +272,9 @@ class Probe:
     def _once(self, key: tuple[object, ...], compute: Callable[[], T]) -> T:
         """Compute a result on first use, and keep it under a key."""
         if key not in self._done:
-            self._done[key] = compute()
+            self.check_place()
+            with places_known():
+                self._done[key] = compute()
         return cast(T, self._done[key])
 
     def rows(self, rows: slice) -> Probe:

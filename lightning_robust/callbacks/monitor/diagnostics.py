@@ -5,14 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
-from torch import Tensor
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
 
+from lightning_robust.callbacks.monitor.batch_reading import ByKeyword
+from lightning_robust.callbacks.monitor.batches import Batch
+from lightning_robust.callbacks.monitor.muted_logging import muted_logging
 from lightning_robust.callbacks.monitor.sample_selection import LoaderShare
 from lightning_robust.callbacks.monitor.status import WHOLE, Failure
 from lightning_robust.callbacks.monitor.token_embeddings import FromEmbeddings
-from lightning_robust.functional._isolation.context import differentiable
+from lightning_robust.functional._isolation.context import differentiable, owner_of
+from lightning_robust.functional._isolation.sharding import is_distributed
 from lightning_robust.functional._isolation.stand_ins import full_precision
-from lightning_robust.functional._validation.independence import dependence
+from lightning_robust.functional._validation.independence import BOUND, check_place, dependence
 from lightning_robust.functional._validation.scales import tolerances
 from lightning_robust.functional._validation.tensors import check_inputs, outputs_of
 from lightning_robust.functional.input_space.units import are_images_of_unknown_scale
@@ -21,6 +26,7 @@ from lightning_robust.metrics.keys import has_renamed_characters, leaves_and_fol
 from lightning_robust.probe import Probe
 
 _EXAMINED = 8  # samples
+_INFERENCE = "Inference tensors cannot be saved for backward"
 OF_THE_MODEL = "The model"  # begins the sentences after which every number is in doubt
 SHUFFLES = (
     "The validation loader shuffles, so RobustnessMonitor measures different samples each time, and its curves carry"
@@ -115,7 +121,13 @@ def skipped(failures: Mapping[int, Failure], names: Mapping[int, str], *, epoch:
         what = f"in epoch {epoch} {' '.join(parts)}"
     raised = any(failure.kind == "raised" for failure in failures.values())
     hint = ""
-    if raised:
+    if _INFERENCE in what:
+        hint = (
+            " Does the model close over a tensor of the batch, made under inference mode? Pass what has a row per"
+            " sample as `Probe(model, inputs, targets, extras={'mask': mask})`, and `.clone()` in the function what all"
+            " samples share."
+        )
+    elif raised:
         hint = (
             " If the module is not called as `pl_module(inputs)`, pass"
             " `probe_fn=lambda pl_module, batch: Probe(pl_module.network, batch[0], batch[1])`, with the network and"
@@ -164,6 +176,40 @@ def on_probe(
             again = outputs_of(probe.network.on_all(), x)
     sentences = [*_about_model(probe, x, outputs, again), *more(outputs)]
     return [*sentences, *_about_units(probe)] if units_matter and x.is_floating_point() else sentences
+
+
+def check_batch(pl_module: LightningModule, batch: Batch, rows: Sequence[int]) -> bool:
+    """Check that a function of the user's gives the selected samples of a batch the outputs that they have in it.
+
+    Costs up to three forward passes without gradients for a plain function, such as a lambda in a ``probe_fn``; nothing
+    for modules.
+
+    Args:
+        pl_module: The module that is trained.
+        batch: The whole batch, to which the function may be bound.
+        rows: Numbers of the selected samples.
+
+    Returns:
+        Whether it could be checked: not where weights are spread over processes, or the function fails on the batch.
+
+    Raises:
+        ValueError: If the outputs depend on the place in the batch.
+    """
+    model = batch.options["model"]
+    if not rows or isinstance(model, nn.Module | ByKeyword | FromEmbeddings):
+        return True
+    module = batch.options.get("module")
+    if any(is_distributed(owner) for owner in (pl_module, module, owner_of(model)) if isinstance(owner, nn.Module)):
+        return False
+    probe = batch.probe()
+    try:
+        with muted_logging(pl_module), differentiable(pl_module):
+            check_place(probe.network, probe.inputs, rows, module=module)
+    except Exception as error:
+        if str(error).startswith(BOUND):
+            raise
+        return False
+    return True
 
 
 def note_on(probe: Probe) -> str | None:

@@ -6,6 +6,7 @@ import functools
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
@@ -27,6 +28,7 @@ from lightning_robust.callbacks.monitor.schedule import Schedule
 from lightning_robust.callbacks.monitor.status import WHOLE, Failure, JointStatus, in_words
 from lightning_robust.callbacks.monitor.validation_witness import OF_THE_STEP, ValidationWitness, other_accuracy
 from lightning_robust.callbacks.warn_once import WarnOnce
+from lightning_robust.functional._validation.independence import places_known
 from lightning_robust.metrics import ProbeMetric
 from lightning_robust.metrics.keys import is_accuracy_at_zero
 from lightning_robust.probe import Probe
@@ -67,6 +69,7 @@ class MeasurementLoop:
         self.incomplete = False
         self.per_sample: dict[str, Tensor] = {}
         self._unexamined = True
+        self._places_known = True  # functions were found not to depend on the places of samples in a batch
         self._samples_at_once: int | None = None  # that fit into memory
         self._measurement: Measurement | None = None  # in progress
         self._witness: ValidationWitness | None = None  # of the first batch of a run
@@ -76,7 +79,7 @@ class MeasurementLoop:
 
     def begin_run(self, schedule: Schedule | None) -> None:
         """Begin a new run; with a schedule, a new ``fit``."""
-        self._unexamined = True
+        self._unexamined = self._places_known = True
         self.warnings.forget()
         self.record = RunRecord()
         if schedule is not None:
@@ -136,9 +139,13 @@ class MeasurementLoop:
     def _collect(self, measurement: Measurement, pl_module: LightningModule, batch: object) -> None:
         assert measurement.collector is not None
         samples = self._read(pl_module, batch)
-        if self._unexamined and measurement.collector.is_empty and len(samples):
-            self._witness = ValidationWitness(pl_module, samples)
-        measurement.collector.add(samples)
+        is_first = measurement.collector.is_empty and len(samples) > 0
+        rows = measurement.collector.add(samples)
+        if self._unexamined:
+            checked = diagnostics.check_batch(pl_module, samples, rows)
+            self._places_known = self._places_known and checked
+            if is_first:
+                self._witness = ValidationWitness(pl_module, samples)
         if measurement.collector.irregular:
             self.warnings.once(diagnostics.reservoir(self._max_samples))
 
@@ -150,7 +157,11 @@ class MeasurementLoop:
         at = (dataloader_idx, batch_idx)
         if measurement is not None and at == (self._dataloader_idx, measurement.last_batch):
             with self.schedule.overhead.counted():
-                measurement.update(pl_module)
+                self._update(measurement, pl_module)
+
+    def _update(self, measurement: Measurement, pl_module: LightningModule) -> None:
+        with places_known() if self._places_known else nullcontext():
+            measurement.update(pl_module)
 
     def conclude(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Agree with the other processes and log: the same collectives on every process."""
@@ -167,7 +178,7 @@ class MeasurementLoop:
         if fitting:
             self.schedule.last_epoch = trainer.current_epoch
             measurement.attempt(lambda: self._compare(measurement))
-        measurement.update(pl_module)
+        self._update(measurement, pl_module)
         status, values = measurement.conclude(times=lambda: self.schedule.overhead.times if fitting else Times())
         self.incomplete = bool(status.failures)
         samples_at_once = measurement.samples_at_once

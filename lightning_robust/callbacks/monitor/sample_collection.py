@@ -54,8 +54,8 @@ class SampleCollector:
         """Whether no batch has come yet."""
         return self._seen == 0
 
-    def add(self, batch: Batch) -> None:
-        """Copy the selected samples of the next batch."""
+    def add(self, batch: Batch) -> list[int]:
+        """Copy the selected samples of the next batch, and return their rows in it."""
         if self._seen == 0 and len(batch) != self._expected(len(batch)):
             self.irregular = True
             self._selection = self._reservoir
@@ -74,6 +74,7 @@ class SampleCollector:
             self._kept = [kept for kept in (_without(*kept, revoked) for kept in self._kept) if kept[0]]
         if wanted:
             self._kept.append((list(wanted), batch.copied(list(wanted.values()))))
+        return list(wanted.values())
 
     def _expected(self, otherwise: int) -> int:
         """Number of samples in the first batch, if the loader tells."""

@@ -21,6 +21,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -39,36 +40,39 @@ _constants = WeakTensorKeyDictionary()  # tensors that were tried in vain
 
 @dataclass(frozen=True, eq=False)
 class _Kept:
-    """A tensor, the attribute or buffer of a module that holds it, and the innermost place where it can be removed."""
+    """A tensor, the attribute or buffer of a module that holds it, and the places where it can be removed.
+
+    ``places`` are those in containers inside containers, as a container and a key each, the innermost first.
+    """
 
     tensor: Tensor
     module: nn.Module
     attributes: dict[str, Any]
     name: str
-    container: Any
-    key: Any
+    places: tuple[tuple[Any, Any], ...]
 
     def remedies(self) -> Iterator[Callable[[], object]]:
         """Ways to be rid of it, the most specific first."""
-        if self.container is not self.attributes:
-            yield self._take_out
+        for container, key in self.places:
+            yield partial(_take_out, container, key)
         yield lambda: self.attributes.update({self.name: None})
         if self.attributes is not self.module._buffers:
             yield lambda: self.attributes.pop(self.name, None)
         if type(self.module).train is not nn.Module.train:
             yield lambda: self.module.train(mode=False)
 
-    def _take_out(self) -> None:
-        if isinstance(self.container, dict):
-            dict.pop(self.container, self.key, None)
-        else:
-            self.container.clear()  # rarely does one item of a list come back without the others
-
     def now(self) -> Iterator[Tensor]:
         """The tensors that its attribute holds."""
         if self.name in self.attributes:
             held = self.attributes[self.name]
             yield from (kept.tensor for kept in _inside(held, self.module, self.attributes, self.name))
+
+
+def _take_out(container: Any, key: Any) -> None:
+    if isinstance(container, dict):
+        dict.pop(container, key, None)
+    else:
+        container.clear()  # rarely does one item of a list come back without the others
 
 
 @contextmanager
@@ -197,22 +201,21 @@ def _kept(modules: Sequence[nn.Module]) -> Iterator[_Kept]:
 
 def _inside(value: object, module: nn.Module, attributes: dict[str, Any], name: str) -> Iterator[_Kept]:
     """The tensors that an attribute holds, in containers and tuples, too."""
-    pending: list[tuple[Any, Any, Any]] = [(value, attributes, name)]  # with the innermost place that holds it
+    pending: list[tuple[Any, tuple[tuple[Any, Any], ...]]] = [(value, ())]
     seen = set[int]()
     while pending:
-        held, container, key = pending.pop()
+        held, places = pending.pop()
         if isinstance(held, Tensor):
             if _may_be_a_function(held):
-                yield _Kept(held, module, attributes, name, container, key)
+                yield _Kept(held, module, attributes, name, places)
         elif isinstance(held, dict | list | set | deque | tuple) and id(held) not in seen:
             seen.add(id(held))
             if isinstance(held, dict):
-                pending += [
-                    (item, held, inner) for inner, item in zip(list(dict.keys(held)), items_of(held), strict=False)
-                ]
+                items = list(zip(list(dict.keys(held)), items_of(held), strict=False))
+                pending += [(item, ((held, key), *places)) for key, item in items]
             else:
-                place = (container, key) if isinstance(held, tuple) else (held, None)
-                pending += [(item, *place) for item in items_of(held)]
+                inside = places if isinstance(held, tuple) else ((held, None), *places)
+                pending += [(item, inside) for item in items_of(held)]
 
 
 def _may_be_a_function(tensor: Tensor) -> bool:

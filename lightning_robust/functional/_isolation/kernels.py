@@ -12,6 +12,8 @@
 - **Weight normalisation**: the second derivative of ``torch._weight_norm`` is wrong (``torch.autograd.gradgradcheck``
   fails on torch 2.13, CPU, rows and columns). Traces would have the wrong size and even the wrong sign.
 - **Hard sigmoid**: torch's kernel has no second derivative.
+- **Sparse embeddings**: ``sparse=True`` asks for gradients of the table as sparse tensors, which have neither second
+  derivatives nor most operations. Dense ones have the same numbers.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from torch.nn.utils.parametrizations import _WeightNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 _BATCH_NORMS = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+_SPARSE = {"embedding": 4, "embedding_bag": 5}  # functions of torch, and the place of their argument `sparse`
 Patch = tuple[object, str, Callable[..., Tensor]]
 
 
@@ -37,11 +40,12 @@ Patch = tuple[object, str, Callable[..., Tensor]]
 def replaced_kernels(modules: Sequence[nn.Module]) -> Iterator[None]:
     """Let the layers among ``modules`` that need it compute by their definitions, and torch's functions rightly."""
     patches = [patch for module in modules for patch in _patches_of(module) if patch[1] not in vars(patch[0])]
-    functions = [(name, getattr(torch, name)) for name in ("batch_norm", "instance_norm")]
+    functions = [(name, getattr(torch, name)) for name in ("batch_norm", "instance_norm", *_SPARSE)]
     for owner, name, function in patches:
         vars(owner)[name] = function
     for name, function in functions:
-        setattr(torch, name, functools.partial(_in_one_order, name, function))
+        replacement = _with_dense_gradients if name in _SPARSE else _in_one_order
+        setattr(torch, name, functools.partial(replacement, name, function))
     try:
         yield
     finally:
@@ -63,6 +67,14 @@ def _in_one_order(name: str, normalise: Callable[..., Tensor], *args: Any, **opt
     # the backward pass copies any other order; not a view of `out`, because the network may go on in place
     contiguous: Tensor = torch.ops.aten._unsafe_view(out.reshape(-1), out.shape)
     return contiguous
+
+
+def _with_dense_gradients(name: str, look_up: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """Call an embedding of torch that is not sparse."""
+    place = _SPARSE[name]
+    if "sparse" in options:
+        options["sparse"] = False
+    return look_up(*args[:place], *(False for _ in args[place : place + 1]), *args[place + 1 :], **options)
 
 
 def _is_channels_last(x: Tensor) -> bool:

@@ -123,6 +123,15 @@ def refuse_distributed(modules: list[nn.Module]) -> None:
     _refuse_pieces(modules)
 
 
+def is_distributed(module: nn.Module) -> bool:
+    """Whether a pass through a module or a part of it involves all processes."""
+    try:
+        refuse_distributed(list(module.modules()))
+    except ValueError:
+        return True
+    return False
+
+
 def _refuse_others(modules: list[nn.Module]) -> None:
     for module in modules:
         if _hooks_of(module, _TENSOR_PARALLEL):

@@ -39,8 +39,8 @@ class SampleGradients:
         self._weights = weights
         self._tensors = {name: weights.tensors[name] for name in names}
         self._direct = DirectNorms(model, self._tensors)
-        # torch has no vectorised rule for its recurrent kernels: it would loop over samples itself, with a warning
-        self._vectorises = not any(isinstance(module, nn.RNNBase) for module in weights.modules)
+        # torch has no vectorised rule for these kernels: it would loop over samples itself, with a warning
+        self._vectorises = not any(isinstance(module, nn.RNNBase | nn.EmbeddingBag) for module in weights.modules)
         self._trusted = False
 
     def samples_at_once(self, inputs: Tensor) -> int:

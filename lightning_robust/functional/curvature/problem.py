@@ -1,7 +1,8 @@
 """The measurement behind ``hessian_trace`` and ``Probe.curvature``: examine the samples once, then take probes.
 
 Cost: one forward pass of every sample to examine it. A Gauss–Newton probe takes another forward pass of every sample,
-shared by all probes taken together, and a backward pass; a Hutchinson probe a Hessian-vector product.
+shared by all probes taken together, and a backward pass; a Hutchinson probe a Hessian-vector product. Plain functions
+take two more forward passes without gradients, which show whether they close over tensors of the batch.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from lightning_robust.functional._isolation.side_effects import start_anew
 from lightning_robust.functional._isolation.stand_ins import full_precision
 from lightning_robust.functional._isolation.weights import Weights, differentiable_weights
 from lightning_robust.functional._validation.extras import SampleModel
+from lightning_robust.functional._validation.independence import check_place
 from lightning_robust.functional._validation.tensors import check_finite, check_inputs, outputs_of
 from lightning_robust.functional.curvature._convolution import TwiceDifferentiable
 from lightning_robust.functional.curvature._hutchinson import quadratic_forms, refuse_missing_derivatives
@@ -59,6 +61,7 @@ class CurvatureProblem:
                 f" estimator='gauss_newton', but got {given}. Use estimator='hutchinson'."
             )
         model = SampleModel(self.model, self.extras, num_samples=len(self.inputs))
+        check_place(model, self.inputs, module=self.module)
         with (
             differentiable_weights(self.model, self.loss_fn, module=self.module) as weights,
             caches_made_anew(weights, model.on(slice(2)), full_precision(self.inputs[:2])),

@@ -18,7 +18,8 @@ circles. The poster's formula has a step along ``+v``, which would widen the gap
 
 Source: De & Säfken, "The Myth of Robust Classes" (margins, shielding); bound, path length, step control and the exact
 solution of each step are ours.
-Cost: one forward pass of all samples. Per step of a path, two forward passes and C − 1 backward passes with respect to
+Cost: one forward pass of all samples; for plain functions two more, which show whether they close over tensors of the
+batch. Per step of a path, two forward passes and C − 1 backward passes with respect to
 the input, on as many paths at once as memory allows. As much again per sample where its paths begin, and a few forward
 passes where they end.
 """
@@ -35,6 +36,7 @@ from lightning_robust.functional._isolation.context import differentiable
 from lightning_robust.functional._isolation.stand_ins import full_precision
 from lightning_robust.functional._validation.arguments import check_kind
 from lightning_robust.functional._validation.extras import SampleModel
+from lightning_robust.functional._validation.independence import check_place
 from lightning_robust.functional._validation.scales import masked_classes
 from lightning_robust.functional._validation.tensors import check_logits, check_pass, check_targets, outputs_of
 from lightning_robust.functional.fisher_rao._state import Paths, flat
@@ -183,6 +185,7 @@ def trace_fisher_rao_paths(
     units = Units.of(inputs, std=input_std, mean=input_mean, valid_range=valid_range)
     with differentiable(model, twice=solver == "cg"):
         x = full_precision(inputs)
+        check_place(network, x)
         parts = torch.split(torch.arange(len(x)), largest_chunk(x, chunk_size))
         with torch.no_grad():
             start_logits = torch.cat([outputs_of(network.on(part), x[part], check=check_logits) for part in parts])

@@ -13,7 +13,9 @@ to L1 norm (ours). On digits, where half of the pixels are black or white, this 
 
 Source: ours (an exact reformulation of arXiv 2606.04767 and arXiv 1511.04599).
 Cost: one forward pass and C first-order backward passes with respect to the input, on a whole chunk at once. Without a
-chunk size, one more forward pass of the first chunk if the number of classes calls for chunks of another size.
+chunk size, one more forward pass of the first chunk if the number of classes calls for chunks of another size. A plain
+function whose samples pass in several chunks takes two more forward passes without gradients, which show whether it
+closes over tensors of the batch.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from lightning_robust.functional._isolation.context import differentiable
 from lightning_robust.functional._isolation.stand_ins import full_precision
 from lightning_robust.functional._validation.arguments import check_kind, check_number
 from lightning_robust.functional._validation.extras import SampleModel
+from lightning_robust.functional._validation.independence import check_place
 from lightning_robust.functional._validation.scales import computable
 from lightning_robust.functional._validation.tensors import check_finite, check_logits, check_pass
 from lightning_robust.functional.input_space.attacks import Norm, check_norm
@@ -98,7 +101,8 @@ def linearize(
     Raises:
         TypeError: If ``inputs`` are not floating point or the model does not return a tensor.
         ValueError: If an argument has a wrong shape or value, the logits are not ``(N, C)`` with ``C ≥ 2``, inputs,
-            logits or gradients are not finite, or the outputs change without gradients.
+            logits or gradients are not finite, the outputs change without gradients, or a function whose samples pass
+            in several chunks gives them other outputs there, because it closes over tensors of the batch.
 
     A logit of −∞ masks its class: no margin, information or attack depends on that class.
 
@@ -110,8 +114,11 @@ def linearize(
     with differentiable(model):
         x = full_precision(inputs)
         chunks, start = [], 0
-        size, fitted = samples_at_once(x, chunk_size), False
+        size, fitted, checked = samples_at_once(x, chunk_size), False, False
         while start < len(x):
+            if size < len(x) and not checked:
+                check_place(network, x)
+                checked = True
             rows = slice(start, start + size)
             chunk = x[rows]
             leaf, logits = leaf_and_logits(network.on(rows), chunk)
@@ -189,6 +196,8 @@ def relinearize(
     with differentiable(model):
         x = full_precision(inputs)
         size = samples_at_once(x, chunk_size, num_classes=linearization.logits.shape[1])
+        if size < len(x):
+            check_place(network, x)
         chunks = []
         for start in range(0, len(x), size):
             rows = slice(start, start + size)

@@ -1,15 +1,19 @@
 """What the monitor finds on the first samples of a run."""
 
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_robust import Probe
+from lightning_robust import Probe, RobustnessMonitor
 from lightning_robust.callbacks.monitor.diagnostics import on_probe
 from tests.helpers.networks import NETWORKS, build, random
-from tests.helpers.recording import Recorder, state_of
+from tests.helpers.recording import Record, Recorder, state_of
+from tests.helpers.training import Classifier, loader, robustness_warnings, trainer
 
 
 def find_flaws(probe: Probe) -> list[str]:
@@ -161,6 +165,122 @@ def test_a_valid_network_with_masked_classes_has_no_flaws(name: str, fill: float
 def test_a_diverged_sample_hides_no_flaw() -> None:
     probe = probe_of(lambda x: batch_normalised(x) * (1 + 1e6 * (torch.arange(len(x)) == 4))[:, None])
     assert len(find_flaws(probe)) == 1
+
+
+# --- tensors with a row per sample that a model keeps -----------------------------------------------------------------
+
+
+class FixedState(nn.Module):
+    """Keeps a state for batches of one size, as some recurrent networks do."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.layer, self.state = nn.Linear(12, 3), torch.zeros(size, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) + self.state
+
+
+class KeepsRows(FixedState):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) + torch.arange(100.0)[: len(x), None]
+
+
+def test_a_module_is_not_taken_for_a_function_that_closes_over_something() -> None:
+    (flaw,) = find_flaws(probe_of(KeepsRows(8)))
+    assert "Does the module keep a tensor with a row per sample" in flaw
+    with pytest.raises(ValueError, match=r"takes only some numbers of samples.*state.*On 7 of 8 samples it raised"):
+        find_flaws(probe_of(FixedState(8)))
+
+
+class Masked(Classifier):
+    """A mean over those positions that a mask leaves; its own methods may be measured, too."""
+
+    def __init__(self, *, lenient: bool) -> None:
+        super().__init__(nn.Linear(4, 3))
+        self.lenient, self.record = lenient, Record()
+        with torch.no_grad():
+            for number, parameter in enumerate(self.network.parameters()):
+                parameter.copy_(3 * random(number, *parameter.shape))
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        self.record.batch_sizes.append(len(x))
+        mask = mask[: len(x)] if self.lenient else mask
+        return self.network((torch.tanh(x) * mask[..., None]).sum(1) / mask.sum(1, keepdim=True))
+
+    def full(self, x: Tensor) -> Tensor:
+        return self(x, torch.ones(len(x), x.shape[1]))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.network(batch[0]).square().mean()
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Leave all passes to the measurement."""
+
+
+LONGEST_FIRST = (torch.arange(6) < 6 - (torch.arange(64)[:, None] % 32 - 12).clamp(0) // 5).float()
+BINDINGS: dict[str, Callable[[Any, Any], Probe]] = {
+    "lambda": lambda module, batch: Probe(lambda x: module(x, batch[1]), batch[0], batch[2]),
+    "partial": lambda module, batch: Probe(partial(module, mask=batch[1]), batch[0], batch[2]),
+}
+
+
+def measured(
+    root: Path, module: Masked, mask: Tensor, *, size: int, fit: bool = False, **options: Any
+) -> tuple[dict[str, Tensor], list[str]]:
+    rows = list(zip(random(5, len(mask), 6, 4, dtype=torch.float32), mask, torch.arange(len(mask)) % 3, strict=True))
+    monitor = RobustnessMonitor(["fisher_spectral_norm", "hessian_trace"], **options)
+    run = trainer(monitor, root=root, max_epochs=2)
+    with robustness_warnings() as messages:
+        if fit:
+            run.fit(module, loader(rows, size), loader(rows, size))
+        else:
+            run.validate(module, loader(rows, size), verbose=False)
+    return {key: value for key, value in run.callback_metrics.items() if key.startswith("robust/")}, messages
+
+
+@pytest.mark.parametrize("fit", [False, True], ids=["validate", "fit"])
+@pytest.mark.parametrize("lenient", [True, False], ids=["lenient", "strict"])
+@pytest.mark.parametrize(
+    ("size", "max_samples"), [(32, 32), (32, 256), (8, 8)], ids=["some", "all", "one of each batch"]
+)
+@pytest.mark.parametrize("binding", BINDINGS)
+def test_a_function_bound_to_the_batch_is_never_measured(
+    tmp_path: Path, binding: str, size: int, max_samples: int, lenient: bool, fit: bool
+) -> None:
+    mask = LONGEST_FIRST if size == 32 else LONGEST_FIRST[torch.arange(64) * 7 % 64]
+    options = {"size": size, "max_samples": max_samples, "probe_fn": BINDINGS[binding]}
+    values, (message, *again) = measured(tmp_path, Masked(lenient=lenient), mask, fit=fit, **options)
+    assert ["all 2 measurements were skipped" in sentence for sentence in again] == ([True] if fit else [])
+    assert not values.keys() - {"robust/overhead", "robust/num_samples", "robust/seconds"}
+    assert "place in the batch" in message
+    assert "extras={'mask': mask}" in message
+
+
+def test_functions_are_measured_as_extras_are_and_checked_in_the_first_measurement_alone(tmp_path: Path) -> None:
+    mask, found = torch.ones(64, 6), []
+    calls = {
+        "method": lambda module, batch: Probe(module.full, batch[0], batch[2]),
+        "lambda": lambda module, batch: Probe(lambda x: module(x, mask[: len(x)]), batch[0], batch[2]),
+        "extras": lambda module, batch: Probe(module, batch[0], batch[2], extras={"mask": batch[1]}),
+    }
+    passes = {}
+    for name, probe_fn in calls.items():
+        module = Masked(lenient=True)
+        values, messages = measured(tmp_path, module, mask, size=32, max_samples=32, probe_fn=probe_fn, fit=True)
+        assert messages == []
+        found.append({key: values[key] for key in ("robust/fim_spectral_norm", "robust/hessian_trace")})
+        passes[name] = len(module.record.batch_sizes)
+    torch.testing.assert_close(found[0], found[2])
+    torch.testing.assert_close(found[1], found[2])
+    assert passes["method"] == passes["extras"] + 2 * 3  # two batches: all samples, the selected ones, one less
+
+
+def test_a_tensor_of_the_batch_that_all_samples_share_is_explained_in_inference_mode(tmp_path: Path) -> None:
+    probe_fn = BINDINGS["partial"]
+    _, (message,) = measured(tmp_path, Masked(lenient=False), LONGEST_FIRST[:4], size=1, probe_fn=probe_fn)
+    assert "Inference tensors" in message
+    assert "extras={'mask': mask}" in message
 
 
 # --- units ------------------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from tests.helpers import networks
 from tests.helpers.contexts import CONTEXTS, every_context
 from tests.helpers.curvature import NETWORKS as SMALL_NETWORKS
 from tests.helpers.curvature import Case, assert_same, assert_within, relu_mlp, seed, seeded, small, tanh_mlp
-from tests.helpers.oracles import hessian_traces_by_differences
+from tests.helpers.oracles import dense_gauss_newton_traces, hessian_traces_by_differences
 from tests.helpers.recording import Recorder, state_of
 
 CROSS_ENTROPY = nn.CrossEntropyLoss()
@@ -228,6 +228,43 @@ def test_a_recurrent_network_agrees_with_finite_differences(estimator: Any) -> N
     assert_within(
         measure(Case(model, inputs, targets), estimator=estimator, num_probes=24, generator=seed(0)), expected
     )
+
+
+class Tokens(nn.Module):
+    """Embeds token ids, which come as floats, in one of several ways."""
+
+    def __init__(self, way: str, *, sparse: bool) -> None:
+        super().__init__()
+        kind = nn.EmbeddingBag if way == "bag" else nn.Embedding
+        self.table, self.head, self.way = kind(7, 5, sparse=sparse), nn.Linear(5, 3), way
+        with torch.no_grad():
+            for number, parameter in enumerate(self.parameters()):
+                parameter.copy_(networks.random(number, *parameter.shape))
+
+    def forward(self, x: Tensor) -> Tensor:
+        ids = x.long()
+        if self.way == "bag":
+            found = self.table(ids)
+        elif self.way == "function":
+            found = F.embedding(ids, self.table.weight, sparse=self.table.sparse).mean(dim=1)
+        else:
+            found = self.table(ids).mean(dim=1) + (self.table.weight.mean(dim=0) if self.way == "tied" else 0)
+        out: Tensor = self.head(torch.tanh(found))
+        return out
+
+
+@pytest.mark.parametrize("way", ["layer", "function", "tied", "bag"])
+def test_sparse_embeddings_are_measured_as_dense_ones_are(way: str) -> None:
+    inputs, targets = torch.arange(24).reshape(6, 4).float() * 3 % 7, torch.arange(6) % 3
+    sparse = Case(Tokens(way, sparse=True), inputs, targets)
+    dense = Case(Tokens("tied" if way == "tied" else "layer", sparse=False), inputs, targets)
+    exact = measure(sparse, estimator="gauss_newton")
+    assert values(exact) == pytest.approx(dense_gauss_newton_traces(*dense, CROSS_ENTROPY), rel=1e-4)
+    if way != "bag":  # torch has no second derivative of it
+        for estimator in ("auto", "hutchinson"):
+            assert values(measure(sparse, estimator=estimator)) == values(measure(dense, estimator=estimator))
+    (slope,) = torch.autograd.grad(sparse.model(inputs).sum(), sparse.model.table.weight)
+    assert slope.is_sparse or way == "tied"
 
 
 def test_parametrised_weights_are_measured_in_their_parameters() -> None:

@@ -94,6 +94,31 @@ class WithItsVersion(Biased):
         return self.kept["pairs"][0][1]
 
 
+class InADictionaryOfDictionaries(Biased):
+    """Looks at the outer dictionary alone; keeps two functions under a key of the inputs' size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept = {"constants": torch.ones(6)}
+
+    def bias(self) -> Tensor:
+        if 4 not in self.kept:
+            self.kept[4] = {"filters": [self.made().detach() * 0 + 1, self.made()], "halves": (self.made() / 2,)}
+        found = self.kept[4]
+        return (found["filters"][1] / 2 + found["halves"][0]) * self.kept["constants"]
+
+
+class InAListOfDictionaries(Biased):
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept = []
+
+    def bias(self) -> Tensor:
+        if not self.kept:
+            self.kept.append({"bias": {"value": self.made()}})
+        return self.kept[0]["bias"]["value"]
+
+
 class InABuffer(Biased):
     def __init__(self) -> None:
         super().__init__()
@@ -133,7 +158,8 @@ class UsedTwice(ByDevice):
         return super().forward(x) + self.table[0, :4] * x[:, :1]
 
 
-KINDS = [ByDevice, InAList, InAnAttribute, WithItsVersion, InABuffer, AsAProperty, AsItIsSwitched, UsedTwice]
+NESTED = [WithItsVersion, InADictionaryOfDictionaries, InAListOfDictionaries]
+KINDS = [ByDevice, InAList, InAnAttribute, *NESTED, InABuffer, AsAProperty, AsItIsSwitched, UsedTwice]
 FILLED: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "empty": torch.no_grad,
     "by a validation": torch.no_grad,

@@ -145,3 +145,107 @@ def test_the_module_stays_the_owner() -> None:
     assert owner_of(as_two_classes(model)) is model
     assert owner_of(as_two_classes(partial(model.forward))) is model
     assert as_two_classes(model) == as_two_classes(model)
+
+
+# --- features, losses and confidences beside the logits ---------------------------------------------------------------
+
+LOGITS, LOGIT, FEATURES, PER_SAMPLE = random(1, 6, 3), random(2, 6, 1), random(3, 6, 16), random(4, 6)
+Named = namedtuple("Named", ["first", "second"])
+
+
+@dataclass
+class Fields:
+    first: Tensor
+    second: Tensor
+
+
+EVIDENT: dict[str, tuple[Any, Tensor]] = {
+    "logits and losses": ((LOGITS, PER_SAMPLE), LOGITS),
+    "named losses first": ({"loss": PER_SAMPLE, "z": LOGITS}, LOGITS),
+    "a named confidence": ({"out": LOGITS, "confidence": LOGIT}, LOGITS),
+    "an unnamed entry beside a named confidence": ({"z": LOGITS, "confidence": LOGIT}, LOGITS),
+    "a prediction beside features": ({"features": FEATURES, "pred": LOGITS}, LOGITS),
+    "class scores beside hidden states": ({"last_hidden_state": FEATURES[:, None], "cls_score": LOGITS}, LOGITS),
+    "maps beside maps of an auxiliary head": (
+        {"out": LOGITS[:, :, None], "aux": 2 * LOGITS[:, :, None]},
+        LOGITS[:, :, None],
+    ),
+    "one logit beside features, by name": ({"logit": LOGIT[:, 0], "features": FEATURES}, LOGIT[:, 0]),
+    "one prediction beside features": ({"features": FEATURES, "prediction": LOGIT}, LOGIT),
+    "an attribute": (SimpleNamespace(logits=LOGITS, features=FEATURES), LOGITS),
+}
+
+
+@pytest.mark.parametrize("case", EVIDENT)
+def test_logits_are_found_beside_other_numbers(case: str) -> None:
+    outputs, expected = EVIDENT[case]
+    assert logits_in(outputs, num_samples=6) is expected or torch.equal(logits_in(outputs, num_samples=6), expected)
+
+
+UNCLEAR: dict[str, tuple[Any, str]] = {
+    "one logit, then features": ((LOGIT, FEATURES), "module(x)[0], batch[0], batch[1], module=module, loss_fn=nn.BCE"),
+    "features, then one logit": ((FEATURES, LOGIT), "module(x)[0], batch[0], batch[1], module=module)"),
+    "a flat logit, then features": ((LOGIT[:, 0], FEATURES), "module(x)[0]"),
+    "unnamed features beside one number": ({"body": FEATURES, "head": LOGIT}, "module(x)['body']"),
+    "an embedding beside indices": ({"embedding": FEATURES, "pred": LOGITS.argmax(1)}, "module(x)['embedding']"),
+    "pooled features alone": ({"last_hidden_state": LOGITS[:, None], "pooler_output": FEATURES}, "'pooler_output'"),
+    "two unnamed rows": (Fields(LOGITS, FEATURES), "module(x).first, batch[0], batch[1], module=module)"),
+    "two fields of a named tuple": (Named(LOGITS, FEATURES), "module(x).first"),
+    "two heads": ({"class_logits": LOGITS, "domain_logits": LOGITS}, "module(x)['class_logits']"),
+    "an auxiliary output beside features": ({"embedding": FEATURES, "aux": LOGITS}, "module(x)['embedding']"),
+}
+
+
+@pytest.mark.parametrize("case", UNCLEAR)
+def test_what_is_not_evident_is_refused_with_a_line_to_paste(case: str) -> None:
+    outputs, line = UNCLEAR[case]
+    with pytest.raises(ValueError, match="`probe_fn=lambda module, batch: Probe") as caught:
+        logits_in(outputs, num_samples=6)
+    assert line in str(caught.value)
+
+
+class Body(nn.Module):
+    """Returns what one function makes of a logit and features."""
+
+    def __init__(self, way: Any, *, width: int = 1) -> None:
+        super().__init__()
+        self.body, self.head, self.way = nn.Linear(12, 16), nn.Linear(16, width), way
+        with torch.no_grad():
+            for number, parameter in enumerate(self.parameters()):
+                parameter.copy_(random(number, *parameter.shape))
+
+    def forward(self, x: Tensor) -> Any:
+        features = torch.tanh(self.body(x))
+        return self.way(self.head(features), features)
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        lambda z, f: (z, f),
+        lambda z, f: (f, z),
+        lambda z, f: (f, z[:, 0]),
+        lambda z, f: {"logit": z[:, 0], "features": f},
+        lambda z, f: {"features": f, "score": z, "loss": z[:, 0].square()},
+        lambda z, f: SimpleNamespace(logits=z, features=f),
+    ],
+    ids=["first", "last", "last and flat", "named", "beside a loss", "attribute"],
+)
+def test_the_logit_of_a_binary_classifier_is_found_beside_its_features(way: Any) -> None:
+    x, y, options = random(9, 8, 12), torch.arange(8) % 2, {"loss_fn": nn.BCEWithLogitsLoss()}
+    found, expected = (Probe(Body(w).double(), x, y, **options) for w in (way, lambda z, f: z))
+    assert torch.equal(found.linearization.gram, expected.linearization.gram)
+    assert torch.equal(found.curvature().total().means(), expected.curvature().total().means())
+    if isinstance(way(x[:, :1], x), tuple):
+        for measure in (lambda probe: probe.linearization, lambda probe: probe.curvature()):
+            with pytest.raises(ValueError, match="several entries that could be the logits"):
+                measure(Probe(Body(way).double(), x, y))
+
+
+@pytest.mark.parametrize("num_classes", [2, 3])
+def test_beside_a_logit_per_class_a_single_number_is_no_logit(num_classes: int) -> None:
+    x, y = random(9, 8, 12), torch.arange(8) % num_classes
+    for way in (lambda z, f: (z, f[:, :1]), lambda z, f: (f[:, :1], z), lambda z, f: {"z": z, "head": f[:, 0]}):
+        found, expected = (Probe(Body(w, width=num_classes).double(), x, y) for w in (way, lambda z, f: z))
+        assert torch.equal(found.linearization.gram, expected.linearization.gram)
+        assert torch.equal(found.curvature().total().means(), expected.curvature().total().means())

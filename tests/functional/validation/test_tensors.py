@@ -97,8 +97,8 @@ def test_inputs_without_a_derivative_or_a_value_are_refused(
     [
         (lambda x: [x.sum()], TypeError, r"logits of shape \(N, C\).*returned list.*`probe_fn`"),
         (lambda x: {"loss": 1.0}, TypeError, "returned dict"),
-        (lambda x: (x, x), ValueError, r"returned tuple with several .*\[0\] of shape .* and \[1\].*model\(x\)\[0\]"),
-        (lambda x: {"a": x, "b": 2 * x}, ValueError, r"returned dict with several .* and \['b'\].*model\(x\)\['a'\]"),
+        (lambda x: (x, x), ValueError, r"returned tuple with several .*\[0\] of shape .* and \[1\].*module\(x\)\[0\]"),
+        (lambda x: {"a": x, "b": 2 * x}, ValueError, r"returned dict with several .* and \['b'\].*module\(x\)\['a'\]"),
         (lambda x: x[:, 0], ValueError, r"returned shape \(\d,\).*binary classifier.*BCEWithLogitsLoss"),
         (lambda x: x[:, :, None].expand(-1, 3, 2), ValueError, r"returned shape \(\d, 3, 2\)"),
         (lambda x: x[:1], ValueError, r"returned shape \(1, 3\)"),
