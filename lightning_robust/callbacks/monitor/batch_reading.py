@@ -111,9 +111,9 @@ def _read(pl_module: LightningModule, batch: object, defaults: Mapping[str, Any]
     options: dict[str, Any] = {"model": model, "module": pl_module, **defaults}
     if options.get("loss_fn") is None:
         options["loss_fn"] = _binary_loss(pl_module, targets)
-    embeddings = None if inputs.is_floating_point() else embeddings_of(network)
+    embeddings = None if inputs.is_floating_point() else embeddings_of(pl_module)
     if embeddings is not None:
-        tokens = FromEmbeddings(model, embeddings, samples.key or "input_ids", passes_mask=MASK in extras)
+        tokens = FromEmbeddings(model, embeddings, samples.key or "input_ids", MASK in extras, pl_module)
         options["model"] = tokens
         if options.get("input_std") is None:
             options["input_std"] = tokens.unit()

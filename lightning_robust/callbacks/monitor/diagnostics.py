@@ -158,7 +158,9 @@ def on_probe(
     probe = probe.rows(slice(_EXAMINED))
     x = full_precision(probe.inputs)
     with differentiable(probe.model):
-        leaf = x.clone().requires_grad_() if x.is_floating_point() else x
+        # metrics of the weights alone measure networks whose embeddings cannot be exchanged
+        as_given = isinstance(probe.model, FromEmbeddings) or not x.is_floating_point()
+        leaf = x if as_given else x.clone().requires_grad_()
         outputs = outputs_of(probe.network.on_all(), leaf).detach()
         with torch.no_grad():  # in the same context: a network that remembers its last pass shows it
             again = outputs_of(probe.network.on_all(), x)

@@ -234,18 +234,6 @@ def test_padding_is_never_perturbed() -> None:
     assert torch.equal(probe.outputs(moved), probe.outputs(probe.inputs))
 
 
-class Twice(Text):
-    def forward(self, input_ids: Tensor) -> Tensor:
-        z: Tensor = self.encoder(input_ids).logits + self.encoder(input_ids.flip(1)).logits
-        return z
-
-
-def test_a_network_that_embeds_twice_is_refused() -> None:
-    probe = read_batch(Twice().eval(), texts(), probe_fn=None, defaults=DEFAULTS).probe()
-    with pytest.raises(ValueError, match=r"embeds its input_ids once, but it called Embedding 2 times.*`probe_fn`"):
-        _ = probe.linearization
-
-
 class OnlyIds(Text):
     def forward(self, input_ids: Tensor) -> Any:
         return self.encoder(input_ids)
