@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from lightning_robust.callbacks.monitor.probe_code import ProbeCode
 from lightning_robust.callbacks.monitor.sample_selection import LoaderShare
 from lightning_robust.callbacks.monitor.status import WHOLE, Failure
 from lightning_robust.callbacks.monitor.token_embeddings import FromEmbeddings
@@ -21,6 +23,7 @@ from lightning_robust.metrics.keys import has_renamed_characters, leaves_and_fol
 from lightning_robust.probe import Probe
 
 _EXAMINED = 8  # samples
+_MISSING = re.compile(r"missing \d+ required positional arguments?: ('\w+'(?:(?:,| and|, and) '\w+')*)")
 OF_THE_MODEL = "The model"  # begins the sentences after which every number is in doubt
 SHUFFLES = (
     "The validation loader shuffles, so RobustnessMonitor measures different samples each time, and its curves carry"
@@ -103,8 +106,17 @@ def on_values(metrics: Iterable[ProbeMetric], values: Mapping[str, float], *, pr
     return {key: f"`{prefix}{key}` {caveat}" for key, caveat in caveats.items()}
 
 
-def skipped(failures: Mapping[int, Failure], names: Mapping[int, str], *, epoch: int) -> str:
-    """What was not measured and why, by the index of the metric or ``WHOLE``; ``names`` are those of all metrics."""
+def skipped(
+    failures: Mapping[int, Failure], names: Mapping[int, str], *, epoch: int, code: ProbeCode | None = None
+) -> str:
+    """What was not measured and why, by the index of the metric or ``WHOLE``.
+
+    Args:
+        failures: What went wrong.
+        names: Those of all metrics.
+        epoch: In which it went wrong.
+        code: How the batch was read, where that is known.
+    """
     if WHOLE in failures or failures.keys() >= names.keys():
         what = f"the measurement in epoch {epoch}: {_ended(failures[min(failures)].message)}"
     else:
@@ -114,19 +126,29 @@ def skipped(failures: Mapping[int, Failure], names: Mapping[int, str], *, epoch:
         parts = [f"{' and '.join(metrics)}: {message}" for message, metrics in by_message.items()]
         what = f"in epoch {epoch} {' '.join(parts)}"
     raised = any(failure.kind == "raised" for failure in failures.values())
-    hint = ""
-    if raised:
-        hint = (
-            " If the module is not called as `pl_module(inputs)`, pass"
-            " `probe_fn=lambda pl_module, batch: Probe(pl_module.network, batch[0], batch[1])`, with the network and"
-            " the tensors that it takes."
-        )
-    elif "Expected the model to return" in what and "probe_fn=" not in what:
-        hint = (
-            " To wrap it, pass `probe_fn=lambda pl_module, batch: Probe(lambda x: logits_of(pl_module(x)), batch[0],"
-            " batch[1])`, where your `logits_of` picks or reshapes the output."
-        )
+    hint = _hint(what, code or ProbeCode(), raised=raised)
     return f"RobustnessMonitor skipped {what} The run goes on.{hint} `on_error='raise'` stops with a traceback instead."
+
+
+def _hint(what: str, code: ProbeCode, *, raised: bool) -> str:
+    """The line to paste, for causes that tell it."""
+    if code.embedding and "for token ids" in what:
+        return (
+            f" If these are token ids, define on the LightningModule `def get_input_embeddings(self): return"
+            f" self.{code.embedding}`, and they are measured from their embeddings on."
+        )
+    if missing := _MISSING.search(what):
+        names = missing[1].replace(",", " ").replace(" and ", " ").replace("'", "").split()
+        return f" To pass on what the module takes, use {code.with_names(names).line()}."
+    if raised:
+        return (
+            " If the module is not called as `pl_module(inputs)`, pass"
+            f" {code.line(network=f'pl_module.{code.network}')}, with the network and the tensors that it takes."
+        )
+    if "Expected the model to return" in what and "probe_fn=" not in what:
+        line = code.line(around="logits_of({})")
+        return f" To wrap it, pass {line}, where your `logits_of` picks or reshapes the output."
+    return ""
 
 
 def _ended(sentence: str) -> str:
