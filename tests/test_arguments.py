@@ -353,6 +353,16 @@ def test_zero_has_one_name() -> None:
     assert not any("-" in key for key in metric.compute())
 
 
+def test_integers_of_numpy_are_integers() -> None:
+    monitor = RobustnessMonitor(every_n_epochs=np.int64(2), max_samples=np.int32(8), chunk_size=np.uint8(4))
+    kept = (monitor.every_n_epochs, monitor.max_samples, monitor.chunk_size)
+    assert kept == (2, 8, 4)
+    assert {type(number) for number in kept} == {int}
+    for wrong in (np.float64(2.0), np.bool_(True), True):
+        with pytest.raises(MisconfigurationException, match="every_n_epochs"):
+            RobustnessMonitor(every_n_epochs=wrong)
+
+
 @pytest.mark.parametrize("half", [Fraction(1, 2), torch.tensor(0.5), torch.tensor([0.5]).numpy()[0]])
 def test_a_number_may_be_of_any_real_type(half: Any) -> None:
     def results(x: Any) -> list[Any]:

@@ -124,8 +124,8 @@ class LinearizedAccuracy(ProbeMetric):
         options += [f"norm={self.norm!r}"] if self.norm != "linf" else []
         options += [f"order={self.order}"] if self.order != 1 else []
         return {
-            key: f"{what}: the median margin of correctly classified samples is {median:.2g}, in the units of the"
-            f" inputs, in which ε is given. `LinearizedAccuracy({', '.join(options)})` has ε of the size of margins."
+            key: f"{what}: the median margin of correctly classified samples is {median:.2g}, in the unit in which"
+            f" ε is given. `LinearizedAccuracy({', '.join(options)})` has ε of the size of margins."
         }
 
 

@@ -97,7 +97,7 @@ def monitored(module: Validated, rows: list[Any], root: Any, **loader: Any) -> R
     """Validate a module with the monitor in one line."""
     monitor = RobustnessMonitor(on_error="raise")
     run = trainer(monitor, root=root)
-    run.validate(module, DataLoader(rows, 3, **loader), verbose=False)
+    run.validate(module, DataLoader(rows, **{"batch_size": 3} | loader), verbose=False)
     assert run.callback_metrics["robust/num_samples"] == len(rows)
     return monitor
 

@@ -105,6 +105,93 @@ def test_texts_with_padding_are_measured_as_without(tmp_path: Path, name: str) -
     torch.testing.assert_close(found, torch.cat(expected) * unit, rtol=1e-5, atol=0)
 
 
+def xlnet() -> nn.Module:
+    config = transformers.XLNetConfig(
+        vocab_size=50, num_labels=NUM_CLASSES, pad_token_id=0, d_model=16, n_layer=1, n_head=2, d_inner=24
+    )
+    return transformers.XLNetForSequenceClassification(config)  # type: ignore[no-any-return]
+
+
+def longformer() -> nn.Module:
+    config = transformers.LongformerConfig(
+        **TEXT | {"max_position_embeddings": 24}, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=24, attention_window=6,
+    )  # fmt: skip
+    return transformers.LongformerForSequenceClassification(config)  # type: ignore[no-any-return]
+
+
+def gpt2() -> nn.Module:
+    config = transformers.GPT2Config(
+        vocab_size=50, num_labels=NUM_CLASSES, pad_token_id=0, n_embd=16, n_layer=1, n_head=2, n_positions=16,
+        bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    return transformers.GPT2ForSequenceClassification(config)  # type: ignore[no-any-return]
+
+
+def bart() -> nn.Module:
+    config = transformers.BartConfig(
+        **TEXT, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
+        encoder_ffn_dim=24, decoder_ffn_dim=24, bos_token_id=1, eos_token_id=2, decoder_start_token_id=2,
+    )  # fmt: skip
+    return transformers.BartForSequenceClassification(config)  # type: ignore[no-any-return]
+
+
+class OfEncoder(OfText):
+    """Names the layer whose outputs are perturbed."""
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The layer."""
+        layer: nn.Module = self.network.model.encoder.embed_tokens  # type: ignore[union-attr, assignment]
+        return layer
+
+
+@pytest.mark.filterwarnings("ignore:.*is not reliable")
+@pytest.mark.filterwarnings("ignore:.*mostly noise")
+@pytest.mark.parametrize("num_texts", [6, 8], ids=["six", "as many as tokens"])
+@pytest.mark.parametrize("kind", [xlnet, longformer, gpt2, bart])
+def test_ids_that_the_network_rearranges(tmp_path: Path, kind: Callable[[], nn.Module], num_texts: int) -> None:
+    network, batch = built(kind), texts(token_types=kind is gpt2)
+    rows = [{key: entry[row % 6] for key, entry in batch.items()} for row in range(num_texts)]
+    for row in rows:  # one token ends the text, and BART looks for it
+        ids, last = row["input_ids"].clone(), int(row["attention_mask"].sum()) - 1
+        ids[ids == 2] = 3
+        ids[last] = 2
+        row["input_ids"] = ids
+    module = (OfEncoder if kind is bart else OfText)(network)
+    monitor = monitored(module, rows, tmp_path, batch_size=num_texts)
+    copied = double(module)
+    layer: Any = copied.get_input_embeddings() if kind is bart else copied.network.get_input_embeddings()  # type: ignore[operator, union-attr]
+    expected = []
+    for row in rows:
+        alone = {key: entry[None] for key, entry in row.items() if key != "labels"}
+        base, kept = layer(alone["input_ids"]).detach(), alone["attention_mask"][0].bool()
+
+        def logits(x: Tensor, alone: Any = alone, base: Tensor = base, kept: Tensor = kept) -> Tensor:
+            full = base.repeat(len(x), 1, 1)
+            full[:, kept] = x
+            seen = []
+
+            def put(_: nn.Module, args: Any, output: Tensor) -> Tensor:
+                seen.append(args)
+                if kind is xlnet:
+                    return full.transpose(0, 1)
+                if len(seen) > 1:  # token types
+                    return output
+                return torch.cat([full, output[:, full.shape[1] :]], dim=1)
+
+            handle = layer.register_forward_hook(put)
+            try:
+                z: Tensor = copied(**{key: entry.expand(len(x), -1) for key, entry in alone.items()}).logits
+            finally:
+                handle.remove()
+            return z
+
+        expected.append(spectral_norms(logits, base[:, kept]))
+    found = monitor.per_sample["robust/fim_spectral_norm"].double()
+    unit = layer.weight.detach().square().mean()
+    torch.testing.assert_close(found, torch.cat(expected) * unit, rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize("name", TEXTS)
 def test_traces_of_texts_count_the_embedding(name: str) -> None:
     network, batch = built(TEXTS[name]), texts(token_types=name == "bert")

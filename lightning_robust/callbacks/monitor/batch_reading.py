@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from typing import Any, NamedTuple
 
+import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torchmetrics import Metric
 
 from lightning_robust.callbacks.monitor.batches import Batch
+from lightning_robust.callbacks.monitor.binary_criterion import binary_criterion
+from lightning_robust.callbacks.monitor.forward_arguments import Arguments, ByKeyword
 from lightning_robust.callbacks.monitor.muted_logging import muted_logging
+from lightning_robust.callbacks.monitor.probe_code import ProbeCode, code_of_unread
 from lightning_robust.callbacks.monitor.token_embeddings import MASK, FromEmbeddings, embeddings_of
-from lightning_robust.functional._isolation.context import owner_of
+from lightning_robust.functional._isolation.context import differentiable, owner_of
+from lightning_robust.functional._isolation.sharding import is_distributed
 from lightning_robust.functional._isolation.side_effects import side_effects_reverted
 from lightning_robust.functional._validation.arguments import class_of
 from lightning_robust.functional._validation.extras import check_extras
+from lightning_robust.functional._validation.independence import BOUND, check_place
 from lightning_robust.probe import Probe, check_samples, checked_with
 
 _INPUT_KEYS = (
@@ -26,8 +31,6 @@ _INPUT_KEYS = (
     *("input_ids", "inputs_embeds", "input_values", "input_features"),  # of text and speech
 )
 _TARGET_KEYS = ("y", "target", "targets", "label", "labels")
-_TEXT_KEYS = (MASK, "token_type_ids", "position_ids")  # what transformers take beside token ids
-_BATCH_NAMES = ("batch", "sample", "samples")  # of an argument that takes the whole dictionary
 
 
 class Samples(NamedTuple):
@@ -37,6 +40,7 @@ class Samples(NamedTuple):
     key: str  # of the inputs
     targets: Tensor
     target_key: str | None  # None for the second entry of a pair
+    paired: bool  # entries and targets are a pair
 
     @property
     def inputs(self) -> Tensor:
@@ -44,24 +48,9 @@ class Samples(NamedTuple):
         inputs: Tensor = self.entries[self.key]
         return inputs
 
-
-@dataclass(frozen=True)
-class ByKeyword:
-    """Calls a module with its inputs by name, or with a dictionary of all its arguments."""
-
-    module: nn.Module
-    key: str
-    as_dictionary: bool = False
-
-    @property
-    def __self__(self) -> nn.Module:
-        """The module, as of a bound method."""
-        return self.module
-
-    def __call__(self, x: Tensor, **extras: Tensor) -> Any:
-        """Outputs of the module."""
-        arguments = {self.key: x, **extras}
-        return self.module(arguments) if self.as_dictionary else self.module(**arguments)
+    def code(self, name: str) -> str:
+        """The code of an entry."""
+        return f"batch{'[0]' if self.paired else ''}{f'[{name!r}]' if name else ''}"
 
 
 def read_batch(
@@ -103,26 +92,106 @@ def read_batch(
 def _read(pl_module: LightningModule, batch: object, defaults: Mapping[str, Any]) -> Batch:
     """Read a batch whose inputs, targets and further arguments of the module are evident."""
     network = _network(pl_module)
-    takes = _Arguments.of(network)
+    takes = Arguments.of(network)
     samples = _samples(batch, takes)
     inputs, targets = samples.inputs, samples.targets
     extras = _extras(samples, takes)
-    model = _call(network, samples.key, takes)
+    model = takes.call(network, samples.key)
     options: dict[str, Any] = {"model": model, "module": pl_module, **defaults}
     if options.get("loss_fn") is None:
-        options["loss_fn"] = _binary_loss(pl_module, targets)
-    embeddings = None if inputs.is_floating_point() else embeddings_of(network)
+        options["loss_fn"] = binary_criterion(pl_module, model, inputs, targets, extras)
+    embeddings = None if inputs.is_floating_point() else embeddings_of(pl_module)
+    code = _code(samples, takes, extras, pl_module)
     if embeddings is not None:
-        tokens = FromEmbeddings(model, embeddings, samples.key or "input_ids", passes_mask=MASK in extras)
+        tokens = FromEmbeddings(model, embeddings, samples.key or "input_ids", MASK in extras, pl_module)
         options["model"] = tokens
         if options.get("input_std") is None:
             options["input_std"] = tokens.unit()
         mask = samples.entries.get(MASK)
         extras = {**extras, tokens.key: inputs, **({MASK: mask} if isinstance(mask, Tensor) else {})}
         inputs = tokens.embedded(inputs)
-    check_samples(inputs, targets, loss_fn=options["loss_fn"])
+    try:
+        check_samples(inputs, targets, loss_fn=options["loss_fn"])
+    except ValueError as error:
+        raise ValueError(f"{error}{_remedy(targets, code)}") from error
     check_extras(extras, len(inputs))
-    return Batch(inputs, targets, options, extras)
+    return Batch(inputs, targets, options, extras, code)
+
+
+def _code(samples: Samples, takes: Arguments, extras: Mapping[str, Tensor], pl_module: LightningModule) -> ProbeCode:
+    """How the batch was read, for warnings."""
+    named = {name: samples.code(name) for name in extras}
+    others = [
+        samples.code(name)
+        for name, entry in samples.entries.items()
+        if isinstance(entry, Tensor)
+        and entry.shape[:1] == samples.inputs.shape[:1]
+        and name not in (*extras, samples.key, samples.target_key)
+    ]
+    children = [name for name, child in pl_module.named_children() if any(True for _ in child.parameters())]
+    embedding = None
+    if samples.inputs.dtype in (torch.int32, torch.int64):
+        embedding = next((name for name, layer in pl_module.named_modules() if isinstance(layer, nn.Embedding)), None)
+    return ProbeCode(
+        samples.code(samples.key),
+        "batch[1]" if samples.target_key is None else samples.code(samples.target_key),
+        named,
+        others,
+        by_name=samples.key if takes.as_dictionary or takes.by_name(samples.key) else None,
+        as_dictionary=takes.as_dictionary,
+        network=children[0] if len(children) == 1 else "network",
+        embedding=embedding,
+    )
+
+
+def _remedy(targets: Tensor, code: ProbeCode) -> str:
+    """The line to paste for targets that are no classes, one for each sample."""
+    if targets.ndim == 2 and targets.shape[1] == 1:
+        if targets.is_floating_point() and bool(((targets == 0) | (targets == 1)).all()):
+            return ""  # of a binary classifier, rather
+        return f" Here: {code.line(targets='{}.squeeze(1)' + ('.long()' if targets.is_floating_point() else ''))}."
+    if targets.ndim == 2 and bool(((targets != 0).sum(dim=1) == 1).all()) and bool((targets.sum(dim=1) == 1).all()):
+        return f" Here: {code.line(targets='{}.argmax(dim=1)')}."
+    if targets.ndim > 1 and not targets.is_floating_point():
+        return (
+            " If every pixel or token has a class of its own:"
+            ' `RobustnessMonitor(["hessian_trace", "weight_curvature_index"], loss_fn=nn.CrossEntropyLoss())`.'
+        )
+    return ""
+
+
+def check_batch(pl_module: LightningModule, batch: Batch, rows: Sequence[int]) -> bool:
+    """Check that a function of the user's gives the selected samples of a batch the outputs that they have in it.
+
+    Costs up to three forward passes without gradients for a plain function, such as a lambda in a ``probe_fn``; nothing
+    for modules.
+
+    Args:
+        pl_module: The module that is trained.
+        batch: The whole batch, to which the function may be bound.
+        rows: Numbers of the selected samples.
+
+    Returns:
+        Whether it could be checked: not where weights are spread over processes, or the function fails on the batch.
+
+    Raises:
+        ValueError: If the outputs depend on the place in the batch.
+    """
+    model = batch.options["model"]
+    if not rows or isinstance(model, nn.Module | ByKeyword | FromEmbeddings):
+        return True
+    module = batch.options.get("module")
+    if any(is_distributed(owner) for owner in (pl_module, module, owner_of(model)) if isinstance(owner, nn.Module)):
+        return False
+    probe = batch.probe()
+    try:
+        with muted_logging(pl_module), differentiable(pl_module):
+            check_place(probe.network, probe.inputs, rows, module=module)
+    except Exception as error:
+        if str(error).startswith(BOUND):
+            raise
+        return False
+    return True
 
 
 def _network(pl_module: LightningModule) -> nn.Module:
@@ -133,43 +202,11 @@ def _network(pl_module: LightningModule) -> nn.Module:
     return children[0] if len(children) == 1 else pl_module
 
 
-class _Arguments(NamedTuple):
-    """What the forward pass of a module takes."""
-
-    first: str | None  # the first argument that can be given without its name
-    required: frozenset[str]
-    names: frozenset[str]
-    any_name: bool  # **kwargs
-    as_dictionary: bool  # the first argument is the whole batch
-
-    @classmethod
-    def of(cls, network: nn.Module) -> _Arguments:
-        try:
-            parameters = list(inspect.signature(network.forward).parameters.values())
-        except (TypeError, ValueError):  # compiled or scripted by means that leave no signature
-            return cls("", frozenset(), frozenset(), any_name=False, as_dictionary=False)
-        named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-        first = next((p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)), None)
-        hint = "" if first is None or first.annotation is first.empty else str(first.annotation).lower()
-        return cls(
-            first=None if first is None else first.name,
-            required=frozenset(p.name for p in named if p.default is p.empty),
-            names=frozenset(p.name for p in named),
-            any_name=any(p.kind == p.VAR_KEYWORD for p in parameters),
-            as_dictionary=first is not None and (first.name in _BATCH_NAMES or "dict" in hint or "mapping" in hint),
-        )
-
-    def take(self, name: str) -> bool:
-        """Whether an entry of this name is passed on beside the inputs."""
-        return (
-            self.as_dictionary or name in self.names or (self.any_name and (self.first is None or name in _TEXT_KEYS))
-        )
-
-
-def _samples(batch: object, takes: _Arguments) -> Samples:
+def _samples(batch: object, takes: Arguments) -> Samples:
     """Find inputs and targets in a pair ``(x, y)``, or in a dictionary with customary keys."""
     entries, targets, target_key = batch, None, None
-    if isinstance(batch, tuple | list) and len(batch) == 2:
+    paired = isinstance(batch, tuple | list) and len(batch) == 2
+    if isinstance(batch, tuple | list) and paired:
         entries, targets = batch if isinstance(batch[0], Mapping) else ({"": batch[0]}, batch[1])
     if isinstance(entries, Mapping):
         if targets is None:
@@ -180,20 +217,38 @@ def _samples(batch: object, takes: _Arguments) -> Samples:
         if len(keys) > 1 and len(evident) != 1:
             shown = " and ".join(f"{key!r} {tuple(entries[key].shape)}" for key in keys)
             raise MisconfigurationException(
-                f"Expected a batch with one input, but several entries could be it: {shown}. Choose one, as in"
-                f" `probe_fn=lambda module, batch: Probe(module, batch[{keys[0]!r}], batch[{target_key or 'y'!r}])`."
+                f"Expected a batch with one input, but several entries could be it: {shown}. Choose which is perturbed,"
+                f" as in {_choice(entries, evident or keys, target_key, takes, paired=paired)}."
             )
         if evident and isinstance(targets, Tensor):
-            return Samples(entries, evident[0], targets, target_key)
+            return Samples(entries, evident[0], targets, target_key, paired)
+    code = code_of_unread(batch, names=takes.positional, target_keys=_TARGET_KEYS)
+    line = "`probe_fn=lambda pl_module, batch: Probe(pl_module, inputs, targets)`" if code is None else code.line()
     raise MisconfigurationException(
         "Expected batches `(inputs, targets)` of two tensors, or dictionaries with keys such as 'x' and 'y' or"
-        f" 'image' and 'label', but got {_describe(batch)}. Pass `probe_fn=lambda pl_module, batch:"
-        " Probe(pl_module, inputs, targets)` with inputs and targets taken from your batch, or define"
-        " `robustness_probe(self, batch)` on the LightningModule."
+        f" 'image' and 'label', but got {_describe(batch)}. Pass {line}, with inputs and targets taken from your batch,"
+        " or define `robustness_probe(self, batch)` on the LightningModule."
     )
 
 
-def _extras(samples: Samples, takes: _Arguments) -> dict[str, Tensor]:
+def _choice(
+    entries: Mapping[str, Any], keys: Sequence[str], target_key: str | None, takes: Arguments, *, paired: bool
+) -> str:
+    """The line that perturbs the first of several inputs, and passes on the others that the network takes."""
+    first = takes.first if takes.first in keys else keys[0]
+    samples = Samples(entries, str(first), entries[str(first)], target_key, paired)
+    passed = [key for key in keys if key != first and takes.take(key)]
+    passed += [key for key in takes.required if isinstance(entries.get(key), Tensor) and key not in (*keys, target_key)]
+    return ProbeCode(
+        samples.code(samples.key),
+        "batch[1]" if target_key is None else samples.code(target_key),
+        {name: samples.code(name) for name in passed},
+        by_name=samples.key if takes.as_dictionary or takes.by_name(samples.key) else None,
+        as_dictionary=takes.as_dictionary,
+    ).line(module="module")
+
+
+def _extras(samples: Samples, takes: Arguments) -> dict[str, Tensor]:
     """The other entries that the network takes; raises unless they have a row per sample."""
     extras = {}
     for name, entry in samples.entries.items():
@@ -211,21 +266,6 @@ def _extras(samples: Samples, takes: _Arguments) -> dict[str, Tensor]:
                 " is called with: `probe_fn=lambda module, batch: Probe(module, inputs, targets, extras={...})`."
             )
     return extras
-
-
-def _call(network: nn.Module, key: str, takes: _Arguments) -> Callable[..., Any]:
-    """The network as a function of its inputs, and of extras by keyword."""
-    if key and takes.as_dictionary:
-        return ByKeyword(network, key, as_dictionary=True)
-    by_name = key in takes.names and takes.first != key
-    return ByKeyword(network, key) if key and (by_name or (takes.first is None and takes.any_name)) else network
-
-
-def _binary_loss(pl_module: LightningModule, targets: Tensor) -> nn.Module | None:
-    """The module's criterion, if it is evidently that of a binary classifier with one logit."""
-    losses = [inner for inner in pl_module.modules() if isinstance(inner, nn.BCEWithLogitsLoss | nn.CrossEntropyLoss)]
-    binary = targets.numel() == len(targets) and bool(((targets == 0) | (targets == 1)).all())
-    return losses[0] if len(losses) == 1 and isinstance(losses[0], nn.BCEWithLogitsLoss) and binary else None
 
 
 def _describe(batch: object) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_robust.callbacks.monitor.probe_code import ProbeCode
 from lightning_robust.functional._isolation.stand_ins import plain_tensor
 from lightning_robust.functional._validation.arguments import as_number, as_numbers
 from lightning_robust.probe import Probe
@@ -23,12 +24,14 @@ class Batch:
         targets: ``(N, ...)``.
         options: The other arguments of :class:`~lightning_robust.Probe`, ``model`` among them.
         extras: Further arguments of the model, tensors ``(N, ...)`` by name.
+        code: How the batch was read, unless a function of the user did.
     """
 
     inputs: Tensor
     targets: Tensor
     options: Mapping[str, Any]
     extras: Mapping[str, Tensor] = field(default_factory=dict)
+    code: ProbeCode | None = None
 
     def __len__(self) -> int:
         return len(self.inputs)

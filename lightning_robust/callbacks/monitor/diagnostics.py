@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
-from lightning.pytorch import LightningModule
-from torch import Tensor, nn
+from torch import Tensor
 
-from lightning_robust.callbacks.monitor.batch_reading import ByKeyword
-from lightning_robust.callbacks.monitor.batches import Batch
-from lightning_robust.callbacks.monitor.muted_logging import muted_logging
+from lightning_robust.callbacks.monitor.probe_code import ProbeCode
 from lightning_robust.callbacks.monitor.sample_selection import LoaderShare
 from lightning_robust.callbacks.monitor.status import WHOLE, Failure
 from lightning_robust.callbacks.monitor.token_embeddings import FromEmbeddings
-from lightning_robust.functional._isolation.context import differentiable, owner_of
-from lightning_robust.functional._isolation.sharding import is_distributed
+from lightning_robust.functional._isolation.context import differentiable
 from lightning_robust.functional._isolation.stand_ins import full_precision
-from lightning_robust.functional._validation.independence import BOUND, check_place, dependence
+from lightning_robust.functional._validation.independence import dependence
 from lightning_robust.functional._validation.scales import tolerances
 from lightning_robust.functional._validation.tensors import check_inputs, outputs_of
 from lightning_robust.functional.input_space.units import are_images_of_unknown_scale
@@ -27,6 +24,7 @@ from lightning_robust.probe import Probe
 
 _EXAMINED = 8  # samples
 _INFERENCE = "Inference tensors cannot be saved for backward"
+_MISSING = re.compile(r"missing \d+ required positional arguments?: ('\w+'(?:(?:,| and|, and) '\w+')*)")
 OF_THE_MODEL = "The model"  # begins the sentences after which every number is in doubt
 SHUFFLES = (
     "The validation loader shuffles, so RobustnessMonitor measures different samples each time, and its curves carry"
@@ -109,8 +107,17 @@ def on_values(metrics: Iterable[ProbeMetric], values: Mapping[str, float], *, pr
     return {key: f"`{prefix}{key}` {caveat}" for key, caveat in caveats.items()}
 
 
-def skipped(failures: Mapping[int, Failure], names: Mapping[int, str], *, epoch: int) -> str:
-    """What was not measured and why, by the index of the metric or ``WHOLE``; ``names`` are those of all metrics."""
+def skipped(
+    failures: Mapping[int, Failure], names: Mapping[int, str], *, epoch: int, code: ProbeCode | None = None
+) -> str:
+    """What was not measured and why, by the index of the metric or ``WHOLE``.
+
+    Args:
+        failures: What went wrong.
+        names: Those of all metrics.
+        epoch: In which it went wrong.
+        code: How the batch was read, where that is known.
+    """
     if WHOLE in failures or failures.keys() >= names.keys():
         what = f"the measurement in epoch {epoch}: {_ended(failures[min(failures)].message)}"
     else:
@@ -120,25 +127,35 @@ def skipped(failures: Mapping[int, Failure], names: Mapping[int, str], *, epoch:
         parts = [f"{' and '.join(metrics)}: {message}" for message, metrics in by_message.items()]
         what = f"in epoch {epoch} {' '.join(parts)}"
     raised = any(failure.kind == "raised" for failure in failures.values())
-    hint = ""
+    hint = _hint(what, code or ProbeCode(), raised=raised)
+    return f"RobustnessMonitor skipped {what} The run goes on.{hint} `on_error='raise'` stops with a traceback instead."
+
+
+def _hint(what: str, code: ProbeCode, *, raised: bool) -> str:
+    """The line to paste, for causes that tell it."""
     if _INFERENCE in what:
-        hint = (
+        return (
             " Does the model close over a tensor of the batch, made under inference mode? Pass what has a row per"
             " sample as `Probe(model, inputs, targets, extras={'mask': mask})`, and `.clone()` in the function what all"
             " samples share."
         )
-    elif raised:
-        hint = (
+    if code.embedding and "for token ids" in what:
+        return (
+            f" If these are token ids, define on the LightningModule `def get_input_embeddings(self): return"
+            f" self.{code.embedding}`, and they are measured from their embeddings on."
+        )
+    if missing := _MISSING.search(what):
+        names = missing[1].replace(",", " ").replace(" and ", " ").replace("'", "").split()
+        return f" To pass on what the module takes, use {code.with_names(names).line()}."
+    if raised:
+        return (
             " If the module is not called as `pl_module(inputs)`, pass"
-            " `probe_fn=lambda pl_module, batch: Probe(pl_module.network, batch[0], batch[1])`, with the network and"
-            " the tensors that it takes."
+            f" {code.line(network=f'pl_module.{code.network}')}, with the network and the tensors that it takes."
         )
-    elif "Expected the model to return" in what and "probe_fn=" not in what:
-        hint = (
-            " To wrap it, pass `probe_fn=lambda pl_module, batch: Probe(lambda x: logits_of(pl_module(x)), batch[0],"
-            " batch[1])`, where your `logits_of` picks or reshapes the output."
-        )
-    return f"RobustnessMonitor skipped {what} The run goes on.{hint} `on_error='raise'` stops with a traceback instead."
+    if "Expected the model to return" in what and "probe_fn=" not in what:
+        line = code.line(around="logits_of({})")
+        return f" To wrap it, pass {line}, where your `logits_of` picks or reshapes the output."
+    return ""
 
 
 def _ended(sentence: str) -> str:
@@ -170,46 +187,14 @@ def on_probe(
     probe = probe.rows(slice(_EXAMINED))
     x = full_precision(probe.inputs)
     with differentiable(probe.model):
-        leaf = x.clone().requires_grad_() if x.is_floating_point() else x
+        # metrics of the weights alone measure networks whose embeddings cannot be exchanged
+        as_given = isinstance(probe.model, FromEmbeddings) or not x.is_floating_point()
+        leaf = x if as_given else x.clone().requires_grad_()
         outputs = outputs_of(probe.network.on_all(), leaf).detach()
         with torch.no_grad():  # in the same context: a network that remembers its last pass shows it
             again = outputs_of(probe.network.on_all(), x)
     sentences = [*_about_model(probe, x, outputs, again), *more(outputs)]
     return [*sentences, *_about_units(probe)] if units_matter and x.is_floating_point() else sentences
-
-
-def check_batch(pl_module: LightningModule, batch: Batch, rows: Sequence[int]) -> bool:
-    """Check that a function of the user's gives the selected samples of a batch the outputs that they have in it.
-
-    Costs up to three forward passes without gradients for a plain function, such as a lambda in a ``probe_fn``; nothing
-    for modules.
-
-    Args:
-        pl_module: The module that is trained.
-        batch: The whole batch, to which the function may be bound.
-        rows: Numbers of the selected samples.
-
-    Returns:
-        Whether it could be checked: not where weights are spread over processes, or the function fails on the batch.
-
-    Raises:
-        ValueError: If the outputs depend on the place in the batch.
-    """
-    model = batch.options["model"]
-    if not rows or isinstance(model, nn.Module | ByKeyword | FromEmbeddings):
-        return True
-    module = batch.options.get("module")
-    if any(is_distributed(owner) for owner in (pl_module, module, owner_of(model)) if isinstance(owner, nn.Module)):
-        return False
-    probe = batch.probe()
-    try:
-        with muted_logging(pl_module), differentiable(pl_module):
-            check_place(probe.network, probe.inputs, rows, module=module)
-    except Exception as error:
-        if str(error).startswith(BOUND):
-            raise
-        return False
-    return True
 
 
 def note_on(probe: Probe) -> str | None:

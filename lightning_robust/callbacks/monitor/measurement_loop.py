@@ -17,9 +17,11 @@ from torch import Tensor
 
 from lightning_robust.callbacks.monitor import diagnostics, run_diagnostics
 from lightning_robust.callbacks.monitor.announced_cost import on_cost
+from lightning_robust.callbacks.monitor.batch_reading import check_batch
 from lightning_robust.callbacks.monitor.batches import Batch
 from lightning_robust.callbacks.monitor.measurement import Measurement, Values
 from lightning_robust.callbacks.monitor.overhead import Times
+from lightning_robust.callbacks.monitor.probe_code import ProbeCode
 from lightning_robust.callbacks.monitor.reporting import Reporter
 from lightning_robust.callbacks.monitor.run_record import RunRecord
 from lightning_robust.callbacks.monitor.sample_collection import SampleCollector
@@ -74,6 +76,7 @@ class MeasurementLoop:
         self._measurement: Measurement | None = None  # in progress
         self._witness: ValidationWitness | None = None  # of the first batch of a run
         self._clean: tuple[float, int] | None = None  # accuracy and number of the samples, after the first measurement
+        self._code: ProbeCode | None = None  # how the last batch was read
         self._known: set[str] = set()  # keys that were logged before a validation
         self._targets: list[int] | None = None  # of the last measurement in `fit`
 
@@ -139,10 +142,11 @@ class MeasurementLoop:
     def _collect(self, measurement: Measurement, pl_module: LightningModule, batch: object) -> None:
         assert measurement.collector is not None
         samples = self._read(pl_module, batch)
+        self._code = samples.code
         is_first = measurement.collector.is_empty and len(samples) > 0
         rows = measurement.collector.add(samples)
         if self._unexamined:
-            checked = diagnostics.check_batch(pl_module, samples, rows)
+            checked = check_batch(pl_module, samples, rows)
             self._places_known = self._places_known and checked
             if is_first:
                 self._witness = ValidationWitness(pl_module, samples)
@@ -204,7 +208,7 @@ class MeasurementLoop:
             is_new = functools.partial(self.record.is_new, epoch=epoch)
             new = {number: found for number, found in failures.items() if is_new(number, names[number], found.message)}
         if new:
-            self.warnings.warn(diagnostics.skipped(new, names, epoch=epoch))
+            self.warnings.warn(diagnostics.skipped(new, names, epoch=epoch, code=self._code))
 
     def _examine(self, probe: Probe, *, num_samples: int) -> None:
         """Once per run, warn of anything that makes the numbers mean something else than they seem to, or take long."""

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lightning_robust.callbacks.monitor.token_places import argument_of, is_same, places_in
 from lightning_robust.functional._isolation.context import differentiable
+from lightning_robust.functional._validation.arguments import class_of
 
 MASK = "attention_mask"  # 0 at padding
 
@@ -19,20 +21,25 @@ class FromEmbeddings:
     """A network of token ids as a function of their embeddings ``(N, T, D)``; the ids and the mask are its extras.
 
     The network runs as always, from the ids on, so positions and token types are as they should be; only what its
-    embedding returns is exchanged. Embeddings of padding stay as they are. The weights of the embedding keep their
-    derivatives, for curvature.
+    embedding returns for the ids is exchanged. Embeddings of padding stay as they are. The weights of the embedding
+    keep their derivatives, for curvature.
+
+    Embeddings that are as they were and have no derivative need no exchange, whatever the network does with its ids:
+    curvature is measured of any network.
 
     Attributes:
         call: The network, as a function of ids and of its other arguments by keyword.
         embeddings: The layer that embeds them.
         key: Under which the ids lie among the extras.
         passes_mask: Whether the network takes the mask.
+        module: The module of the user, in which an error names other layers that embed the ids.
     """
 
     call: Callable[..., Any]
     embeddings: nn.Module
     key: str
     passes_mask: bool
+    module: nn.Module
 
     @property
     def __self__(self) -> object:
@@ -40,31 +47,85 @@ class FromEmbeddings:
         return self.call
 
     def __call__(self, x: Tensor, **extras: Tensor) -> Any:
-        """Outputs of the network; raises a ``ValueError`` unless it embeds the ids once, and nothing else."""
+        """Outputs of the network.
+
+        Raises:
+            ValueError: If an exchange is needed, and the layer is not called with the ids in an arrangement that is
+                known, or is called with something that is neither the ids nor another argument of the network.
+        """
         ids, mask = extras.pop(self.key), extras.get(MASK)
         if not self.passes_mask:
             extras.pop(MASK, None)
-        calls = 0
+        if not x.requires_grad and self._are_embeddings(x, ids):
+            return self.call(ids, **extras)
+        wrong: list[str | None] = []  # in each call of the layer
 
-        def exchange(layer: nn.Module, arguments: object, output: Tensor) -> Tensor:
-            nonlocal calls
-            calls += 1
-            if output.shape != x.shape:
+        def exchange(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Any:
+            argument = argument_of(args, kwargs)
+            if argument is None or _is_another(argument, ids, extras.values()):
                 return output
-            there = x if mask is None else torch.where(mask.bool()[..., None], x, output.detach())
-            return there + (output - output.detach())  # zero, with the derivatives of the embedding's weights
+            try:
+                exchanged = _exchanged(output, x, ids, mask, argument)
+            except ValueError as error:
+                wrong.append(str(error))
+                return output
+            wrong.append(None)
+            return exchanged
 
-        handle = self.embeddings.register_forward_hook(exchange)
+        handle = self.embeddings.register_forward_hook(exchange, with_kwargs=True)
         try:
             outputs = self.call(ids, **extras)
         finally:
             handle.remove()
-        if calls != 1:
-            raise ValueError(
-                f"Expected a network that embeds its {self.key} once, but it called {type(self.embeddings).__name__}"
-                f" {calls} times. Pass a `probe_fn` that starts where its perturbations should."
+        if wrong and not any(wrong):
+            return outputs
+        reason = next(filter(None, wrong), "it was not called")
+        raise ValueError(
+            f"Expected {type(self.embeddings).__name__}, which `get_input_embeddings` returns, to be called with the"
+            f" {self.key} {tuple(ids.shape)} (which may be transposed, flattened, cut or extended), but {reason}."
+            f" {self._remedy(ids, extras)}"
+        )
+
+    def _are_embeddings(self, x: Tensor, ids: Tensor) -> bool:
+        """Whether ``x`` are the embeddings of the ids; the weights tell, without a call that hooks would notice."""
+        try:
+            with torch.no_grad():
+                return torch.equal(self.embeddings.forward(ids), x)
+        except RuntimeError:  # values cannot be compared inside `torch.func.vmap`
+            return False
+
+    def _remedy(self, ids: Tensor, extras: Mapping[str, Tensor]) -> str:
+        """The line to paste: another layer that embeds the ids, or a network that starts at its embeddings."""
+        layers: dict[nn.Module, str] = {
+            layer: name for name, layer in self.module.named_modules() if isinstance(layer, nn.Embedding)
+        }
+        found: list[str] = []
+
+        def note(layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], _: object) -> None:
+            argument = argument_of(args, kwargs)
+            if argument is not None and argument.shape == ids.shape and torch.equal(argument, ids):
+                found.append(layers[layer])
+
+        handles = [
+            layer.register_forward_hook(note, with_kwargs=True) for layer in layers if layer is not self.embeddings
+        ]
+        try:
+            with torch.no_grad():
+                self.call(ids, **extras)
+        finally:
+            for handle in handles:
+                handle.remove()
+        if found:
+            return (
+                f"`{found[0]}` is. To perturb what that layer returns, define on the LightningModule `def"
+                f" get_input_embeddings(self): return self.{found[0]}`."
             )
-        return outputs
+        return (
+            "Call the network on embeddings instead: `probe_fn=lambda module, batch: Probe(module.from_embeddings,"
+            f" module.embed(batch[{self.key!r}]), batch['labels'])`, where `embed` and `from_embeddings` are the two"
+            " parts of your forward pass. Curvature needs none of this:"
+            ' `RobustnessMonitor(["hessian_trace", "weight_curvature_index"])`.'
+        )
 
     def embedded(self, ids: Tensor) -> Tensor:
         """Embeddings ``(N, T, D)`` of ids."""
@@ -89,3 +150,29 @@ def embeddings_of(network: nn.Module) -> nn.Module | None:
             embeddings = method()
             return embeddings if isinstance(embeddings, nn.Module) else None
     return None
+
+
+def _is_another(argument: Tensor, ids: Tensor, others: Iterable[Tensor]) -> bool:
+    """Whether a layer is called with another argument of the network, such as token types."""
+    if is_same(argument, ids):
+        return False
+    return any(argument.shape == other.shape and bool((argument == other).all()) for other in others)
+
+
+def _exchanged(output: Any, x: Tensor, ids: Tensor, mask: Tensor | None, argument: Tensor) -> Tensor:
+    """What the layer returns for ``argument``, with the embeddings ``x`` in the places of the ids.
+
+    Raises:
+        ValueError: If the argument is something else, or the output not a row for each of its entries.
+    """
+    moved, kept = x, None if mask is None else mask == 0
+    if not is_same(argument, ids) or argument.shape != ids.shape:
+        places = places_in(argument, ids, mask)
+        if places is None:
+            raise ValueError(f"it was called with a tensor of shape {tuple(argument.shape)} that is something else")
+        moved, kept = x.flatten(0, ids.ndim - 1)[places.clamp(min=0)], places < 0
+    if not isinstance(output, Tensor) or output.shape != moved.shape:
+        got = tuple(output.shape) if isinstance(output, Tensor) else class_of(output)
+        raise ValueError(f"it returned {got} instead of embeddings {tuple(moved.shape)}")
+    there = moved if kept is None else torch.where(kept[..., None], output.detach(), moved)
+    return there + (output - output.detach())  # zero, with the derivatives of the embedding's weights

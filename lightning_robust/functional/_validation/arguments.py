@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
@@ -107,13 +107,14 @@ def check_positive_integer(name: str, value: int) -> int:
 
 def check_integer(name: str, value: int, *, at_least: int, expected: str | None = None) -> int:
     """Return ``value``, or raise unless it is an integer of at least ``at_least`` that fits into 64 bits."""
-    integer = isinstance(value, int) and not isinstance(value, bool)
+    given: object = value  # NumPy's integers, which are no `int`, come from ranges of hyperparameters
+    integer = isinstance(given, Integral) and not isinstance(given, bool)
     expected = expected or f"an integer of at least {at_least}"
     if integer and value > _LARGEST_INTEGER:
         expected += f" and at most {_LARGEST_INTEGER}"
     if not integer or not at_least <= value <= _LARGEST_INTEGER:
         raise ValueError(expected_but_got(name, expected, value))
-    return value
+    return int(value)
 
 
 def check_boolean(name: str, value: bool) -> bool:

@@ -234,18 +234,6 @@ def test_padding_is_never_perturbed() -> None:
     assert torch.equal(probe.outputs(moved), probe.outputs(probe.inputs))
 
 
-class Twice(Text):
-    def forward(self, input_ids: Tensor) -> Tensor:
-        z: Tensor = self.encoder(input_ids).logits + self.encoder(input_ids.flip(1)).logits
-        return z
-
-
-def test_a_network_that_embeds_twice_is_refused() -> None:
-    probe = read_batch(Twice().eval(), texts(), probe_fn=None, defaults=DEFAULTS).probe()
-    with pytest.raises(ValueError, match=r"embeds its input_ids once, but it called Embedding 2 times.*`probe_fn`"):
-        _ = probe.linearization
-
-
 class OnlyIds(Text):
     def forward(self, input_ids: Tensor) -> Any:
         return self.encoder(input_ids)
@@ -335,7 +323,7 @@ def test_two_entries_that_could_be_the_input_leave_the_choice_to_the_user() -> N
     given = {"img": torch.ones(2, 3), "features": torch.ones(2, 5), "y": torch.tensor([0, 1])}
     with pytest.raises(
         MisconfigurationException,
-        match=r"'img' \(2, 3\) and 'features' \(2, 5\). Choose one.*Probe\(module, batch\['img'\], batch\['y'\]\)",
+        match=r"'img' \(2, 3\) and 'features' \(2, 5\). Choose which.*Probe\(module, batch\['img'\], batch\['y'\]\)",
     ):
         read_batch(Scaled(), given, probe_fn=None, defaults=DEFAULTS)
 
@@ -373,3 +361,241 @@ def test_without_an_evident_criterion_the_line_to_paste_is_shown(tmp_path: Path)
         with robustness_warnings() as messages:
             trainer(RobustnessMonitor(), root=tmp_path).validate(module, DataLoader(rows, 3), verbose=False)
         assert any("`loss_fn=nn.BCEWithLogitsLoss()`" in message for message in messages), messages
+
+
+class Many(Binary):
+    """Four classes, and a binary criterion of an auxiliary task."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.BCEWithLogitsLoss())
+        self.head, self.asked = nn.Linear(12, 4), 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.asked += 1
+        z: Tensor = self.head(x)
+        return z
+
+
+@pytest.mark.parametrize("targets", [[0, 1, 1, 0], [1], [0, 0], [0, 2, 3, 1]])
+def test_an_auxiliary_criterion_makes_no_binary_classifier(targets: list[int]) -> None:
+    module, x = Many(), random(0, len(targets), 12, dtype=torch.float32)
+    for _ in range(3):
+        probe = read_batch(module, (x, torch.tensor(targets)), probe_fn=None, defaults=DEFAULTS).probe()
+        assert not probe.is_binary
+        assert probe.linearization.logits.shape == (len(targets), 4)
+    module.asked = 0
+    read_batch(module, (x, torch.tensor(targets)), probe_fn=None, defaults=DEFAULTS)
+    assert module.asked == 0  # once for a module
+
+
+def test_a_sorted_loader_is_measured_whole(tmp_path: Path) -> None:
+    rows = [(x, torch.tensor(n * 4 // 24)) for n, x in enumerate(random(0, 24, 12, dtype=torch.float32))]
+    run = trainer(RobustnessMonitor(["fisher_spectral_norm"], on_error="raise"), root=tmp_path)
+    run.validate(Many(), DataLoader(rows, 6), verbose=False)
+    assert run.callback_metrics["robust/num_samples"] == 24
+
+
+def test_one_logit_and_integer_targets_make_a_binary_classifier_in_objects_too() -> None:
+    class Wrapped(Binary):
+        def forward(self, x: Tensor) -> Any:
+            return SimpleNamespace(logits=super().forward(x))
+
+    for kind in (Binary, Wrapped):
+        batch = (random(0, 3, 12, dtype=torch.float32), torch.tensor([0, 1, 1]))
+        assert read_batch(kind(nn.BCEWithLogitsLoss()), batch, probe_fn=None, defaults=DEFAULTS).probe().is_binary
+
+
+# --- lines to paste ---------------------------------------------------------------------------------------------------
+
+
+class Step(LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(12, 3)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Needed by Lightning."""
+
+
+class Masked(Step):
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        z: Tensor = self.head(x * mask)
+        return z
+
+
+class ImageAndTable(Step):
+    def forward(self, image: Tensor, features: Tensor) -> Tensor:
+        z: Tensor = self.head(torch.cat([image.flatten(1), features], dim=1))
+        return z
+
+
+class TableFirst(Step):
+    def forward(self, features: Tensor, *, image: Tensor) -> Tensor:
+        z: Tensor = self.head(torch.cat([image.flatten(1), features], dim=1))
+        return z
+
+
+class Everything(ImageAndTable):
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:  # type: ignore[override]
+        return super().forward(batch["image"], batch["features"])
+
+
+class Plain(Step):
+    def forward(self, x: Tensor) -> Tensor:
+        z: Tensor = self.head(x)
+        return z
+
+
+class Strict(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(12, 3)
+
+    def forward(self, pixel_values: Tensor, scale: float | Tensor = 2.0) -> Tensor:
+        z: Tensor = self.head(pixel_values) * scale
+        return z
+
+
+class PassesOn(Step):
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = Strict()
+
+    def forward(self, **inputs: Any) -> Tensor:
+        z: Tensor = self.model(**inputs)
+        return z
+
+
+class NamesItsInput(PassesOn):
+    def forward(self, pixel_values: Tensor, **inputs: Any) -> Tensor:
+        z: Tensor = self.model(pixel_values, **inputs)
+        return z
+
+
+X, Y, MASKS = random(0, 8, 12, dtype=torch.float32), torch.arange(8) % 3, (random(1, 8, 12) > 0).float()
+TWO = {"image": X[:, :8].view(8, 2, 4), "features": X[:, 8:], "label": Y}
+
+
+def rows_of(batch: Any) -> list[Any]:
+    """The samples of a batch, from which a loader makes it anew."""
+    if isinstance(batch, dict):
+        columns = {key: rows_of(value) for key, value in batch.items()}
+        return [{key: column[row] for key, column in columns.items()} for row in range(8)]
+    if isinstance(batch, tuple):
+        return list(zip(*map(rows_of, batch), strict=True))
+    return list(batch)
+
+
+def measured(module: LightningModule, batch: Any, root: Path, **options: Any) -> tuple[Any, list[str]]:
+    monitor = RobustnessMonitor(["fisher_spectral_norm"], **options)
+    with robustness_warnings() as messages:
+        trainer(monitor, root=root).validate(module, DataLoader(rows_of(batch), 4), verbose=False)
+    return monitor.per_sample.get("robust/fim_spectral_norm"), messages
+
+
+UNREAD = {
+    "a mask": (Masked, (X, MASKS, Y)),
+    "a mask inside": (Masked, ((X, MASKS), Y)),
+    "an index": (Plain, (X, Y, torch.arange(8.0))),
+    "views": (Plain, ((X, X, X), Y)),
+    "targets inside": (Plain, (X, {"weight": torch.rand(8), "label": Y})),
+    "own names": (Plain, {"photo": X, "species": Y}),
+    "image and table": (ImageAndTable, TWO),
+    "table and image": (TableFirst, TWO),
+    "image and table in one": (Everything, TWO),
+    "a column": (Plain, (X, Y[:, None])),
+    "a column of numbers": (Plain, {"x": X, "y": Y[:, None] + 1.0 - 1.0}),
+    "one-hot": (Plain, ({"x": X}, nn.functional.one_hot(Y, 3).float())),
+    "another name": (Masked, {"x": X, "y": Y, "visible": MASKS}),
+}
+
+
+@pytest.mark.parametrize("name", UNREAD)
+def test_the_line_for_a_batch_that_cannot_be_read_can_be_pasted(tmp_path: Path, name: str) -> None:
+    kind, batch = UNREAD[name]
+    module = kind()
+    found, messages = measured(module, batch, tmp_path)
+    assert found is None
+    line = next(part for part in messages[0].split("`") if part.startswith("probe_fn=lambda"))
+    names: dict[str, Any] = {"Probe": Probe}
+    probe_fn = eval(line.removeprefix("probe_fn="), names)
+    found, messages = measured(module, batch, tmp_path, probe_fn=probe_fn)
+    assert messages == []
+    x = {"image and table": TWO["image"], "image and table in one": TWO["image"], "table and image": TWO["features"]}
+    inputs, logits = X, module.head
+    if kind is Masked:
+        expected = linearize(lambda v: logits(v * MASKS[: len(v)]), X)
+        norms = fim_spectral_norm(expected.logits, expected.gram)
+    elif name in x:
+        inside = slice(8) if x[name] is TWO["image"] else slice(8, None)
+        z = logits(X).detach()
+        weight = logits.weight[:, inside].detach()
+        norms = fim_spectral_norm(z, (weight @ weight.T).expand(8, 3, 3).contiguous())
+    else:
+        expected = linearize(logits, inputs)
+        norms = fim_spectral_norm(expected.logits, expected.gram)
+    torch.testing.assert_close(found, norms.float(), rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", [PassesOn, NamesItsInput])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_entries_that_the_network_inside_does_not_take_are_left_out(
+    tmp_path: Path, kind: type[PassesOn], scaled: bool
+) -> None:
+    module = kind()
+    batch = {"pixel_values": X, "labels": Y, "idx": torch.arange(8), "token_type_ids": torch.zeros(8, 12)}
+    scale = torch.arange(1.0, 9.0)[:, None]
+    if scaled and kind is PassesOn:
+        batch["scale"] = scale
+    found, messages = measured(module, batch, tmp_path)
+    assert messages == []
+    factor = scale if "scale" in batch else torch.full((8, 1), 2.0)
+    gram = (module.model.head.weight @ module.model.head.weight.T).detach() * factor[..., None] ** 2
+    norms = fim_spectral_norm(module.model.head(X).detach() * factor, gram)
+    torch.testing.assert_close(found, norms.float(), rtol=1e-4, atol=1e-7)
+
+
+class Careful(Step):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x, mask=None)  # type: ignore[no-any-return]
+
+
+class Dictionary(Step):
+    def forward(self, image: Tensor) -> Tensor:
+        raise RuntimeError("no such thing")
+
+
+def test_errors_of_the_network_show_the_batch_as_it_is(tmp_path: Path) -> None:
+    _, messages = measured(Careful(), (X, Y), tmp_path)
+    assert "unexpected keyword argument 'mask'" in messages[0]  # not an entry of the batch: nothing is left out
+    _, messages = measured(Dictionary(), {"image": X, "label": Y}, tmp_path)
+    assert "`probe_fn=lambda pl_module, batch: Probe(pl_module.head, batch['image'], batch['label'])`" in messages[0]
+    _, messages = measured(
+        Masked(), {"x": X, "y": Y}, tmp_path, probe_fn=lambda module, batch: Probe(module, batch["x"], batch["y"])
+    )
+    assert "Probe(pl_module, inputs, targets, extras={'mask': mask})" in messages[0]
+
+
+def test_classes_of_pixels_are_told_what_can_be_measured(tmp_path: Path) -> None:
+    batch = (X, Y[:, None, None].expand(8, 2, 2))
+    _, messages = measured(Plain(), batch, tmp_path)
+    line = '`RobustnessMonitor(["hessian_trace", "weight_curvature_index"], loss_fn=nn.CrossEntropyLoss())`'
+    assert line in messages[0]
+
+
+class Words(Step):
+    def __init__(self) -> None:
+        super().__init__()
+        self.text = nn.ModuleDict({"words": nn.Embedding(20, 12)})
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        z: Tensor = self.head(self.text["words"](input_ids).mean(dim=1))
+        return z
+
+
+def test_token_ids_without_a_named_embedding_show_the_method_to_define(tmp_path: Path) -> None:
+    batch = {"input_ids": torch.randint(20, (8, 5), generator=torch.Generator().manual_seed(0)), "labels": Y}
+    _, messages = measured(Words(), batch, tmp_path)
+    assert "`def get_input_embeddings(self): return self.text.words`" in messages[0]
+    _, messages = measured(Plain(), (X.byte(), Y), tmp_path)
+    assert "get_input_embeddings" not in messages[0]

@@ -468,7 +468,7 @@ def test_the_two_matrices_can_be_logged_side_by_side(tmp_path: Path) -> None:
 
 def test_the_hint_about_calling_the_module_follows_only_its_own_errors(tmp_path: Path) -> None:
     def refuse(z: Tensor) -> Tensor:
-        raise TypeError("forward() missing 1 required positional argument: 'mask'")
+        raise TypeError("conv2d() received an invalid combination of arguments")
 
     hint = "If the module is not called as `pl_module(inputs)`, pass `probe_fn=lambda pl_module, batch: Probe("
     messages, _ = fit(Quiet(Outputs(refuse)), loader(), tmp_path)
