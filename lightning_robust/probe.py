@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import KW_ONLY, asdict, dataclass, field, replace
 from types import MappingProxyType
@@ -100,7 +100,8 @@ class Probe:
         loss_fn: Maps logits and targets to the loss whose curvature is measured; cross-entropy by default. See
             :func:`~lightning_robust.functional.hessian_trace`. With ``nn.BCEWithLogitsLoss()`` and one target per
             sample, the model is a binary classifier whose single output z stands for the logits (0, z).
-        module: The network whose weights curvature is about, if ``model`` is a plain function that calls it.
+        module: The network that ``model`` calls, if that is a plain function: it is then measured in eval mode, and
+            curvature is about its weights.
 
     Raises:
         TypeError: If ``inputs``, ``targets`` or extras are not tensors, the inputs are complex, ``model`` or
@@ -266,14 +267,14 @@ class Probe:
 
     def outputs(self, inputs: Tensor) -> Tensor:
         """Outputs ``(N, ...)`` of these samples at other inputs, in eval mode and without a graph."""
-        with differentiable(self.model), torch.no_grad():
+        with differentiable(self.model, self.module), torch.no_grad():
             return outputs_of(self.network.on_all(), full_precision(inputs))
 
     def _once(self, key: tuple[object, ...], compute: Callable[[], T]) -> T:
         """Compute a result on first use, and keep it under a key."""
         if key not in self._done:
             self.check_place()
-            with places_known():
+            with places_known(), nullcontext() if self.module is None else differentiable(self.module):
                 self._done[key] = compute()
         return cast(T, self._done[key])
 

@@ -48,6 +48,16 @@ def test_logits_run_in_eval_mode_without_a_graph_and_change_nothing(probe: Probe
     torch.testing.assert_close(logits, copy.deepcopy(model).eval()(probe.inputs).detach())
 
 
+def test_a_function_is_measured_in_eval_mode_if_its_module_is_given() -> None:
+    model, inputs, targets = build("cnn_batchnorm")
+    expected = linearize(model, inputs)
+    before = state_of(model.train())
+    probe = Probe(lambda x: model(x) + 1, inputs, targets, module=model)
+    torch.testing.assert_close(probe.logits(inputs), expected.logits + 1)
+    torch.testing.assert_close(probe.linearization.gram, expected.gram)
+    assert state_of(model) == before
+
+
 def test_logits_leave_their_inputs_alone() -> None:
     model, inputs, targets = build("inplace_first")
     given = inputs.clone()
