@@ -257,7 +257,8 @@ class RobustnessMonitor(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compare accuracies, and lay out TensorBoard's Custom Scalars page, one monitor for all of the trainer."""
         monitors = monitors_of(trainer)
-        self._loop.compare_accuracy(trainer, prefixes=[monitor.log_key_prefix for monitor in monitors])
+        prefixes = [monitor.log_key_prefix for monitor in monitors]
+        self._loop.guard(lambda: self._loop.compare_accuracy(trainer, prefixes=prefixes), "compare accuracies")
         if self is monitors[0] and trainer.is_global_zero:
             reporters = [monitor._reporter for monitor in monitors]
             self._loop.guard(lambda: self._reporter.lay_out(trainer, reporters), "lay out TensorBoard's page")

@@ -17,19 +17,22 @@ from torch import Tensor
 from lightning_robust.callbacks.monitor import diagnostics, run_diagnostics
 from lightning_robust.callbacks.monitor.announced_cost import on_cost
 from lightning_robust.callbacks.monitor.batches import Batch
+from lightning_robust.callbacks.monitor.logged_accuracy import CleanAccuracy, agreement, comparable, other_accuracy
 from lightning_robust.callbacks.monitor.measurement import Measurement, Values
 from lightning_robust.callbacks.monitor.overhead import Times
+from lightning_robust.callbacks.monitor.remedies import Entries
 from lightning_robust.callbacks.monitor.reporting import Reporter
 from lightning_robust.callbacks.monitor.run_record import RunRecord
 from lightning_robust.callbacks.monitor.sample_collection import SampleCollector
 from lightning_robust.callbacks.monitor.sample_selection import LoaderShare
 from lightning_robust.callbacks.monitor.schedule import Schedule
 from lightning_robust.callbacks.monitor.status import WHOLE, Failure, JointStatus, in_words
-from lightning_robust.callbacks.monitor.validation_witness import OF_THE_STEP, ValidationWitness, other_accuracy
+from lightning_robust.callbacks.monitor.validation_witness import OF_THE_STEP, LeftOut, ValidationWitness
 from lightning_robust.callbacks.warn_once import WarnOnce
 from lightning_robust.metrics import ProbeMetric
-from lightning_robust.metrics.keys import is_accuracy_at_zero
 from lightning_robust.probe import Probe
+
+_COMPARE = "compare its samples with `validation_step`"
 
 
 class MeasurementLoop:
@@ -70,8 +73,11 @@ class MeasurementLoop:
         self._samples_at_once: int | None = None  # that fit into memory
         self._measurement: Measurement | None = None  # in progress
         self._witness: ValidationWitness | None = None  # of the first batch of a run
-        self._clean: tuple[float, int] | None = None  # accuracy and number of the samples, after the first measurement
+        self._clean: CleanAccuracy | None = None  # after the first measurement
+        self._left_out: LeftOut | None = None  # until accuracies can be compared
+        self._entries = Entries()  # of the batches
         self._known: set[str] = set()  # keys that were logged before a validation
+        self._num_loaders = 1
         self._targets: list[int] | None = None  # of the last measurement in `fit`
 
     def begin_run(self, schedule: Schedule | None) -> None:
@@ -84,7 +90,7 @@ class MeasurementLoop:
 
     def begin(self, trainer: Trainer) -> None:
         """Begin a measurement, if one is due, possible and affordable."""
-        self._measurement = self.schedule.share = self._clean = None
+        self._measurement = self.schedule.share = self._clean = self._left_out = None
         self._known = set(trainer.callback_metrics)
         fitting, schedule, index = trainer.state.fn == TrainerFn.FITTING, self.schedule, self._dataloader_idx
         if trainer.sanity_checking:
@@ -93,6 +99,7 @@ class MeasurementLoop:
         if fitting and not schedule.is_due(trainer.current_epoch):
             return
         loaders = CombinedLoader(trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders).flattened
+        self._num_loaders = len(loaders)
         obstacle = run_diagnostics.obstacle(trainer)
         if obstacle is None and index >= len(loaders):
             obstacle = run_diagnostics.no_such_loader(index, num_loaders=len(loaders))
@@ -137,10 +144,14 @@ class MeasurementLoop:
         assert measurement.collector is not None
         samples = self._read(pl_module, batch)
         if self._unexamined and measurement.collector.is_empty and len(samples):
-            self._witness = ValidationWitness(pl_module, samples)
+            self.guard(lambda: self._begin_comparison(pl_module, samples, batch), _COMPARE)
         measurement.collector.add(samples)
         if measurement.collector.irregular:
             self.warnings.once(diagnostics.reservoir(self._max_samples))
+
+    def _begin_comparison(self, pl_module: LightningModule, samples: Batch, batch: object) -> None:
+        self._witness = ValidationWitness(pl_module, samples, batch)
+        self._entries = self._witness.entries
 
     def measure(self, pl_module: LightningModule, *, batch_idx: int, dataloader_idx: int) -> None:
         """Measure after the last batch, on the weights that were validated: a later hook may exchange them."""
@@ -180,6 +191,8 @@ class MeasurementLoop:
         if values:
             self.record.measured += 1
             self.guard(lambda: self._report(trainer, pl_module, values, status), "log a measurement")
+            if self.record.measured == 1:
+                self.guard(lambda: self._prepare_comparison(measurement, values, status), _COMPARE)
         if status.failures:
             self._explain(status.failures, epoch=trainer.current_epoch)
 
@@ -208,10 +221,15 @@ class MeasurementLoop:
             self.warnings.once(*diagnostics.on_probe(probe, units_matter=units_matter, more=cost))
             if units_matter and (note := diagnostics.note_on(probe)):
                 rank_zero_info(note)
-            discrepancy = None if self._witness is None else self._witness.discrepancy()
-            if discrepancy is not None and not self.warnings.were(diagnostics.OF_THE_MODEL):
-                self.warnings.once(discrepancy)
+            self.guard(self._compare_with_step, _COMPARE)
             self._unexamined, self._witness = False, None
+
+    def _compare_with_step(self) -> None:
+        found = None if self._witness is None else self._witness.compare()
+        if isinstance(found, LeftOut):
+            self._left_out = found
+        elif found is not None and not self.warnings.were(diagnostics.OF_THE_MODEL):
+            self.warnings.once(found)
 
     def _compare(self, measurement: Measurement) -> None:
         """Warn if the samples differ from those of the last measurement."""
@@ -220,23 +238,31 @@ class MeasurementLoop:
             if before is not None and before != self._targets and not self.warnings.were(diagnostics.SHUFFLES):
                 self.warnings.once(diagnostics.OTHER_SAMPLES)
 
+    def _prepare_comparison(self, measurement: Measurement, values: Values, status: JointStatus) -> None:
+        targets = [] if measurement.collector is None else measurement.collector.targets()
+        flat = {key: float(value) for computed in values.values() for key, value in computed.items()}
+        self._clean = CleanAccuracy.of(flat, self.per_sample, targets, num_samples=status.num_samples)
+        if self._left_out is not None and not self._left_out.may_classify(targets):
+            self._left_out = self._left_out._replace(plausible=False)
+
     def compare_accuracy(self, trainer: Trainer, *, prefixes: Sequence[str]) -> None:
         """After the first validation of a run, compare the accuracy of the samples with what the module has logged."""
-        if self._clean is not None and not self.warnings.were((diagnostics.OF_THE_MODEL, OF_THE_STEP)):
-            clean, num_samples = self._clean
+        clean, left_out = self._clean, self._left_out
+        if (clean or left_out) and not self.warnings.were((diagnostics.OF_THE_MODEL, OF_THE_STEP)):
             logged = {
                 key: float(value)
                 for key, value in trainer.callback_metrics.items()
                 if key not in self._known and not key.startswith(tuple(prefixes))
             }
-            if sentence := other_accuracy(logged, clean, num_samples=num_samples):
-                self.warnings.once(sentence)
+            shares = comparable(logged, loader=self._dataloader_idx, num_loaders=self._num_loaders)
+            agrees = agreement(shares, clean)
+            if left_out is not None and (agrees is False or (agrees is None and left_out.plausible)):
+                self.warnings.once(left_out.sentence())
+            elif clean is not None and agrees is False:
+                self.warnings.once(other_accuracy(shares, clean, self._entries))
 
     def _report(self, trainer: Trainer, pl_module: LightningModule, values: Values, status: JointStatus) -> None:
         logged = self._reporter.report(trainer, pl_module, self._metrics, values, status)
-        if self.record.measured == 1:
-            clean = next((value for key, value in logged.items() if is_accuracy_at_zero(key)), None)
-            self._clean = None if clean is None else (clean, status.num_samples)
         prefix, measured = self._reporter.prefix, [self._metrics[number] for number in values]
         self.warnings.once(*diagnostics.on_keys(self._reporter.values, trainer.callback_metrics, prefix=prefix))
         self.warnings.once(*diagnostics.not_finite(self.record.newly_not_finite(logged), prefix=prefix))
