@@ -129,6 +129,11 @@ def is_error_bar(key: str) -> bool:
     return _ERROR_BAR.search(key) is not None
 
 
+def is_standard_error(key: str) -> bool:
+    """Whether a key names the size of an error, which is neither good nor bad."""
+    return re.search(r"_stderr(?:_probes)?$", key) is not None
+
+
 def clean_accuracy_key(keys: Iterable[str], *, prefixes: Iterable[str]) -> str | None:
     """Find the key of clean validation accuracy.
 
