@@ -263,6 +263,9 @@ class MeasurementLoop:
 
     def _report(self, trainer: Trainer, pl_module: LightningModule, values: Values, status: JointStatus) -> None:
         logged = self._reporter.report(trainer, pl_module, self._metrics, values, status)
+        if trainer.state.fn == TrainerFn.FITTING:
+            directions, untrained = self._reporter.directions, self._reporter.best_untrained
+            self.warnings.once(*run_diagnostics.on_directions(trainer, directions, untrained))
         prefix, measured = self._reporter.prefix, [self._metrics[number] for number in values]
         self.warnings.once(*diagnostics.on_keys(self._reporter.values, trainer.callback_metrics, prefix=prefix))
         self.warnings.once(*diagnostics.not_finite(self.record.newly_not_finite(logged), prefix=prefix))

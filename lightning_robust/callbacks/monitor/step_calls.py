@@ -177,9 +177,13 @@ def _signature(module: nn.Module) -> inspect.Signature | None:
 
 def _named(signature: inspect.Signature | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a call by name; by position where that is unknown."""
+    by_position = {**{str(number): value for number, value in enumerate(args)}, **kwargs}
     if signature is None:
-        return {**{str(number): value for number, value in enumerate(args)}, **kwargs}
-    bound = signature.bind(*args, **kwargs)
+        return by_position
+    try:
+        bound = signature.bind(*args, **kwargs)
+    except TypeError:  # `forward` was another function for this call
+        return by_position
     rest = [name for name, parameter in signature.parameters.items() if parameter.kind == parameter.VAR_KEYWORD]
     others = bound.arguments.pop(rest[0], {}) if rest else {}
     return {**bound.arguments, **others}

@@ -80,6 +80,8 @@ class ValidationWitness:
         self.entries = Entries.of(batch, samples)
         compiled = getattr(pl_module, "_compiler_ctx", None)
         self._modules: dict[str, nn.Module] = {"": pl_module, **({} if compiled else dict(_children(pl_module)))}
+        trainer = pl_module._trainer
+        self._is_wrapped = trainer is not None and trainer.strategy.model is not pl_module
         few = min(_FEW, len(samples))
         self._samples = samples.copied([len(samples) * number // few for number in range(few)])
         self._batch = [Rows.of(tensor) for tensor in (samples.inputs, *samples.extras.values())]
@@ -97,6 +99,10 @@ class ValidationWitness:
         """
         self.stop()
         in_step = self._heard(self._listener)
+        if self._is_wrapped and "" in in_step.of:
+            # Lightning runs the step itself as the forward pass of the module, so that it passes through the wrapper
+            in_step.of[""].pop()
+            in_step.of = {name: calls for name, calls in in_step.of.items() if calls}
         if not in_step.of:
             return None
         probe = self._samples.probe()

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor, nn
 
 from lightning_robust import Probe, RobustnessMonitor
@@ -17,6 +18,8 @@ from lightning_robust.callbacks.monitor.logged_accuracy import CleanAccuracy, ag
 from lightning_robust.callbacks.monitor.validation_witness import LeftOut
 from tests.helpers.networks import random
 from tests.helpers.training import Classifier, classifier, loader, robustness_warnings, samples, trainer
+
+FISHER = ["fisher_spectral_norm"]  # says nothing of ε
 
 
 def normalised(x: Tensor) -> Tensor:
@@ -210,10 +213,37 @@ def test_other_steps_are_not(tmp_path: Path, kind: type[Classifier]) -> None:
     assert said(kind(), tmp_path) == []
 
 
+class Wraps(SingleDeviceStrategy):
+    """Passes the step through a wrapper, as DistributedDataParallel does."""
+
+    def setup(self, trainer: Any) -> None:
+        super().setup(trainer)
+        wrapper = nn.Module()
+        wrapper.add_module("module", self.lightning_module)
+        wrapper.forward = self.lightning_module  # type: ignore[method-assign, assignment]
+        self.model = wrapper
+
+
+class TakesTwo(CallsAChild):
+    """Could be called with the arguments of its step, whose outputs have a row per sample."""
+
+    def forward(self, x: Tensor, scale: int = 1) -> Tensor:
+        return super().forward(x)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> Tensor:  # type: ignore[override]
+        return self.network(batch[0]).argmax(dim=1)
+
+
+def test_a_wrapped_module_is_compared_by_what_its_step_calls(tmp_path: Path) -> None:
+    for kind, expected in ((TakesTwo, 0), (Step, 0), (Normalises, 1), (NormalisesForAChild, 1)):
+        strategy = Wraps(device=torch.device("cpu"))
+        with robustness_warnings() as messages:
+            run = trainer(RobustnessMonitor(FISHER, on_error="raise"), root=tmp_path, strategy=strategy)
+            run.fit(kind(), loader(), loader())
+        assert len(messages) == expected
+
+
 # --- batches of several entries ---------------------------------------------------------------------------------------
-
-
-FISHER = ["fisher_spectral_norm"]  # says nothing of ε
 
 
 class ByName(Classifier):
