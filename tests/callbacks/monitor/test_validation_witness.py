@@ -213,15 +213,21 @@ def test_other_steps_are_not(tmp_path: Path, kind: type[Classifier]) -> None:
     assert said(kind(), tmp_path) == []
 
 
+class Wrapper(nn.Module):
+    def __init__(self, module: Any) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module(*args, **kwargs)
+
+
 class Wraps(SingleDeviceStrategy):
     """Passes the step through a wrapper, as DistributedDataParallel does."""
 
     def setup(self, trainer: Any) -> None:
         super().setup(trainer)
-        wrapper = nn.Module()
-        wrapper.add_module("module", self.lightning_module)
-        wrapper.forward = self.lightning_module  # type: ignore[method-assign, assignment]
-        self.model = wrapper
+        self.model = Wrapper(self.lightning_module)
 
 
 class TakesTwo(CallsAChild):
