@@ -62,6 +62,16 @@ def check_unshared(metrics: Sequence[ProbeMetric], others: Sequence[ProbeMetric]
         )
 
 
+def check_prefix(prefix: str, others: Sequence[str]) -> None:
+    """Raise a ``ValueError`` if the prefix of a monitor is also that of another."""
+    if prefix in others:
+        other = f"{prefix.rstrip('/')}_2/"
+        raise ValueError(
+            f"Expected argument `log_key_prefix` to differ between the RobustnessMonitors of a Trainer, but got"
+            f" {prefix!r} in two of them, which would log under the same keys. Give the second its own, e.g. {other!r}."
+        )
+
+
 def _within(metrics: Sequence[ProbeMetric]) -> list[Metric]:
     return [inner for metric in metrics for inner in metric.modules() if isinstance(inner, Metric)]
 

@@ -14,6 +14,7 @@ from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 from lightning_robust.functional.fisher_rao.ratios import share_of_hits
+from lightning_robust.metrics.keys import is_standard_error
 from lightning_robust.probe import Probe
 
 
@@ -83,8 +84,8 @@ class ProbeMetric(Metric, ABC):
         self.add_state("configuration", torch.tensor(list(digest), dtype=torch.float64), dist_reduce_fx="max")
 
     def direction(self, key: str) -> bool | None:
-        """Whether higher values of this key are better; None if neither direction is."""
-        return self.higher_is_better
+        """Whether higher values of this key are better; None if neither direction is, as for standard errors."""
+        return None if is_standard_error(key) else self.higher_is_better
 
     def seconds_per_sample(self, outputs: Tensor) -> float:
         """Roughly how long the algebra of one sample takes, beside all passes through the network.

@@ -12,7 +12,7 @@ from lightning_robust.functional.fisher_rao.path_options import Solver, check_pa
 from lightning_robust.functional.fisher_rao.paths import FisherRaoPaths
 from lightning_robust.functional.fisher_rao.ratios import Estimate, ratio_of_sums, ratio_sums
 from lightning_robust.metrics.base import ProbeMetric, error_bar, joined
-from lightning_robust.metrics.keys import per_class
+from lightning_robust.metrics.keys import is_standard_error, per_class
 from lightning_robust.probe import Probe
 
 _QUANTITIES = ("margin", "bound", "excess", "l2", "linf", "shielded", "unreached")
@@ -94,7 +94,8 @@ class FisherRaoMargin(ProbeMetric):
 
     def direction(self, key: str) -> bool | None:
         """Larger distances are better; margins, detours and shields have no better direction."""
-        return True if key.startswith(("fisher_rao_margin_l2", "fisher_rao_margin_linf")) else None
+        distances = ("fisher_rao_margin_l2", "fisher_rao_margin_linf")
+        return True if key.startswith(distances) and not is_standard_error(key) else None
 
     def _add(self, probe: Probe) -> None:
         paths = probe.fisher_rao_paths(num_targets=self.num_targets, options=self.options)

@@ -63,6 +63,10 @@ class FisherSpectralNorm(ProbeMetric):
         self.rows.append(row.to(self.num_classes).flatten())
         self.num_classes = torch.full_like(self.num_classes, c)
 
+    def direction(self, key: str) -> bool | None:
+        """Lower values are better, but for the temperature and the share of saturated samples."""
+        return None if key in ("temperature", "saturated") else super().direction(key)
+
     def seconds_per_sample(self, outputs: Tensor) -> float:
         """Time the eigenvalue problems of one sample, where they are large."""
         c = outputs.shape[1]

@@ -23,6 +23,28 @@ TensorBoard gets this text and compiles it in JavaScript: use only syntax that P
 _EPSILON = r"_accuracy_[^_]+_(?P<epsilon>[\d.e+-]+)"  # after the kind, as in `accuracy_key`
 _VALIDATION_ACCURACY = re.compile(r"(?:^|[_/])val\w*[_/](?:\w*_)?acc(?:uracy)?(?:/dataloader_idx_0)?$", re.IGNORECASE)
 _NOT_PLAIN = re.compile(r"adv|attack|pgd|fgsm|robust|noise|corrupt|top[_-]?(?!1(?!\d))\d", re.IGNORECASE)
+_LOADER = re.compile(r"/dataloader_idx_(\d+)$")  # which Lightning appends where there are several
+_WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
+# Words that say no more than "accuracy of the validation": every other one may name another kind of accuracy.
+_VALIDATION_WORDS = frozenset(
+    {
+        "val",
+        "valid",
+        "validation",
+        "test",
+        "testing",
+        "eval",
+        "evaluation",
+        "dev",
+        "epoch",
+        "acc",
+        "accuracy",
+        "top",
+        "1",
+    }
+    | {"micro", "multiclass", "binary", "mean", "avg", "average", "total", "overall", "metric", "metrics", "clean"}
+    | {"classification", "classifier", "image"}
+)
 _RENAMED = re.compile(r"[^\w./-]")  # characters that some loggers rename or refuse
 _ERROR_BAR = re.compile(r"_(?:stderr|lower|upper|stderr_probes)$")
 
@@ -90,9 +112,26 @@ def is_plain_accuracy(key: str) -> bool:
     return is_accuracy(key) and _NOT_PLAIN.search(key) is None
 
 
+def is_validation_accuracy(key: str) -> bool:
+    """Whether a key names an accuracy, and says no more of it than that it is one of a validation or test."""
+    words = {word.lower() for word in _WORDS.findall(_LOADER.sub("", key))}
+    return is_plain_accuracy(key) and words <= _VALIDATION_WORDS
+
+
+def loader_of(key: str) -> int | None:
+    """The loader, by its index, whose values Lightning logs under a key; None if the key names none."""
+    found = _LOADER.search(key)
+    return None if found is None else int(found[1])
+
+
 def is_error_bar(key: str) -> bool:
     """Whether a key belongs to the error bar of another key."""
     return _ERROR_BAR.search(key) is not None
+
+
+def is_standard_error(key: str) -> bool:
+    """Whether a key names the size of an error, which is neither good nor bad."""
+    return re.search(r"_stderr(?:_probes)?$", key) is not None
 
 
 def clean_accuracy_key(keys: Iterable[str], *, prefixes: Iterable[str]) -> str | None:

@@ -83,6 +83,10 @@ class WeightCurvatureIndex(CurvatureMetric):
             self.attack = Attack(size, norm, steps if attack == "pgd" else 1)
             self.add_configuration(estimator, num_probes, self.attack)
 
+    def direction(self, key: str) -> bool | None:
+        """Lower values are better, but for the count of layers without one."""
+        return None if key == f"{self._key(self._index)}_negative_layers" else super().direction(key)
+
     @property
     def _index(self) -> str:
         return "wci" if self.attack is None else "adversarial_wci"

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import re
 from collections.abc import Callable
 from functools import cache
 
@@ -207,6 +208,20 @@ def test_direction_is_stated(name: str) -> None:
     metric, first = FACTORIES[name](), next(iter(measured(name, 30)))
     assert metric.higher_is_better is (None if name == "fisher_rao_margin" else "accuracy" in first)
     assert metric.direction(first) is metric.higher_is_better
+
+
+# of neither direction, beside the standard errors of all keys
+NEITHER = {"temperature", "saturated", "wci_negative_layers", "adversarial_wci_negative_layers"}
+
+
+@every_metric
+def test_no_key_has_a_better_direction_that_tells_nothing_of_robustness(name: str) -> None:
+    metric = FACTORIES[name]()
+    for key in measured(name, [30]):
+        neither = key in NEITHER or "_stderr" in key
+        assert (metric.direction(key) is None) == (
+            neither or (name == "fisher_rao_margin" and not re.search("_l(2|inf)", key))
+        ), key
 
 
 def test_every_metric_has_a_name() -> None:

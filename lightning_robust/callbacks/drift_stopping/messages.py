@@ -154,8 +154,13 @@ def unknown(key: str, keys: Iterable[str], *, measured: bool) -> str:
     )
 
 
-def no_direction(key: str, *, prefixes: Sequence[str]) -> str:
-    """Nothing tells whether high values of a key are good."""
+def no_direction(key: str, *, prefixes: Sequence[str], measured: bool = False) -> str:
+    """Nothing tells whether high values of a key are good, be it ``measured`` or not."""
+    if measured:
+        return (
+            f"RobustnessDriftStopping does not know whether high values of `{key}` are good: its metric says that"
+            " neither direction is better. To follow it all the same, pass `mode='max'` or `mode='min'`."
+        )
     if prefixes:
         why = f"the RobustnessMonitor of this Trainer logs under {' and '.join(map(repr, prefixes))}, but not this key"
     else:

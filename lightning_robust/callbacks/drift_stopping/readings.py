@@ -117,7 +117,8 @@ def remedy(trainer: Trainer, counts: Mapping[str, int]) -> str:
 
 def no_direction(trainer: Trainer, key: str) -> str:
     """Error for a key whose direction is unknown."""
-    return messages.no_direction(key, prefixes=[monitor.log_key_prefix for monitor in monitors_of(trainer)])
+    owner, prefixes = owner_of(trainer, key), [monitor.log_key_prefix for monitor in monitors_of(trainer)]
+    return messages.no_direction(key, prefixes=prefixes, measured=owner is not None and key in owner.directions)
 
 
 def owner_of(trainer: Trainer, key: str) -> RobustnessMonitor | None:

@@ -1,9 +1,9 @@
 """How long a measurement will take, told before it takes long.
 
-A linearisation takes a backward pass for each class. The time of one, on as many samples as pass through the network
-together, tells the time of all. With many classes the algebra on C × C matrices counts as well; it is timed on one
-sample. Ordinary networks pay nothing for this: the passes that look for flaws give a bound, and only where that is long
-is anything timed.
+A linearisation takes a backward pass for each class. The time of a few, on as many samples as pass through the network
+together, tells the time of all. With many classes the algebra on C × C matrices counts as well; it is timed on as
+many samples and classes as take a moment. Ordinary networks pay nothing for this: the passes that look for flaws give
+a bound, and only where that is long is anything timed.
 """
 
 from __future__ import annotations
@@ -12,23 +12,30 @@ import math
 import time
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
 from lightning_robust.functional._isolation.context import differentiable
 from lightning_robust.functional._isolation.stand_ins import full_precision
 from lightning_robust.functional.input_space.jacobian import (
+    BoxConstraint,
+    gram_and_gaps,
     gram_matrix,
-    input_gradient,
     leaf_and_logits,
     samples_at_once,
 )
+from lightning_robust.functional.input_space.units import Units
 from lightning_robust.metrics import ProbeMetric
 from lightning_robust.probe import Probe
 
 _LONG = 10.0  # seconds
 _MUCH = 2**30  # bytes
 _FEWEST = 16  # samples that are worth measuring
-_SOME_CLASSES = 32  # enough to time inner products
+_FEW_CLASSES = 4  # whose gradients are timed
+# Multiplications in the inner products that are timed, and entries of these: as many classes and samples as take a
+# moment. A call with few of them takes the time of the call itself, which would be scaled up.
+_PRODUCTS, _ENTRIES = 2**31, 2**25
+_RUNS, _LONG_ENOUGH = 3, 1.0  # how often each is timed, and after how many seconds no more
 
 
 def on_cost(
@@ -57,21 +64,36 @@ def on_cost(
 
 
 def _seconds_of_classes(probe: Probe, num_classes: int) -> float:
-    """Time that the gradients of all classes, and their inner products, take for one sample."""
+    """Time that the gradients of all classes, and what a linearisation makes of them, take for one sample."""
+    few = min(num_classes, _FEW_CLASSES)
     with differentiable(probe.model):
         x = full_precision(probe.inputs)
         rows = slice(samples_at_once(x, probe.chunk_size, num_classes=num_classes))
+        units = Units.of(x, std=probe.input_std, mean=probe.input_mean, valid_range=probe.valid_range)
+        box = BoxConstraint.of(x[rows], units)
         leaf, logits = leaf_and_logits(probe.network.on(rows), x[rows])
-        of_class = min(_timed(lambda: input_gradient(logits[:, 0], leaf, None)) for _ in range(2))
-    some = min(num_classes, _SOME_CLASSES)
-    gradients = x[:1].reshape(1, 1, -1).expand(1, some, -1).contiguous()
-    return of_class / len(leaf) * num_classes + _timed(lambda: gram_matrix(gradients)) * (num_classes / some) ** 2
+        of_few = _best(lambda: gram_and_gaps(logits[:, :few], leaf, units.std, box)[2])
+    size = max(1, x[0].numel())
+    some = max(few, min(num_classes, math.isqrt(_PRODUCTS // size)))
+    together = min(len(leaf), max(1, _PRODUCTS // (size * some**2)), max(1, _ENTRIES // some**2))
+    gradients = x[:together].reshape(-1, 1, size).expand(-1, some, size).contiguous()
+
+    def products() -> Tensor:
+        gram = gram_matrix(gradients)
+        return torch.cat([gram]).isfinite()  # large matrices take as long to copy and to check as to multiply
+
+    of_products = _best(products) / len(gradients)
+    return of_few / len(leaf) * num_classes / few + of_products * (num_classes / some) ** 2
 
 
-def _timed(step: Callable[[], Tensor]) -> float:
-    start = time.perf_counter()
-    float(step().flatten()[0])  # waits for the device
-    return time.perf_counter() - start
+def _best(step: Callable[[], Tensor]) -> float:
+    """The shortest of a few runs, because the first loads libraries and touches new memory; one, if it takes long."""
+    times: list[float] = []
+    while len(times) < _RUNS and sum(times) < _LONG_ENOUGH:
+        start = time.perf_counter()
+        float(step().flatten()[0])  # waits for the device
+        times.append(time.perf_counter() - start)
+    return min(times)
 
 
 def _sentence(seconds: float, memory: float, num_samples: int, num_classes: int) -> str:

@@ -223,7 +223,7 @@ def _samples(batch: object, takes: Arguments) -> Samples:
         if evident and isinstance(targets, Tensor):
             return Samples(entries, evident[0], targets, target_key, paired)
     code = code_of_unread(batch, names=takes.positional, target_keys=_TARGET_KEYS)
-    line = "`probe_fn=lambda pl_module, batch: Probe(pl_module, inputs, targets)`" if code is None else code.line()
+    line = "`probe_fn=lambda module, batch: Probe(module, inputs, targets)`" if code is None else code.line()
     raise MisconfigurationException(
         "Expected batches `(inputs, targets)` of two tensors, or dictionaries with keys such as 'x' and 'y' or"
         f" 'image' and 'label', but got {_describe(batch)}. Pass {line}, with inputs and targets taken from your batch,"
@@ -245,7 +245,7 @@ def _choice(
         {name: samples.code(name) for name in passed},
         by_name=samples.key if takes.as_dictionary or takes.by_name(samples.key) else None,
         as_dictionary=takes.as_dictionary,
-    ).line(module="module")
+    ).line()
 
 
 def _extras(samples: Samples, takes: Arguments) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
-from lightning_robust.callbacks.arguments import as_constant, as_metrics, check_unshared, misconfiguration
+from lightning_robust.callbacks.arguments import as_constant, as_metrics, check_prefix, check_unshared, misconfiguration
 from lightning_robust.callbacks.monitor import run_diagnostics
 from lightning_robust.callbacks.monitor.batch_reading import read_batch
 from lightning_robust.callbacks.monitor.measurement_loop import MeasurementLoop
@@ -200,11 +200,13 @@ class RobustnessMonitor(Callback):
         """Begin a new run. Validations and tests after ``fit`` are not part of it.
 
         Raises:
-            MisconfigurationException: If another monitor of the trainer has a metric of this one.
+            MisconfigurationException: If another monitor of the trainer has a metric of this one, or its prefix. (The
+                Trainer itself refuses two with one prefix, because their state keys are equal.)
         """
-        others = [metric for monitor in monitors_of(trainer) if monitor is not self for metric in monitor.metrics]
+        others = [monitor for monitor in monitors_of(trainer) if monitor is not self]
         with misconfiguration():
-            check_unshared(self.metrics, others)
+            check_unshared(self.metrics, [metric for monitor in others for metric in monitor.metrics])
+            check_prefix(self.log_key_prefix, [monitor.log_key_prefix for monitor in others])
         fitting = stage == "fit"
         self._loop.begin_run(Schedule(self.every_n_epochs, self.overhead_budget) if fitting else None)
         if fitting:
@@ -257,7 +259,8 @@ class RobustnessMonitor(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compare accuracies, and lay out TensorBoard's Custom Scalars page, one monitor for all of the trainer."""
         monitors = monitors_of(trainer)
-        self._loop.compare_accuracy(trainer, prefixes=[monitor.log_key_prefix for monitor in monitors])
+        prefixes = [monitor.log_key_prefix for monitor in monitors]
+        self._loop.guard(lambda: self._loop.compare_accuracy(trainer, prefixes=prefixes), "compare accuracies")
         if self is monitors[0] and trainer.is_global_zero:
             reporters = [monitor._reporter for monitor in monitors]
             self._loop.guard(lambda: self._reporter.lay_out(trainer, reporters), "lay out TensorBoard's page")

@@ -149,8 +149,8 @@ def _hint(what: str, code: ProbeCode, *, raised: bool) -> str:
         return f" To pass on what the module takes, use {code.with_names(names).line()}."
     if raised:
         return (
-            " If the module is not called as `pl_module(inputs)`, pass"
-            f" {code.line(network=f'pl_module.{code.network}')}, with the network and the tensors that it takes."
+            " If the module is not called as `module(inputs)`, pass"
+            f" {code.line(network=f'module.{code.network}')}, with the network and the tensors that it takes."
         )
     if "Expected the model to return" in what and "probe_fn=" not in what:
         line = code.line(around="logits_of({})")

@@ -28,12 +28,14 @@ from lightning_robust.callbacks.monitor.sample_collection import SampleCollector
 from lightning_robust.callbacks.monitor.sample_selection import LoaderShare
 from lightning_robust.callbacks.monitor.schedule import Schedule
 from lightning_robust.callbacks.monitor.status import WHOLE, Failure, JointStatus, in_words
-from lightning_robust.callbacks.monitor.validation_witness import OF_THE_STEP, ValidationWitness, other_accuracy
+from lightning_robust.callbacks.monitor.step_comparison import StepComparison
+from lightning_robust.callbacks.monitor.validation_witness import OF_THE_STEP
 from lightning_robust.callbacks.warn_once import WarnOnce
 from lightning_robust.functional._validation.independence import places_known
 from lightning_robust.metrics import ProbeMetric
-from lightning_robust.metrics.keys import is_accuracy_at_zero
 from lightning_robust.probe import Probe
+
+_COMPARE = "compare its samples with `validation_step`"
 
 
 class MeasurementLoop:
@@ -74,10 +76,9 @@ class MeasurementLoop:
         self._places_known = True  # functions were found not to depend on the places of samples in a batch
         self._samples_at_once: int | None = None  # that fit into memory
         self._measurement: Measurement | None = None  # in progress
-        self._witness: ValidationWitness | None = None  # of the first batch of a run
-        self._clean: tuple[float, int] | None = None  # accuracy and number of the samples, after the first measurement
+        self._comparison = StepComparison()
         self._code: ProbeCode | None = None  # how the last batch was read
-        self._known: set[str] = set()  # keys that were logged before a validation
+        self._num_loaders = 1
         self._targets: list[int] | None = None  # of the last measurement in `fit`
 
     def begin_run(self, schedule: Schedule | None) -> None:
@@ -90,8 +91,8 @@ class MeasurementLoop:
 
     def begin(self, trainer: Trainer) -> None:
         """Begin a measurement, if one is due, possible and affordable."""
-        self._measurement = self.schedule.share = self._clean = None
-        self._known = set(trainer.callback_metrics)
+        self._measurement = self.schedule.share = None
+        self._comparison.begin(trainer.callback_metrics)
         fitting, schedule, index = trainer.state.fn == TrainerFn.FITTING, self.schedule, self._dataloader_idx
         if trainer.sanity_checking:
             return
@@ -99,6 +100,7 @@ class MeasurementLoop:
         if fitting and not schedule.is_due(trainer.current_epoch):
             return
         loaders = CombinedLoader(trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders).flattened
+        self._num_loaders = len(loaders)
         obstacle = run_diagnostics.obstacle(trainer)
         if obstacle is None and index >= len(loaders):
             obstacle = run_diagnostics.no_such_loader(index, num_loaders=len(loaders))
@@ -149,15 +151,14 @@ class MeasurementLoop:
             checked = check_batch(pl_module, samples, rows)
             self._places_known = self._places_known and checked
             if is_first:
-                self._witness = ValidationWitness(pl_module, samples)
+                self.guard(lambda: self._comparison.listen(pl_module, samples), _COMPARE)
         if measurement.collector.irregular:
             self.warnings.once(diagnostics.reservoir(self._max_samples))
 
     def measure(self, pl_module: LightningModule, *, batch_idx: int, dataloader_idx: int) -> None:
         """Measure after the last batch, on the weights that were validated: a later hook may exchange them."""
         measurement = self._measurement
-        if self._witness is not None:
-            self._witness.stop()
+        self._comparison.stop()
         at = (dataloader_idx, batch_idx)
         if measurement is not None and at == (self._dataloader_idx, measurement.last_batch):
             with self.schedule.overhead.counted():
@@ -195,6 +196,8 @@ class MeasurementLoop:
         if values:
             self.record.measured += 1
             self.guard(lambda: self._report(trainer, pl_module, values, status), "log a measurement")
+            if self.record.measured == 1:
+                self.guard(lambda: self._note_for_comparison(measurement, values, status), _COMPARE)
         if status.failures:
             self._explain(status.failures, epoch=trainer.current_epoch)
 
@@ -223,10 +226,13 @@ class MeasurementLoop:
             self.warnings.once(*diagnostics.on_probe(probe, units_matter=units_matter, more=cost))
             if units_matter and (note := diagnostics.note_on(probe)):
                 rank_zero_info(note)
-            discrepancy = None if self._witness is None else self._witness.discrepancy()
-            if discrepancy is not None and not self.warnings.were(diagnostics.OF_THE_MODEL):
-                self.warnings.once(discrepancy)
-            self._unexamined, self._witness = False, None
+            self.guard(self._compare_with_step, _COMPARE)
+            self._unexamined = False
+
+    def _compare_with_step(self) -> None:
+        found = self._comparison.of_samples()
+        if found is not None and not self.warnings.were(diagnostics.OF_THE_MODEL):
+            self.warnings.once(found)
 
     def _compare(self, measurement: Measurement) -> None:
         """Warn if the samples differ from those of the last measurement."""
@@ -235,23 +241,25 @@ class MeasurementLoop:
             if before is not None and before != self._targets and not self.warnings.were(diagnostics.SHUFFLES):
                 self.warnings.once(diagnostics.OTHER_SAMPLES)
 
+    def _note_for_comparison(self, measurement: Measurement, values: Values, status: JointStatus) -> None:
+        targets = [] if measurement.collector is None else measurement.collector.targets()
+        flat = {key: float(value) for computed in values.values() for key, value in computed.items()}
+        self._comparison.note(flat, self.per_sample, targets, status.num_samples)
+
     def compare_accuracy(self, trainer: Trainer, *, prefixes: Sequence[str]) -> None:
-        """After the first validation of a run, compare the accuracy of the samples with what the module has logged."""
-        if self._clean is not None and not self.warnings.were((diagnostics.OF_THE_MODEL, OF_THE_STEP)):
-            clean, num_samples = self._clean
-            logged = {
-                key: float(value)
-                for key, value in trainer.callback_metrics.items()
-                if key not in self._known and not key.startswith(tuple(prefixes))
-            }
-            if sentence := other_accuracy(logged, clean, num_samples=num_samples):
+        """After the first measurement of a run, compare the accuracy of the samples with what the module has logged."""
+        if self.record.measured == 1 and not self.warnings.were((diagnostics.OF_THE_MODEL, OF_THE_STEP)):
+            metrics = trainer.callback_metrics.items()
+            logged = {key: float(value) for key, value in metrics if not key.startswith(tuple(prefixes))}
+            loaders = {"loader": self._dataloader_idx, "num_loaders": self._num_loaders}
+            if sentence := self._comparison.of_accuracies(logged, **loaders):
                 self.warnings.once(sentence)
 
     def _report(self, trainer: Trainer, pl_module: LightningModule, values: Values, status: JointStatus) -> None:
         logged = self._reporter.report(trainer, pl_module, self._metrics, values, status)
-        if self.record.measured == 1:
-            clean = next((value for key, value in logged.items() if is_accuracy_at_zero(key)), None)
-            self._clean = None if clean is None else (clean, status.num_samples)
+        if trainer.state.fn == TrainerFn.FITTING:
+            directions, untrained = self._reporter.directions, self._reporter.best_untrained
+            self.warnings.once(*run_diagnostics.on_directions(trainer, directions, untrained))
         prefix, measured = self._reporter.prefix, [self._metrics[number] for number in values]
         self.warnings.once(*diagnostics.on_keys(self._reporter.values, trainer.callback_metrics, prefix=prefix))
         self.warnings.once(*diagnostics.not_finite(self.record.newly_not_finite(logged), prefix=prefix))
@@ -261,9 +269,8 @@ class MeasurementLoop:
 
     def abandon(self) -> None:
         """Drop a measurement that will not be finished, with its samples."""
-        if self._witness is not None:
-            self._witness.stop()
-        self._measurement = self._witness = None
+        self._comparison.abandon()
+        self._measurement = None
 
     def guard(self, step: Callable[[], None], purpose: str) -> None:
         """Take a step whose failure must not end a run."""

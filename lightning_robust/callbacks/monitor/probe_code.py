@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 
 from torch import Tensor
@@ -38,21 +38,32 @@ class ProbeCode:
         return ProbeCode(self.inputs, self.targets, {**self.extras, **dict(zip(names, entries, strict=True))})
 
     def line(
-        self, *, module: str = "pl_module", network: str | None = None, around: str = "{}", targets: str = "{}"
+        self,
+        *,
+        network: str | None = None,
+        around: str = "{}",
+        inputs: str = "{}",
+        targets: str = "{}",
+        without: Collection[str] = (),
+        more: str = "",
     ) -> str:
         """An argument of the monitor.
 
         Args:
-            module: Name of the argument of the function.
             network: What is called instead of the module.
             around: Code around what the module returns, ``{}``.
+            inputs: Code around the inputs, ``{}``.
             targets: Code around the targets, ``{}``.
+            without: Extras that are left out.
+            more: Further arguments of the probe.
         """
         plain = around == "{}" and not self.by_name and not self.as_dictionary
-        model = network or (module if plain else self._function(module, around))
-        extras = ", ".join(f"{name!r}: {code}" for name, code in self.extras.items())
-        arguments = [model, self.inputs, targets.format(self.targets), *([f"extras={{{extras}}}"] if extras else [])]
-        return f"`probe_fn=lambda {module}, batch: Probe({', '.join(arguments)})`"
+        model = network or ("module" if plain else self._function("module", around))
+        extras = ", ".join(f"{name!r}: {code}" for name, code in self.extras.items() if name not in without)
+        arguments = [model, inputs.format(self.inputs), targets.format(self.targets)]
+        arguments += [f"extras={{{extras}}}"] if extras and "extras=" not in more else []
+        arguments += [more] if more else []
+        return f"`probe_fn=lambda module, batch: Probe({', '.join(arguments)})`"
 
     def _function(self, module: str, around: str) -> str:
         x = self.by_name or "x"

@@ -47,7 +47,8 @@ class Reporter:
         for number, computed in values.items():
             self.directions |= {self.prefix + key: metrics[number].direction(key) for key in computed}
             if metrics[number].best_untrained:
-                self.best_untrained.update(self.prefix + key for key in computed)
+                directed = (self.prefix + key for key in computed)
+                self.best_untrained.update(key for key in directed if self.directions[key] is not None)
         flat = {key: float(value) for computed in values.values() for key, value in computed.items()}
         flat |= {"num_samples": float(status.num_samples), "seconds": status.seconds}
         flat |= {"overhead": status.overhead} if status.overhead else {}

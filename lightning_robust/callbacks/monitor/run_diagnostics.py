@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from typing import TypeGuard
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from typing import NamedTuple, TypeGuard
 
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
@@ -12,6 +12,9 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 from lightning_robust.callbacks.monitor.overhead import Overhead
 from lightning_robust.callbacks.monitor.run_record import Failures, RunRecord
 
+_PLATEAU = (
+    '{{"scheduler": ReduceLROnPlateau(optimizer, mode={mode!r}), "monitor": {key!r}}}'  # from `configure_optimizers`
+)
 _FEW_POINTS = 5  # measurements; fewer hardly make a curve
 
 
@@ -106,6 +109,67 @@ def _misled(trainer: Trainer, follows: Callable[[str | None], bool], *, every: i
             )
 
 
+def on_directions(
+    trainer: Trainer, directions: Mapping[str, bool | None], best_untrained: Collection[str]
+) -> Iterator[str]:
+    """Callbacks and schedulers that take the worst values of a key for the best, or those of an untrained network.
+
+    Args:
+        trainer: Has the callbacks.
+        directions: Whether higher values are better, by logged key; None if neither direction is.
+        best_untrained: Keys whose values are best at initialisation.
+    """
+    better = [key for key, direction in directions.items() if direction and key not in best_untrained]
+    instead = next((key for key in better if key.endswith("_clipped")), next(iter(better), None))
+    also = "" if instead else "Measure `linearized_accuracy`, too, and f"
+    for consumer in _consumers(trainer):
+        known = directions.get(consumer.key)
+        mode = "max" if known else "min"
+        if known is None:
+            continue
+        if consumer.key in best_untrained:
+            line = consumer.line.format(key=instead or "robust/linearized_margin_linf_clipped", mode="max")
+            yield (
+                f"{consumer.name} follows `{consumer.key}`, which is best at initialisation and gets worse while the"
+                f" network learns, so {consumer.untrained}. {also or 'F'}ollow a key that training improves: `{line}`."
+            )
+        elif consumer.mode != mode:
+            yield (
+                f"{consumer.name} follows `{consumer.key}` with `mode={consumer.mode!r}`, but"
+                f" {'higher' if known else 'lower'} values are better, so {consumer.wrong}. Pass"
+                f" `{consumer.line.format(key=consumer.key, mode=mode)}`."
+            )
+
+
+class _Consumer(NamedTuple):
+    """What follows a key: its class, mode and line, and what comes of a key that is best untrained or a wrong mode."""
+
+    name: str
+    key: str
+    mode: str
+    line: str
+    untrained: str
+    wrong: str
+
+
+def _consumers(trainer: Trainer) -> Iterator[_Consumer]:
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    for callback in callbacks:
+        if isinstance(callback, ModelCheckpoint) and callback.monitor is not None and callback.save_top_k != 0:
+            line = "ModelCheckpoint(monitor={key!r}, mode={mode!r})"
+            kept = "it keeps the weights of the first epochs", "it keeps the least robust weights"
+            yield _Consumer("ModelCheckpoint", callback.monitor, callback.mode, line, *kept)
+        elif _is_early_stopping(callback):
+            line = "EarlyStopping({key!r}, mode={mode!r})"
+            stops = "it stops the run too early", "it stops the run while robustness improves"
+            yield _Consumer("EarlyStopping", callback.monitor, callback.mode, line, *stops)
+    for config in trainer.lr_scheduler_configs:
+        if config.reduce_on_plateau and config.monitor is not None:
+            mode, line = getattr(config.scheduler, "mode", ""), _PLATEAU
+            lowers = "it lowers the learning rate too early", "it lowers the learning rate while robustness improves"
+            yield _Consumer("ReduceLROnPlateau", config.monitor, mode, line, *lowers)
+
+
 def _is_early_stopping(callback: Callback) -> TypeGuard[EarlyStopping]:
     """Whether a callback counts as EarlyStopping does; subclasses may count otherwise."""
     rule = "_evaluate_stopping_criteria"
@@ -148,9 +212,10 @@ def nothing_measured(trainer: Trainer, *, first_epoch: int) -> str:
     elif not sum(trainer.num_val_batches):
         cause = "there are no validation batches. Pass a validation dataloader that yields some"
     else:
+        steps = trainer.global_step
         cause = (
-            f"training ended after {trainer.global_step} steps, before the first validation. Train longer, or pass a"
-            " smaller `Trainer(val_check_interval=…)`"
+            f"training ended after {steps} step{'s' if steps != 1 else ''}, before the first validation. Train longer,"
+            " or pass a smaller `Trainer(val_check_interval=…)`"
         )
     return f"RobustnessMonitor measured nothing in this run: {cause}."
 

@@ -462,7 +462,7 @@ def test_a_key_of_the_monitor_without_a_metric_needs_a_direction(tmp_path: Path)
 
 def test_a_key_of_a_metric_that_cannot_say_what_is_better_needs_a_direction(tmp_path: Path) -> None:
     paths = FisherRaoMargin(num_targets=1)
-    message = "does not know whether high values of `robust/shielded` are good"
+    message = "does not know whether high values of `robust/shielded` are good: its metric says that neither"
     with pytest.raises(MisconfigurationException, match=message):
         fit(tmp_path, monitor(paths), RobustnessDriftStopping("robust/shielded"), max_epochs=2)
     for key, mode, reference in (("robust/shielded", "min", 2.0), ("robust/fisher_rao_margin_l2", None, -1.0)):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lightning_robust import FisherSpectralNorm, HessianTrace, LinearizedAccuracy, Probe, RobustnessMonitor
 from lightning_robust.callbacks.monitor import announced_cost
 from lightning_robust.callbacks.monitor.announced_cost import on_cost
+from lightning_robust.functional import linearize
 from lightning_robust.metrics import ProbeMetric
 from tests.helpers.networks import random, random_linear
 from tests.helpers.training import Classifier, classifier, loader, robustness_warnings, trainer
@@ -104,6 +105,37 @@ def test_the_time_that_is_told_is_the_time_that_it_takes(tmp_path: Path, monkeyp
     expected = re.search(r"takes about (.*?) s: 120 samples × 20 classes", messages[0])
     assert expected is not None
     assert 0.5 < float(expected[1]) / float(run.callback_metrics["robust/seconds"]) < 2
+
+
+@pytest.mark.parametrize(("num_classes", "num_features"), [(120, 768), (400, 48)])
+def test_many_classes_of_a_small_network_are_told_within_a_factor(num_classes: int, num_features: int) -> None:
+    x, y = random(0, 16, num_features, dtype=torch.float32), torch.arange(16) % num_classes
+    model = nn.Sequential(nn.Linear(num_features, 32), nn.GELU(), nn.Linear(32, num_classes))
+    probe = Probe(model, x, y)
+    assert on_cost([LinearizedAccuracy()], probe, probe.outputs(x), num_samples=16, seconds=1000.0) == []
+    expected = min(announced_cost._seconds_of_classes(probe, num_classes) for _ in range(2)) * len(x)
+
+    def seconds() -> float:
+        start = time.perf_counter()
+        linearize(model, x)
+        return time.perf_counter() - start
+
+    assert 0.25 < expected / min(seconds() for _ in range(2)) < 4
+
+
+def test_a_cold_first_call_is_not_scaled_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, warm = 0, announced_cost.gram_matrix
+
+    def cold(rows: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        time.sleep(0.2 if calls == 1 else 0)
+        return warm(rows)
+
+    monkeypatch.setattr(announced_cost, "gram_matrix", cold)
+    probe = Probe(random_linear(0, num_classes=500, num_features=6), random(1, 8, 6), torch.arange(8))
+    assert announced_cost._seconds_of_classes(probe, 500) < 1
+    assert calls > 1
 
 
 def test_it_is_told_once_per_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

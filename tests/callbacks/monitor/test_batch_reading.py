@@ -569,11 +569,11 @@ def test_errors_of_the_network_show_the_batch_as_it_is(tmp_path: Path) -> None:
     _, messages = measured(Careful(), (X, Y), tmp_path)
     assert "unexpected keyword argument 'mask'" in messages[0]  # not an entry of the batch: nothing is left out
     _, messages = measured(Dictionary(), {"image": X, "label": Y}, tmp_path)
-    assert "`probe_fn=lambda pl_module, batch: Probe(pl_module.head, batch['image'], batch['label'])`" in messages[0]
+    assert "`probe_fn=lambda module, batch: Probe(module.head, batch['image'], batch['label'])`" in messages[0]
     _, messages = measured(
         Masked(), {"x": X, "y": Y}, tmp_path, probe_fn=lambda module, batch: Probe(module, batch["x"], batch["y"])
     )
-    assert "Probe(pl_module, inputs, targets, extras={'mask': mask})" in messages[0]
+    assert "Probe(module, inputs, targets, extras={'mask': mask})" in messages[0]
 
 
 def test_classes_of_pixels_are_told_what_can_be_measured(tmp_path: Path) -> None:

@@ -470,13 +470,13 @@ def test_the_hint_about_calling_the_module_follows_only_its_own_errors(tmp_path:
     def refuse(z: Tensor) -> Tensor:
         raise TypeError("conv2d() received an invalid combination of arguments")
 
-    hint = "If the module is not called as `pl_module(inputs)`, pass `probe_fn=lambda pl_module, batch: Probe("
+    hint = "If the module is not called as `module(inputs)`, pass `probe_fn=lambda module, batch: Probe("
     messages, _ = fit(Quiet(Outputs(refuse)), loader(), tmp_path)
     assert [hint in message for message in messages] == [True, False]
     messages, _ = fit(Quiet(), nan_inputs(), tmp_path)
     assert not any("probe_fn" in message for message in messages)
     messages, _ = fit(Quiet(Outputs(lambda z: z[..., None])), loader(), tmp_path)
-    assert "`probe_fn=lambda pl_module, batch: Probe(lambda x: logits_of(pl_module(x)), batch[0]" in messages[0]
+    assert "`probe_fn=lambda module, batch: Probe(lambda x: logits_of(module(x)), batch[0]" in messages[0]
     messages, _ = fit(Quiet(Outputs(lambda z: (z, z))), loader(), tmp_path)
     assert messages[0].count("probe_fn=") == 1
     assert "`probe_fn=lambda module, batch: Probe(lambda x: module(x)[0], batch[0]" in messages[0]

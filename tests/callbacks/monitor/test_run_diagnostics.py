@@ -8,6 +8,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lightning_robust import Probe, RobustnessDriftStopping, RobustnessMonitor
@@ -40,13 +41,13 @@ class Epochs(ProbeMetric):
 class Plateau(Classifier):
     """Lowers the learning rate when the value does not rise, and records it."""
 
-    def __init__(self, key: str = KEY, **config: Any) -> None:
+    def __init__(self, key: str = KEY, *, mode: Any = "max", **config: Any) -> None:
         super().__init__(classifier().network)
-        self.config, self.rates = {"monitor": key, **config}, []
+        self.config, self.rates, self.mode = {"monitor": key, **config}, [], mode
 
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.SGD(self.parameters(), 1.0)
-        scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, mode="max", patience=1)
+        scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, mode=self.mode, patience=1)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, **self.config}}
 
     def on_train_epoch_start(self) -> None:
@@ -145,6 +146,92 @@ def test_a_budget_misleads_as_a_cadence_does(tmp_path: Path) -> None:
     assert all("which is measured as often as the budget allows" in message for message in told)
     assert "with `RobustnessMonitor(every_n_epochs=1)` and no `overhead_budget`" in told[0]
     assert "with `RobustnessMonitor(every_n_epochs=5)` and no `overhead_budget`" in told[1]
+
+
+# --- the wrong end of a key -------------------------------------------------------------------------------------------
+
+
+class Directed(Epochs):
+    """Has keys that are better high, better low though best untrained, and of neither direction."""
+
+    def compute(self) -> dict[str, Tensor]:
+        return {self.key: self.epoch, f"{self.key}_stderr": self.epoch, f"{self.key}_lower": self.epoch}
+
+
+class BestUntrained(Directed):
+    higher_is_better = False
+    best_untrained = True
+
+
+def wrong_modes(*, key: str) -> list[str]:
+    so = f"follows `{key}` with `mode='min'`, but higher values are better, so it"
+    return [
+        f"EarlyStopping {so} stops the run while robustness improves. Pass `EarlyStopping('{key}', mode='max')`.",
+        f"ModelCheckpoint {so} keeps the least robust weights. Pass `ModelCheckpoint(monitor='{key}', mode='max')`.",
+        f"ReduceLROnPlateau {so} lowers the learning rate while robustness improves. Pass"
+        f" `{{\"scheduler\": ReduceLROnPlateau(optimizer, mode='max'), \"monitor\": '{key}'}}`.",
+    ]
+
+
+def wrong_keys(*, key: str, instead: str) -> list[str]:
+    so = f"follows `{key}`, which is best at initialisation and gets worse while the network learns, so it"
+    follow = "Follow a key that training improves:"
+    return [
+        f"EarlyStopping {so} stops the run too early. {follow} `EarlyStopping('{instead}', mode='max')`.",
+        f"ModelCheckpoint {so} keeps the weights of the first epochs. {follow}"
+        f" `ModelCheckpoint(monitor='{instead}', mode='max')`.",
+        f"ReduceLROnPlateau {so} lowers the learning rate too early. {follow}"
+        f" `{{\"scheduler\": ReduceLROnPlateau(optimizer, mode='max'), \"monitor\": '{instead}'}}`.",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("key", "mode", "sentences"),
+    [
+        ("robust/value", "min", wrong_modes(key="robust/value")),
+        ("robust/value_lower", "min", wrong_modes(key="robust/value_lower")),
+        ("robust/trace", "min", wrong_keys(key="robust/trace", instead="robust/value")),
+        ("robust/trace", "max", wrong_keys(key="robust/trace", instead="robust/value")),
+        ("robust/value", "max", []),
+        ("robust/value_lower", "max", []),
+        ("robust/value_stderr", "min", []),
+        ("robust/trace_stderr", "max", []),
+        ("robust/seconds", "min", []),
+        ("val_acc", "min", []),
+    ],
+)
+def test_the_worst_values_are_not_taken_for_the_best_in_silence(
+    tmp_path: Path, key: str, mode: Any, sentences: list[str]
+) -> None:
+    metrics = RobustnessMonitor([Directed(), BestUntrained(key="trace")], max_samples=8)
+    consumers = [ModelCheckpoint(tmp_path, monitor=key, mode=mode), EarlyStopping(key, mode=mode, patience=20)]
+    messages, _ = fit(tmp_path, metrics, *consumers, model=Plateau(key, mode=mode), max_epochs=3)
+    assert sorted(messages) == sentences
+
+
+def test_a_checkpoint_that_keeps_nothing_or_what_another_rule_keeps_is_left_alone(tmp_path: Path) -> None:
+    class OtherRule(EarlyStopping):
+        def _evaluate_stopping_criteria(self, current: Tensor) -> tuple[bool, str | None]:
+            return False, None
+
+    last = ModelCheckpoint(tmp_path, monitor=KEY, mode="min", save_top_k=0, save_last=True)
+    assert fit(tmp_path, monitor(), last, OtherRule(KEY, mode="min"), max_epochs=2)[0] == []
+
+
+def test_where_only_curvature_is_measured_the_key_to_follow_has_to_be_measured_first(tmp_path: Path) -> None:
+    messages, _ = fit(tmp_path, monitor(BestUntrained()), ModelCheckpoint(tmp_path, monitor=KEY), max_epochs=2)
+    assert len(messages) == 1
+    assert messages[0].endswith(
+        "Measure `linearized_accuracy`, too, and follow a key that training improves:"
+        " `ModelCheckpoint(monitor='robust/linearized_margin_linf_clipped', mode='max')`."
+    )
+
+
+def test_two_monitors_of_one_prefix_are_refused_by_the_name_of_the_argument(tmp_path: Path) -> None:
+    run = trainer(monitor(), root=tmp_path)
+    run.callbacks.append(monitor())  # type: ignore[attr-defined]  # Lightning itself refuses two in the constructor
+    with pytest.raises(MisconfigurationException, match=r"`log_key_prefix` to differ .* e\.g\. 'robust_2/'"):
+        run.validate(classifier(), loader(), verbose=False)
 
 
 # --- runs in which nothing was measured -------------------------------------------------------------------------------

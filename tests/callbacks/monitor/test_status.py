@@ -53,7 +53,7 @@ def test_errors_of_this_package_are_recognised_by_where_they_were_raised(step: A
     assert words in found.message
     sentence = diagnostics.skipped({WHOLE: found}, {0: "FisherSpectralNorm"}, epoch=3)
     assert (
-        "If the module is not called as `pl_module(inputs)`, pass `probe_fn=lambda pl_module, batch: Probe(" in sentence
+        "If the module is not called as `module(inputs)`, pass `probe_fn=lambda module, batch: Probe(" in sentence
     ) == (kind == "raised")
 
 

@@ -1,0 +1,69 @@
+"""Compares what is measured with what the user's validation step computes and logs, once per run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from lightning.pytorch import LightningModule
+from torch import Tensor
+
+from lightning_robust.callbacks.monitor.batches import Batch
+from lightning_robust.callbacks.monitor.logged_accuracy import CleanAccuracy, agreement, comparable, other_accuracy
+from lightning_robust.callbacks.monitor.probe_code import ProbeCode
+from lightning_robust.callbacks.monitor.validation_witness import LeftOut, ValidationWitness
+
+
+class StepComparison:
+    """What is known of the step and of the samples, from the first batch of a validation to its logged values."""
+
+    def __init__(self) -> None:
+        self._witness: ValidationWitness | None = None
+        self._code = ProbeCode()
+        self._left_out: LeftOut | None = None  # until accuracies can be compared
+        self._clean: CleanAccuracy | None = None
+        self._known: set[str] = set()
+
+    def begin(self, logged: Iterable[str]) -> None:
+        """Begin with a validation, before which these keys were logged."""
+        self._known, self._clean, self._left_out = set(logged), None, None
+
+    def listen(self, pl_module: LightningModule, samples: Batch) -> None:
+        """Listen to the step while it sees the batch of these samples."""
+        self._witness, self._code = ValidationWitness(pl_module, samples), samples.code or ProbeCode()
+
+    def stop(self) -> None:
+        """Stop listening."""
+        if self._witness is not None:
+            self._witness.stop()
+
+    def abandon(self) -> None:
+        """Stop listening, and compare nothing."""
+        self.stop()
+        self._witness = None
+
+    def of_samples(self) -> str | None:
+        """Show the samples of the step to what is measured; a sentence if the two compute something else."""
+        witness, self._witness = self._witness, None
+        found = None if witness is None else witness.compare()
+        if isinstance(found, LeftOut):
+            self._left_out, found = found, None
+        return found
+
+    def note(
+        self, values: Mapping[str, float], per_sample: Mapping[str, Tensor], targets: Sequence[object], num_samples: int
+    ) -> None:
+        """Keep what :meth:`CleanAccuracy.of` needs of a measurement."""
+        self._clean = CleanAccuracy.of(values, per_sample, targets, num_samples=num_samples)
+        if self._left_out is not None and not self._left_out.may_classify(targets):
+            self._left_out = self._left_out._replace(plausible=False)
+
+    def of_accuracies(self, logged: Mapping[str, float], *, loader: int, num_loaders: int) -> str | None:
+        """Compare the accuracy of the samples with what was logged since the beginning; a sentence if they disagree."""
+        new = {key: value for key, value in logged.items() if key not in self._known}
+        shares = comparable(new, loader=loader, num_loaders=num_loaders)
+        agrees = agreement(shares, self._clean)
+        if self._left_out is not None and (agrees is False or (agrees is None and self._left_out.plausible)):
+            return self._left_out.sentence()
+        if self._clean is not None and agrees is False:
+            return other_accuracy(shares, self._clean, self._code)
+        return None
