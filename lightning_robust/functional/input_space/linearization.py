@@ -122,8 +122,8 @@ def linearize(
                 start += len(chunk)
             size, fitted = fitting, True
             del leaf, logits  # free the graph before the next pass builds another
-            if fits and _is_flat(chunks[-1]):
-                refuse_missing_gradients(network.on(rows), chunk)
+            if fits:
+                _refuse_missing_gradients(network, chunk, start - len(chunk), chunks[-1])
     return _joined(chunks)
 
 
@@ -208,14 +208,17 @@ def relinearize(
             check_logits(logits, num_samples=len(moved))
             chunks.append(gram_and_gaps(logits, leaf, units.std, box, logits_before=here.logits))
             del leaf, logits  # free the graph before the next pass builds another
-            if _is_flat(chunks[-1]):
-                refuse_missing_gradients(network.on(rows), moved)
+            _refuse_missing_gradients(network, moved, start, chunks[-1])
     return _joined(chunks)
 
 
-def _is_flat(chunk: tuple[Tensor, Tensor, Tensor]) -> bool:
-    """Whether all gradients are exactly zero, by their squared norms."""
-    return not chunk[1].diagonal(dim1=1, dim2=2).any()
+def _refuse_missing_gradients(
+    network: SampleModel, x: Tensor, start: int, chunk: tuple[Tensor, Tensor, Tensor]
+) -> None:
+    """Examine the samples of a chunk all of whose gradients are exactly zero, by their squared norms."""
+    flat = (~chunk[1].diagonal(dim1=1, dim2=2).any(dim=1)).nonzero()[:, 0]
+    if len(flat):
+        refuse_missing_gradients(network.on(start + flat), x[flat])
 
 
 def _joined(chunks: list[tuple[Tensor, Tensor, Tensor]]) -> Linearization:
