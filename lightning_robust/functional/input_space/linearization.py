@@ -28,7 +28,7 @@ from lightning_robust.functional._isolation.context import differentiable
 from lightning_robust.functional._isolation.stand_ins import full_precision
 from lightning_robust.functional._validation.arguments import check_kind, check_number
 from lightning_robust.functional._validation.extras import SampleModel
-from lightning_robust.functional._validation.scales import computable
+from lightning_robust.functional._validation.scales import computable, masked_classes
 from lightning_robust.functional._validation.tensors import check_finite, check_logits, check_pass
 from lightning_robust.functional.input_space.attacks import Norm, check_norm
 from lightning_robust.functional.input_space.jacobian import (
@@ -242,6 +242,7 @@ def _way_to_boundary(
     slopes = linearization.gap_l1 if norm == "linf" else gap_l2(linearization.gram, predicted[:, 0]).to(logits)
     assert slopes is not None
     ratios = (gaps / slopes).scatter(1, predicted, torch.inf).nan_to_num(nan=torch.inf, posinf=torch.inf)
+    ratios = ratios.masked_fill(masked_classes(logits), torch.inf)
     margin, nearest = ratios.min(dim=1)
     leaf, outputs = leaf_and_logits(model, x)
     if outputs.shape != logits.shape:

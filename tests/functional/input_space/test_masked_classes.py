@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ from lightning_robust.functional import (
     linearized_margin,
     linearized_margin_linf,
     pgd,
+    relinearize,
     saturated,
     trace_fisher_rao_paths,
 )
@@ -310,13 +312,51 @@ def test_a_sample_with_a_single_class_left_is_safe(fill: float) -> None:
     assert not calibrated.value[alone].any()
     rest = fit_temperature(at.logits[~alone], targets[~alone])
     torch.testing.assert_close(calibrated.temperature, rest)
-    margins = linearized_margin(at.logits, at.gram, targets)
-    limit = 1e3 if math.isfinite(fill) else math.inf
-    assert (margins[alone] >= limit).all()
+    for margins in (
+        linearized_margin(at.logits, at.gram, targets),
+        linearized_margin_linf(at.logits, at.gap_l1, targets),  # type: ignore[arg-type]
+    ):
+        assert torch.equal(margins.isposinf(), alone)
+    moved = relinearize(masked, INPUTS, at, extras={"mask": mask})
+    assert torch.equal(moved.gram[alone], at.gram[alone])  # there is no boundary to move to
     paths = trace_fisher_rao_paths(masked, INPUTS, extras={"mask": mask}, max_steps=5)
     assert not paths.exist[alone].any()
     assert paths.exist[~alone].all()
     assert not paths.margins[alone].any()
+
+
+@every_fill
+@pytest.mark.parametrize("batch_size", [1, 7, 40])
+@pytest.mark.parametrize("options", [{}, {"norm": "l2"}, {"order": 2}], ids=str)
+def test_samples_with_a_single_class_are_left_out_of_the_mean_margin_alone(
+    options: dict[str, Any], batch_size: int, fill: float
+) -> None:
+    body = Body(nn.ReLU())
+    mask = torch.zeros(40, NUM_CLASSES + NUM_MASKED, dtype=torch.bool)
+    mask[1::3, 1:], mask[::3, 5:] = True, True  # a single class, and two masked ones
+    targets = body(INPUTS).masked_fill(mask, -math.inf).argmax(dim=1)
+    targets[[2, 4]] = 2  # wrong; the second one is masked itself
+
+    def values(rows: Tensor, fill: float) -> dict[str, float]:
+        metric = LinearizedAccuracy([0.01, 0.3], **options)
+        for part in rows.split(batch_size):
+            extras = {"mask": mask[part]}
+            model = lambda x, mask: body(x).masked_fill(mask, fill)  # noqa: E731
+            metric.update(Probe(model, INPUTS[part], targets[part], extras=extras))
+        found = {key: float(value) for key, value in metric.compute().items()}
+        assert all(len(numbers) == len(rows) for numbers in metric.per_sample.values())
+        return found
+
+    every, rest = torch.arange(40), (~(mask.sum(dim=1) > 3) | (targets == 2)).nonzero()[:, 0]
+    actual, expected, without = values(every, fill), values(every, -math.inf), values(rest, -math.inf)
+    assert actual == pytest.approx(expected, rel=1e-5)
+    order, norm = "_order2" if "order" in options else "", options.get("norm", "linf")
+    key = f"linearized{order}_margin_{norm}"
+    for name in (key, f"{key}_stderr"):
+        assert actual[name] == pytest.approx(without[name], rel=1e-5)
+        assert math.isfinite(actual[name])
+    assert actual[f"{key}_clipped"] > without[f"{key}_clipped"]
+    assert actual[f"linearized{order}_accuracy_{norm}_0"] == pytest.approx(38 / 40)
 
 
 def test_paths_cannot_aim_at_a_masked_class() -> None:
