@@ -14,7 +14,6 @@ from lightning_robust.functional.input_space.fisher_information import (
     calibrated_fim_spectral_norm,
     fim_spectral_norm,
     fim_trace,
-    fit_temperature,
     saturated,
 )
 from lightning_robust.functional.input_space.linearization import Linearization, linearize, relinearize
@@ -23,6 +22,7 @@ from lightning_robust.functional.input_space.linearized_margin import (
     linearized_margin,
     linearized_margin_linf,
 )
+from lightning_robust.functional.input_space.temperature import fit_temperature
 
 __all__ = [
     "CalibratedSpectralNorm",

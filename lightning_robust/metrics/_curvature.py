@@ -20,7 +20,8 @@ class CurvatureMetric(ProbeMetric):
     """Base of the curvature metrics.
 
     Parameters to which no gradient leads from the outputs of any sample, on any process, are left out. Those that some
-    samples reach are measured.
+    samples reach are measured. Samples that the loss ignores add nothing, also where they are all of a batch or of a
+    process.
 
     State: ``B + 2 L + 2 M B L`` numbers for M probes, B = 16 blocks of samples and L parameter tensors. The names of
     the tensors are stored as well, as code points and as they appear in keys, because a process without samples does
@@ -70,6 +71,7 @@ class CurvatureMetric(ProbeMetric):
         """Sums over the samples of all processes, and Frobenius norms (L,) of the weights; None without samples.
 
         Only tensors to which a gradient leads are among them. Norms are NaN for tensors with fewer than two dimensions.
+        Raises a ``ValueError`` if the loss ignores all samples.
         """
         text = "".join(chr(int(point)) for point in joined(self.text).tolist())
         if not text:
@@ -83,6 +85,7 @@ class CurvatureMetric(ProbeMetric):
         reached = frozenset(name for name, is_reached in zip(names, counted.tolist(), strict=True) if is_reached)
         summed = tuple(part.sum(dim=0).view(shape) for part in parts)
         sums = CurvatureSums(names, summed, weights.sum(dim=0), reached=reached)
+        sums.check_weights()
         self._left_out = self._left_out or (sums.unreached() if self._is_forward else ())
         return sums.where_reached(), norms[0][counted]
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_robust.functional._validation.arguments import as_number, as_numbers, expected_but_got
+from lightning_robust.functional._validation.scales import are_alone, gaps_below_a_class
 from lightning_robust.functional._validation.tensors import check_finite
 from lightning_robust.functional.input_space.attacks import Norm, check_norm
 from lightning_robust.functional.input_space.linearized_margin import linearized_margin, linearized_margin_linf
@@ -34,7 +35,8 @@ class LinearizedAccuracy(ProbeMetric):
     - ``linearized_accuracy_<norm>_<ε as %.4g>``: predicted robust accuracy at that ε
     - ``linearized_accuracy_<norm>_0``: clean accuracy on the same samples
     - ``linearized_margin_<norm>``: mean margin, with 0 for misclassified samples. A single correctly classified sample
-      without any gradient makes it infinite; it is then not logged.
+      without any gradient makes it infinite; it is then not logged. Samples with masks over all classes but their own
+      are left out, because there is no boundary to be at a distance from.
     - ``linearized_margin_<norm>_clipped``: mean of margins clipped at twice the largest ε, so that no single sample can
       dominate: a smooth version of the predicted accuracy
 
@@ -49,13 +51,15 @@ class LinearizedAccuracy(ProbeMetric):
         ValueError: If ``epsilons`` is empty, holds a negative number or two that agree in their first four digits,
             ``norm`` is unknown, or ``order`` is neither 1 nor 2.
 
-    State: the margin of each sample.
+    State: the margin of each sample, and two numbers that tell whether it has another class.
 
     Source: ours, on the linearised distance of arXiv 1511.04599.
     """
 
     higher_is_better = True
     margins: list[Tensor]
+    gaps: list[Tensor]
+    spans: list[Tensor]
 
     def __init__(
         self, epsilons: Sequence[float] = DEFAULT_EPSILONS, norm: Norm = "linf", order: Literal[1, 2] = 1
@@ -70,7 +74,8 @@ class LinearizedAccuracy(ProbeMetric):
         self._far: float = _FAR_FOR_IMAGES
         self._quartiles: list[float] = []  # of the margins of correctly classified samples, when last computed
         self.add_configuration(self.epsilons, norm, self.order)
-        self.add_float64_rows("margins")
+        for name in ("margins", "gaps", "spans"):
+            self.add_float64_rows(name)
 
     def _add(self, probe: Probe) -> None:
         linearization = probe.linearization if self.order == 1 else probe.relinearization(self.norm)
@@ -82,13 +87,17 @@ class LinearizedAccuracy(ProbeMetric):
             raise ValueError("Expected a linearisation with `gap_l1` for norm 'linf', but it has none. Use norm='l2'.")
         check_finite(margins.masked_fill(margins.isposinf(), 0.0), "gradients of the logits")
         self._far = _far(probe)
-        self.margins.append(margins.to(self.device, torch.float64))
+        rows = (margins, *gaps_below_a_class(linearization.logits))
+        for held, row in zip((self.margins, self.gaps, self.spans), rows, strict=True):
+            held.append(row.to(self.device, torch.float64))
 
     def compute(self) -> dict[str, Tensor]:
         """Return the statistics over all samples that the class docstring lists."""
-        margins = joined(self.margins)
+        margins, alone = joined(self.margins), are_alone(joined(self.gaps), joined(self.spans))
         if len(margins) == 0:
             return {}
+        alone &= margins > 0  # a sample whose own class is masked is misclassified
+        margins = margins.masked_fill(alone, torch.inf)
         shares = {self._key(epsilon): (margins > epsilon).double() for epsilon in (*self.epsilons, 0.0)}
         self._quartiles = _quartiles(margins)
         key = f"{self._kind}_margin_{self.norm}"
@@ -98,7 +107,8 @@ class LinearizedAccuracy(ProbeMetric):
         for key, hits in shares.items():
             values |= error_bar_of_share(key, hits)
         for key, distances in means.items():
-            values |= error_bar_of_mean(key, distances)
+            left = distances.isfinite() | ~alone
+            values |= error_bar_of_mean(key, distances[left] if left.any() else distances)
         return values
 
     @property

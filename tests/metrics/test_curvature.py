@@ -202,6 +202,87 @@ def test_a_layer_that_one_process_reaches_is_measured_by_all() -> None:
         assert {key: float(value) for key, value in values.items()} == pytest.approx(expected, rel=1e-5, abs=1e-5)
 
 
+LOSSES_THAT_IGNORE: dict[str, nn.Module] = {
+    "ignored": nn.CrossEntropyLoss(ignore_index=5),
+    "without weight": nn.CrossEntropyLoss(torch.tensor([1.0, 2.0, 0.5, 1.0, 1.0, 0.0])),
+    "of log-probabilities": nn.NLLLoss(ignore_index=5),
+}
+
+
+def partly_void(loss_fn: nn.Module | None = None, *, dense: bool = False) -> Probe:
+    """Samples the first and the last third of which the loss ignores, of one class each or of one per position."""
+    model, inputs, targets = build("mlp", num_samples=12)
+    targets = targets % 5
+    targets[:4] = targets[8:] = 5
+    network: nn.Module = nn.Sequential(model, nn.LogSoftmax(dim=1)) if isinstance(loss_fn, nn.NLLLoss) else model
+    if dense:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            network = nn.Sequential(nn.Conv1d(1, 6, 1), nn.Tanh(), nn.Conv1d(6, 6, 1))
+        inputs, targets = inputs[:, None, :4], targets[:, None].repeat(1, 4)
+        targets[5, :2] = 5
+    return Probe(network, inputs, targets, loss_fn=loss_fn or LOSSES_THAT_IGNORE["ignored"])
+
+
+@pytest.mark.parametrize("sizes", [[1] * 12, [4, 4, 4], [8, 4]], ids=str)
+@pytest.mark.parametrize("loss", [*LOSSES_THAT_IGNORE, "dense"])
+def test_batches_that_the_loss_ignores_add_nothing(loss: str, sizes: list[int]) -> None:
+    whole = partly_void(LOSSES_THAT_IGNORE.get(loss), dense=loss == "dense")
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    parts = [whole.rows(slice(start, start + size)) for start, size in zip(starts, sizes, strict=True)]
+    for metric in (HessianTrace(num_probes=3), WeightCurvatureIndex(num_probes=3)):
+        expected = measured(copy.deepcopy(metric), whole.rows(slice(4, 8)))
+        assert sum(expected.values()) > 0
+        assert measured(metric, *parts) == pytest.approx(expected, rel=1e-5, abs=1e-6)
+
+
+def test_the_trace_of_batches_of_one_is_that_of_the_loss_of_all() -> None:
+    whole = partly_void(dense=True)
+    parts = [whole.rows(slice(n, n + 1)) for n in range(len(whole))]
+    actual = measured(HessianTrace(num_probes=200), *parts)
+    loss_fn = LOSSES_THAT_IGNORE["ignored"]
+    traces = dense_hessian_traces(copy.deepcopy(whole.model).double(), whole.inputs, whole.targets, loss_fn=loss_fn)
+    expected = sum(map(float, traces.values()))
+    error = actual["hessian_trace_stderr_probes"]
+    assert error < 0.1 * expected
+    assert actual["hessian_trace"] == pytest.approx(expected, abs=3 * error)
+
+
+@pytest.mark.parametrize("estimator", ["auto", "gauss_newton", "hutchinson"])
+def test_only_a_whole_measurement_without_a_sample_that_counts_is_refused(estimator: Any) -> None:
+    void = partly_void().rows(slice(0, 4))
+    for metric in (HessianTrace(estimator), WeightCurvatureIndex(estimator)):
+        for _ in range(2):
+            metric.update(void)
+        with pytest.raises(ValueError, match="at least one sample that counts in the loss"):
+            metric.compute()
+    with pytest.raises(ValueError, match="at least one sample that counts in the loss"):
+        hessian_trace(void.model, void.inputs, void.targets, loss_fn=void.loss_fn, estimator=estimator)
+
+
+def void_by_process(rank: int) -> list[dict[str, Tensor] | str]:
+    processes.join_group()
+    results: list[dict[str, Tensor] | str] = []
+    for rows in (slice(6 * rank, 6 + 6 * rank), slice(4 * rank, 4 + 4 * rank), slice(8 * rank, 4 + 8 * rank)):
+        metric = HessianTrace().to("cpu")
+        metric.update(partly_void().rows(rows))
+        try:
+            results.append(metric.compute())
+        except ValueError as error:
+            results.append(str(error))
+    return results
+
+
+@pytest.mark.ddp
+def test_a_process_all_of_whose_samples_are_ignored_adds_nothing() -> None:
+    """Half of the samples that count on each of two processes, all on the second, and none on either."""
+    expected = measured(HessianTrace(), partly_void())
+    for both, second, none in processes.run(void_by_process, 2):
+        for values in (both, second):
+            assert {key: float(value) for key, value in values.items()} == pytest.approx(expected, rel=1e-5)
+        assert "at least one sample that counts" in none
+
+
 class Spare(nn.Sequential):
     def __init__(self) -> None:
         super().__init__(nn.Linear(4, 3))

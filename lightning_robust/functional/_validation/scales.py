@@ -41,21 +41,51 @@ def masked_classes(logits: Tensor) -> Tensor:
     masked = logits.isneginf()
     if logits.shape[1] < 3 or not len(logits):
         return masked
-    finite = logits.masked_fill(masked, torch.inf)
-    z = torch.where(masked, finite.amin(dim=1, keepdim=True), logits)  # the masks by −∞ add no gap
-    ordered = z.sort(dim=1, descending=True).values
-    gaps = ordered[:, :-1] - ordered[:, 1:]
-    above, below = ordered[:, :1] - ordered[:, :-1], ordered[:, 1:] - ordered[:, -1:]
-    wide = (gaps > _IMPOSSIBLE) & (gaps > _FAR * above)
-    wide[:, 0] &= gaps[:, 0] > _FAR * below[:, 0]
-    first = wide.int().argmax(dim=1, keepdim=True)
-    spans = torch.where(wide.any(dim=1), above.gather(1, first)[:, 0], ordered[:, 0] - ordered[:, -1])
+    z, ordered = _sorted(logits)
+    gaps, wide, spans = _gaps(ordered)
     spans = spans[~wide[:, 0]]
     if not len(spans):
         return masked
     wide &= gaps > _FAR * typical(spans)
     last = ordered.gather(1, wide.int().argmax(dim=1, keepdim=True))  # the lowest logit above the gap
     return masked | ((z < last) & wide.any(dim=1, keepdim=True))
+
+
+def gaps_below_a_class(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """What tells which samples masks leave a single class, also if their logits (N, C) come in batches.
+
+    Returns:
+        The gap (N,) below the first class of a sample if it is wide and only the other samples can tell what it means,
+        ∞ if all others are masked by −∞, else 0; and the range (N,) of the logits above any wide gap.
+    """
+    gaps, wide, spans = _gaps(_sorted(logits)[1])
+    below = gaps[:, 0] * (wide[:, 0] & (logits.shape[1] > 2))
+    return below.masked_fill((~logits.isneginf()).sum(dim=1) == 1, torch.inf), spans
+
+
+def are_alone(gaps: Tensor, spans: Tensor) -> Tensor:
+    """Mark the samples (N,) with a single class that is not masked, by :func:`gaps_below_a_class` of all of them."""
+    others = spans[gaps == 0]
+    return gaps > (_FAR * typical(others) if len(others) else torch.finfo(gaps.dtype).max)
+
+
+def _sorted(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits without masks of −∞, which add no gap, and the same in descending order."""
+    masked = logits.isneginf()
+    lowest = logits.masked_fill(masked, torch.inf).amin(dim=1, keepdim=True)
+    z = torch.where(masked, lowest, logits)
+    return z, z.sort(dim=1, descending=True).values
+
+
+def _gaps(ordered: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gaps (N, C − 1) of sorted logits, which of them are wide, and the range (N,) of the logits above the first."""
+    gaps = ordered[:, :-1] - ordered[:, 1:]
+    above, below = ordered[:, :1] - ordered[:, :-1], ordered[:, 1:] - ordered[:, -1:]
+    wide = (gaps > _IMPOSSIBLE) & (gaps > _FAR * above)
+    wide[:, 0] &= gaps[:, 0] > _FAR * below[:, 0]
+    first = wide.int().argmax(dim=1, keepdim=True)
+    spans = torch.where(wide.any(dim=1), above.gather(1, first)[:, 0], ordered[:, 0] - ordered[:, -1])
+    return gaps, wide, spans
 
 
 def ordinary(sizes: Tensor) -> Tensor:

@@ -140,9 +140,9 @@ def hessian_trace(
 
     Raises:
         TypeError: If ``inputs`` are not a tensor of real numbers.
-        ValueError: If an argument has a wrong value, the estimator needs targets or a Gauss–Newton root of the loss
-            that are missing, the model has no trained weights to which a gradient leads, or lacks a second derivative
-            that is needed, or a number is not finite.
+        ValueError: If an argument has a wrong value, no sample counts in the loss, the estimator needs targets or a
+            Gauss–Newton root of the loss that are missing, the model has no trained weights to which a gradient leads,
+            or lacks a second derivative that is needed, or a number is not finite.
 
     Source: see the module's docstring.
     """
@@ -170,6 +170,7 @@ def hessian_trace(
     with problem.examined() as examined:
         plan = examined.plan
         sums = examined.sums(seeds, plan.probes(0, first if rtol is None else min(first, max_probes)))
+        sums.check_weights()
         while rtol is not None and any(more := _more_probes(sums, rtol=rtol, max_probes=max_probes)):
             sums = joined(sums, examined.sums(seeds, more))
     return _estimate(sums, plan)

@@ -127,8 +127,6 @@ class ExaminedProblem:
             for rows, outputs in zip(self._chunks, self._outputs, strict=True)
         ]
         self._counts = torch.cat(counts).cpu()
-        if not self._counts.any():
-            raise ValueError("Expected at least one sample that counts in the loss, but all have the ignored index.")
 
     def _targets_of(self, rows: Tensor) -> Tensor | None:
         return None if self._targets is None else self._targets[rows]

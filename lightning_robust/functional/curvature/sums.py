@@ -34,7 +34,7 @@ class CurvatureSums:
         names: Names of the L parameter tensors.
         parts: Independent terms that add up to each trace, ``(M, B, L)`` each, float64, summed over samples. Their
             numbers M of probes may differ; a part without probes counts as 0.
-        weights: ``(B,)``, sum of the weights of samples in the mean.
+        weights: ``(B,)``, sum of the weights of samples in the mean; 0 where all are ignored.
         exact: Whether the first part is free of noise: its probes are all equal, and no more are needed.
         reached: Names of the tensors to which autograd's graph leads from the outputs of any of these samples; all of
             them by default. The numbers of others are zeros that nothing was measured for.
@@ -49,6 +49,14 @@ class CurvatureSums:
     def unreached(self) -> tuple[str, ...]:
         """Names of the tensors to which no gradient leads."""
         return () if self.reached is None else tuple(name for name in self.names if name not in self.reached)
+
+    def check_weights(self) -> None:
+        """Raise a ``ValueError`` if no sample counts. Those of one batch or process among many need not."""
+        if not self.weights.any():
+            raise ValueError(
+                "Expected at least one sample that counts in the loss, but all have the ignored index or a class of"
+                " weight 0."
+            )
 
     def where_reached(self) -> CurvatureSums:
         """The sums of the tensors to which a gradient leads; raises a ``ValueError`` if there is none."""

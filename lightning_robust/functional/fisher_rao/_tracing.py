@@ -33,6 +33,7 @@ class Tracer:
         self._units = units
         self._options = options
         self._unit_steps = options.mode == "unit_steps"
+        self._examined: set[int] = set()  # samples without gradients
 
     def trace(self, begin: Callable[[Tensor], Paths], num_paths: int, *, at_once: int) -> Iterator[tuple[Paths, bool]]:
         """Trace paths to their ends, at most ``at_once`` together, and yield them in the order in which they end.
@@ -58,8 +59,7 @@ class Tracer:
         leaf, logits = leaf_and_logits(self._model.on(paths.sample), paths.x, check=None)
         gap = paths.gap(logits)
         slope = widened(input_gradient(gap, leaf, self._units.std)).square().sum(dim=1)
-        if not slope.any():
-            refuse_missing_gradients(self._model.on(paths.sample), paths.x)
+        self._refuse_missing_gradients(paths.rows((slope == 0).nonzero()[:, 0]))
         if options.damping is None:
             damping = torch.where(slope > 0, slope * (DAMPING / 4), 1)  # no path leads away from a flat start
         else:
@@ -71,6 +71,13 @@ class Tracer:
         paths = paths._replace(damping=damping, longest=longest)
         # paths of the same sample start at the same point, which is linearised once
         return paths if self._unit_steps else paths._replace(move=-self._step(paths, paths.x, *paths.samples))
+
+    def _refuse_missing_gradients(self, flat: Paths) -> None:
+        """Examine the samples of paths whose gradients at the start are exactly zero, each sample once."""
+        new = [n for n, sample in enumerate(flat.sample.tolist()) if sample not in self._examined]
+        if new:
+            refuse_missing_gradients(self._model.on(flat.sample[new]), flat.x[new])
+            self._examined.update(flat.sample[new].tolist())
 
     def _advance(self, paths: Paths) -> tuple[Paths, Paths, Paths]:
         """Step once; return paths that go on, paths that left their class, and paths that end without leaving it."""

@@ -96,7 +96,8 @@ def pgd(
     optional(check_kind, "generator", generator, torch.Generator)
     check_pass(model, inputs)
     labels = check_targets(targets, num_samples=len(inputs))
-    network = SampleModel(model, extras, num_samples=len(inputs)).on_all()
+    samples = SampleModel(model, extras, num_samples=len(inputs))
+    network = samples.on_all()
     units = Units.of(inputs, std=input_std, mean=input_mean, valid_range=valid_range)
     if size is None:
         size = 2.5 * epsilon / steps if schedule == "constant" else epsilon / 2
@@ -120,12 +121,15 @@ def pgd(
                 check_targets(labels, num_samples=len(clean), num_classes=logits.shape[1])
                 if loss == "dlr":
                     _check_three_classes(logits.detach())
-            gradient = torch.zeros_like(leaf)
+            gradient, slopes = torch.zeros_like(leaf), torch.zeros_like(logits)
             if logits.requires_grad:
                 with watched_once():
-                    (gradient,) = torch.autograd.grad(_total(loss, logits, labels), leaf, materialize_grads=True)
-            if step == 0 and not gradient.any():  # perhaps for want of a loss: a confident network has none
-                refuse_missing_gradients(network, clean + units.change(delta))
+                    total = _total(loss, logits, labels)
+                    gradient, slopes = torch.autograd.grad(total, (leaf, logits), materialize_grads=True)
+            if step == 0:
+                flat = _without_gradient(gradient, slopes)
+                if len(flat):
+                    refuse_missing_gradients(samples.on(flat), (clean + units.change(delta))[flat])
             if not logits.requires_grad:  # the logits do not depend on the input: there is nowhere to go
                 break
             delta = into_ball_and_range(delta + decay[step] * size * _steepest(gradient, norm))
@@ -147,6 +151,15 @@ def _check_three_classes(logits: Tensor) -> None:
             "Expected three classes or more that are not masked for `loss='dlr'`, but a sample has"
             f" {fewest}. Use `loss='cross_entropy'`."
         )
+
+
+def _without_gradient(gradient: Tensor, slopes: Tensor) -> Tensor:
+    """Samples whose gradients with respect to inputs are exactly zero, though those with respect to logits are not.
+
+    All samples, if none has any gradient: a confident network has none for want of a loss.
+    """
+    flat = ~gradient.reshape(len(gradient), -1).any(dim=1)
+    return (flat if flat.all() else flat & slopes.any(dim=1)).nonzero()[:, 0]
 
 
 def _total(loss: Loss, logits: Tensor, labels: Tensor) -> Tensor:

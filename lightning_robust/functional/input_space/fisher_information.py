@@ -1,4 +1,4 @@
-"""Fisher information of a classifier with respect to its input: spectral norm, trace, and temperature calibration.
+"""Fisher information of a classifier with respect to its input: spectral norm and trace, raw and calibrated.
 
 For one input with logits ``z``, ``p = softmax(z)`` and Jacobian ``J`` the information matrix is
 
@@ -25,20 +25,16 @@ import torch
 from torch import Tensor
 
 from lightning_robust.functional._validation.arguments import as_number, expected_but_got
-from lightning_robust.functional._validation.scales import masked_classes, ordinary
 from lightning_robust.functional._validation.tensors import check_given_logits, check_gram, check_targets
 from lightning_robust.functional.input_space.float64 import to_float64
+from lightning_robust.functional.input_space.temperature import TemperatureFit, with_masks
 
 # A sample counts as saturated if its predicted class is more probable than this. Its λ is then at least 250 times
 # smaller than the same gradients would give at even odds.
 _SATURATED_ABOVE = 0.999
-# Weight, in samples, of the smoothing that keeps a fitted temperature finite.
-_PSEUDO_SAMPLES = 0.5
 # Elements of C × C matrices processed at once: 64 MiB. Blocks below 32 MiB stay on the heap of glibc, which then grows
 # by gigabytes.
 _MATRIX_ELEMENTS = 2**23
-# Temperatures are searched between these multiples of the root mean square of the class-centred logits.
-_TEMPERATURE_RANGE = (1e-4, 1e4)
 
 
 @dataclass(frozen=True)
@@ -49,7 +45,7 @@ class CalibratedSpectralNorm:
         value: ``(N,)``, spectral norm of each sample at ``temperature``.
         mean: ``()``, mean over samples.
         stderr: ``()``, standard error of the mean, including the error of the temperature; NaN for N = 1.
-        temperature: ``()``, from :func:`fit_temperature`.
+        temperature: ``()``, from :func:`~lightning_robust.functional.fit_temperature`.
     """
 
     value: Tensor
@@ -75,7 +71,7 @@ def fim_spectral_norm(logits: Tensor, gram: Tensor, *, temperature: float | Tens
     Source: arXiv 2606.04767; the reduction to C × C is ours.
     """
     check_gram(logits, gram)
-    parts = _chunks(_with_masks(logits), gram)
+    parts = _chunks(with_masks(logits), gram)
     largest = [torch.linalg.eigvalsh(_class_information(*part, temperature))[:, -1].clone() for part in parts]
     return torch.cat(largest).clamp_min(0).to(logits)
 
@@ -91,7 +87,7 @@ def fim_trace(logits: Tensor, gram: Tensor, *, temperature: float | Tensor = 1.0
     Source: arXiv 2606.04767, which estimates it; here it is exact.
     """
     check_gram(logits, gram)
-    matrices = (_class_information(*part, temperature) for part in _chunks(_with_masks(logits), gram))
+    matrices = (_class_information(*part, temperature) for part in _chunks(with_masks(logits), gram))
     traces = [matrix.diagonal(dim1=1, dim2=2).sum(dim=1) for matrix in matrices]
     return torch.cat(traces).clamp_min(0).to(logits)
 
@@ -114,43 +110,6 @@ def saturated(logits: Tensor) -> Tensor:
     return to_float64(logits).softmax(dim=1).amax(dim=1).gt(_SATURATED_ABOVE).to(logits.device)
 
 
-def fit_temperature(logits: Tensor, targets: Tensor) -> Tensor:
-    """Temperature at which ``logits / T`` have the smallest negative log-likelihood.
-
-    The negative log-likelihood is convex in ``1/T``, so bisection finds its minimiser to rounding error. If every
-    sample is classified correctly there is no minimiser (``T → 0``), and if a single sample is barely misclassified the
-    minimiser depends on that sample alone. Therefore, in the manner of Platt (1999), half a pseudo-sample is spread
-    evenly over samples and classes. Its weight falls to zero as the errors add up to one; an error counts in full once
-    it misses by the root mean square of the class-centred logits. The result is then finite, continuous in the data and
-    proportional to the scale of the logits. Logits that do worse than even odds get the upper end of the range, 10⁴
-    times their root mean square, which makes the odds even.
-
-    Masked classes take no part in any of this, as if the network did not have them: those with a logit of −∞, and
-    those with a logit so far below the others that their probability is exactly 0 and stays negligible at any
-    temperature that suits the others (more than 746 nats, and more than 30 times the range of the others). Samples
-    whose target is masked do not count, because no temperature makes it possible. Samples that have diverged do not
-    count, either: those whose class-centred logits are more than a hundred times larger than those of nine of ten
-    samples, because a single one of them would set the temperature of all. The temperature is 1 if no sample counts.
-
-    Args:
-        logits: ``(N, C)``; −∞ where a class is masked.
-        targets: ``(N,)``, class indices.
-
-    Returns:
-        ``()``, positive.
-
-    Raises:
-        ValueError: If shapes do not match or a target is not a class.
-
-    Source: Guo et al. 2017, arXiv 1706.04599; the treatment of separable samples is ours.
-    """
-    check_given_logits(logits)
-    z = _with_masks(logits)
-    y = check_targets(targets, num_samples=len(logits), num_classes=logits.shape[1]).to(z.device)
-    counted = _counted(z, y)
-    return _fit_temperature(z[counted], _favoured(z[counted], y[counted])).to(logits)
-
-
 def calibrated_fim_spectral_norm(logits: Tensor, gram: Tensor, targets: Tensor) -> CalibratedSpectralNorm:
     """Spectral norms at the temperature that fits these samples, with the standard error of their mean.
 
@@ -168,32 +127,22 @@ def calibrated_fim_spectral_norm(logits: Tensor, gram: Tensor, targets: Tensor) 
         A :class:`CalibratedSpectralNorm`.
 
     Raises:
-        ValueError: As :func:`fim_spectral_norm` and :func:`fit_temperature`.
+        ValueError: As :func:`fim_spectral_norm` and :func:`~lightning_robust.functional.fit_temperature`.
 
     Source: ours.
     """
     check_gram(logits, gram)
-    z, wide_gram = _with_masks(logits), to_float64(gram)
+    z, wide_gram = with_masks(logits), to_float64(gram)
     y = check_targets(targets, num_samples=len(logits), num_classes=logits.shape[1]).to(z.device)
-    counted = _counted(z, y)
-    favoured = _favoured(z[counted], y[counted])
-    temperature = _fit_temperature(z[counted], favoured)
+    fit = TemperatureFit.of(z, y)
+    temperature = fit.temperature
     value, vectors = _largest_eigenpairs(z, wide_gram, temperature)
 
     n, step = len(z), 1e-4
-    probs, finite = (z / temperature).softmax(dim=1), _finite(z)
-    expected = (probs * finite).sum(dim=1)
-    slope, bend = torch.zeros_like(value), torch.zeros_like(value)  # ℓ'_i(β) and ℓ''_i(β)
-    slope[counted] = expected[counted] - favoured
-    bend[counted] = (probs * (finite - expected[:, None]).square()).sum(dim=1)[counted]
-    curvature = bend.mean()
     # to first order an eigenvalue changes as the quadratic form of its eigenvector does
     up, down = (_rayleigh(z, wide_gram, temperature / (1 + s), vectors) for s in (step, -step))
     sensitivity = (up - down).mean() / (2 * step) * temperature  # derivative of the mean with respect to β
-    influence = value - value.mean()
-    fitted = slope.mean().abs() <= 1e-6 * slope.abs().mean()  # an end of the range would not move
-    if fitted and curvature > 0:
-        influence = influence - sensitivity * slope / curvature
+    influence = value - value.mean() + sensitivity * fit.influences
     stderr = influence.square().sum().div(n * (n - 1)).sqrt() if n > 1 else value.new_tensor(math.nan)
     parts = (value, value.mean(), stderr, temperature)
     return CalibratedSpectralNorm(*(part.to(logits) for part in parts))
@@ -233,60 +182,3 @@ def _chunks(logits: Tensor, gram: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Split samples into parts whose C × C matrices together stay small."""
     size = max(1, _MATRIX_ELEMENTS // logits.shape[1] ** 2)
     return zip(torch.split(logits, size), torch.split(gram, size), strict=True)
-
-
-def _with_masks(logits: Tensor) -> Tensor:
-    """Logits in float64, with −∞ for every masked class (see :func:`fit_temperature`)."""
-    z = to_float64(logits)
-    return z.masked_fill(masked_classes(z), -torch.inf)
-
-
-def _finite(z: Tensor) -> Tensor:
-    """Logits for sums weighted by probabilities: 0 in place of −∞, because 0 · −∞ is not a number."""
-    return z.masked_fill(z.isneginf(), 0)
-
-
-def _counted(z: Tensor, y: Tensor) -> Tensor:
-    """Samples (N,), bool, to which a temperature is fitted: possible targets, and logits that have not diverged."""
-    possible = ~z.gather(1, y[:, None])[:, 0].isneginf()
-    return possible & ordinary(_centred(z).square().mean(dim=1).sqrt())
-
-
-def _fit_temperature(z: Tensor, favoured: Tensor) -> Tensor:
-    """Temperature at which the expected logits equal the ``favoured`` logits on average."""
-    spread = _spread(z)
-    if not len(z) or spread == 0:
-        return z.new_ones(())
-    finite = _finite(z)
-    low, high = ((1 / (bound * spread)).log() for bound in reversed(_TEMPERATURE_RANGE))  # of log β
-    for _ in range(60):
-        middle = (low + high) / 2
-        rising = (((middle.exp() * z).softmax(dim=1) * finite).sum(dim=1) - favoured).mean() > 0  # derivative in β
-        low, high = torch.where(rising, low, middle), torch.where(rising, middle, high)
-    return (-(low + high) / 2).exp()
-
-
-def _favoured(z: Tensor, y: Tensor) -> Tensor:
-    """Logit of each target (N,), smoothed as in :func:`fit_temperature`."""
-    own = z.gather(1, y[:, None])
-    missed_by = z.scatter(1, y[:, None], -torch.inf).amax(dim=1) - own[:, 0]
-    errors = (missed_by / _spread(z).clamp_min(torch.finfo(z.dtype).tiny)).clamp(0, 1).sum()
-    weight = _PSEUDO_SAMPLES * (1 - errors).clamp_min(0) / len(z)
-    return (1 - weight) * own[:, 0] + weight * _class_mean(z)
-
-
-def _spread(z: Tensor) -> Tensor:
-    """Root mean square of the class-centred logits."""
-    squares, masked = _centred(z).square(), z.isneginf()
-    return (squares.sum() / (~masked).sum() if masked.any() else squares.mean()).sqrt()
-
-
-def _centred(z: Tensor) -> Tensor:
-    """Logits minus their mean over classes; 0 for masked classes."""
-    return (z - _class_mean(z)[:, None]).masked_fill(z.isneginf(), 0)
-
-
-def _class_mean(z: Tensor) -> Tensor:
-    """Mean (N,) over the classes that are not masked."""
-    masked = z.isneginf()
-    return _finite(z).sum(dim=1) / (~masked).sum(dim=1) if masked.any() else z.mean(dim=1)

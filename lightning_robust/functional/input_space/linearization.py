@@ -31,7 +31,7 @@ from lightning_robust.functional._isolation.stand_ins import full_precision
 from lightning_robust.functional._validation.arguments import check_kind, check_number
 from lightning_robust.functional._validation.extras import SampleModel
 from lightning_robust.functional._validation.independence import check_place
-from lightning_robust.functional._validation.scales import computable
+from lightning_robust.functional._validation.scales import computable, masked_classes
 from lightning_robust.functional._validation.tensors import check_finite, check_logits, check_pass
 from lightning_robust.functional.input_space.attacks import Norm, check_norm
 from lightning_robust.functional.input_space.jacobian import (
@@ -129,8 +129,8 @@ def linearize(
                 start += len(chunk)
             size, fitted = fitting, True
             del leaf, logits  # free the graph before the next pass builds another
-            if fits and _is_flat(chunks[-1]):
-                refuse_missing_gradients(network.on(rows), chunk)
+            if fits:
+                _refuse_missing_gradients(network, chunk, start - len(chunk), chunks[-1])
     return _joined(chunks)
 
 
@@ -217,14 +217,17 @@ def relinearize(
             check_logits(logits, num_samples=len(moved))
             chunks.append(gram_and_gaps(logits, leaf, units.std, box, logits_before=here.logits))
             del leaf, logits  # free the graph before the next pass builds another
-            if _is_flat(chunks[-1]):
-                refuse_missing_gradients(network.on(rows), moved)
+            _refuse_missing_gradients(network, moved, start, chunks[-1])
     return _joined(chunks)
 
 
-def _is_flat(chunk: tuple[Tensor, Tensor, Tensor]) -> bool:
-    """Whether all gradients are exactly zero, by their squared norms."""
-    return not chunk[1].diagonal(dim1=1, dim2=2).any()
+def _refuse_missing_gradients(
+    network: SampleModel, x: Tensor, start: int, chunk: tuple[Tensor, Tensor, Tensor]
+) -> None:
+    """Examine the samples of a chunk all of whose gradients are exactly zero, by their squared norms."""
+    flat = (~chunk[1].diagonal(dim1=1, dim2=2).any(dim=1)).nonzero()[:, 0]
+    if len(flat):
+        refuse_missing_gradients(network.on(start + flat), x[flat])
 
 
 def _joined(chunks: list[tuple[Tensor, Tensor, Tensor]]) -> Linearization:
@@ -248,6 +251,7 @@ def _way_to_boundary(
     slopes = linearization.gap_l1 if norm == "linf" else gap_l2(linearization.gram, predicted[:, 0]).to(logits)
     assert slopes is not None
     ratios = (gaps / slopes).scatter(1, predicted, torch.inf).nan_to_num(nan=torch.inf, posinf=torch.inf)
+    ratios = ratios.masked_fill(masked_classes(logits), torch.inf)
     margin, nearest = ratios.min(dim=1)
     leaf, outputs = leaf_and_logits(model, x)
     if outputs.shape != logits.shape:

@@ -4,8 +4,9 @@ The distance from ``x`` to the nearest decision boundary of the linearised netwo
 
     r(x) = min_{k≠y} (z_y − z_k) / ‖∇_x(z_y − z_k)‖_q,    q dual to the norm of the perturbation (L2: 2, L∞: 1),
 
-and 0 if the sample is misclassified. The share of samples with ``r(x) > ε`` predicts the accuracy under attacks of
-size ε, for every ε at once. A linearisation with a valid range gives L∞ margins within that range.
+and 0 if the sample is misclassified. No boundary leads to a masked class. The share of samples with ``r(x) > ε``
+predicts the accuracy under attacks of size ε, for every ε at once. A linearisation with a valid range gives L∞ margins
+within that range.
 
 Source: DeepFool, arXiv 1511.04599 (the linearised distance); Hein & Andriushchenko, arXiv 1705.08475 (dual norms); the
 accuracy curve is ours.
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from lightning_robust.functional._validation.arguments import as_numbers, check_floating, expected_but_got
+from lightning_robust.functional._validation.scales import masked_classes
 from lightning_robust.functional._validation.tensors import check_gap_l1, check_gram, check_targets
 from lightning_robust.functional.input_space.float64 import to_float64
 
@@ -33,7 +35,8 @@ def linearized_margin(logits: Tensor, gram: Tensor, targets: Tensor) -> Tensor:
         targets: ``(N,)``, class indices.
 
     Returns:
-        ``(N,)``, in input units; 0 if misclassified or tied, infinity if no gradient leads to another class.
+        ``(N,)``, in input units; 0 if misclassified or tied, infinity if no gradient leads to another class, or all
+        others are masked (see :func:`~lightning_robust.functional.fit_temperature`).
 
     Raises:
         ValueError: If shapes do not match or a target is not a class.
@@ -102,5 +105,5 @@ def _smallest_ratio(logits: Tensor, distances: Tensor, targets: Tensor) -> Tenso
     gaps = logits.gather(1, targets[:, None]) - logits
     others = torch.ones_like(logits, dtype=torch.bool).scatter(1, targets[:, None], value=False)
     correct = (gaps > 0).logical_or(~others).all(dim=1)
-    ratios = torch.where(others, gaps / distances, torch.inf)
+    ratios = torch.where(others & ~masked_classes(logits), gaps / distances, torch.inf)
     return torch.where(correct, ratios.amin(dim=1), 0.0)

@@ -262,8 +262,38 @@ def test_the_temperature_of_constant_logits_is_one() -> None:
 
 def test_logits_worse_than_chance_get_the_upper_end_of_the_range() -> None:
     logits, _, _ = draw_samples(3, num_samples=30, num_classes=4)
-    spread = (logits - logits.mean(dim=1, keepdim=True)).square().mean().sqrt()
-    torch.testing.assert_close(fit_temperature(logits, logits.argmin(dim=1)), 1e4 * spread, rtol=1e-9, atol=0)
+    margin = (logits.amax(dim=1) - logits.amin(dim=1)).max()
+    torch.testing.assert_close(fit_temperature(logits, logits.argmin(dim=1)), 1e4 * margin, rtol=1e-9, atol=0)
+
+
+def test_samples_without_a_margin_do_not_bound_the_temperature() -> None:
+    """On most of them the network is dead, and two classes differ by rounding."""
+    logits, _, targets = draw_samples(7, num_samples=100, num_classes=4)
+    dead = torch.tensor([1.0, 1.0 + 1e-15, -1.0, -1.0], dtype=torch.float64).expand(200, 4)
+    every = torch.cat([targets, torch.ones(200, dtype=torch.long)])
+    expected = fit_temperature(logits, targets)
+    assert 0.5 < fit_temperature(torch.cat([logits, dead]), every) / expected < 1
+
+
+@pytest.mark.parametrize("missed", [0.0, 0.2, 0.5, 0.8])
+@pytest.mark.parametrize("num_samples", [2, 50])
+def test_with_few_errors_the_temperature_is_that_of_half_a_sample_more(num_samples: int, missed: float) -> None:
+    """All correct margins are 3, so with two classes the odds at the optimum are known in closed form."""
+    margins = torch.full((num_samples,), 3.0, dtype=torch.float64)
+    logits = torch.stack([margins, 0 * margins], dim=1)
+    if missed:
+        logits = torch.cat([logits, torch.tensor([[0.0, 3 * missed]], dtype=torch.float64)])
+    fitted = fit_temperature(logits, torch.zeros(len(logits), dtype=torch.long))
+    pseudo = max(0.5 - missed, 0.0)
+
+    def slope(beta: float) -> float:
+        wrong = 1 / (1 + math.exp(3 * beta))
+        error = missed / (1 + math.exp(-3 * missed * beta))
+        return -num_samples * wrong + error + pseudo * (1 - wrong)
+
+    assert slope(0.999 / float(fitted)) < 0 < slope(1.001 / float(fitted))
+    if not missed:
+        torch.testing.assert_close(float(fitted), 3 / math.log(2 * num_samples), rtol=1e-9, atol=0)
 
 
 @pytest.mark.parametrize("separable", [False, True])

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ from lightning_robust.functional import (
     linearized_margin,
     linearized_margin_linf,
     pgd,
+    relinearize,
     saturated,
     trace_fisher_rao_paths,
 )
@@ -136,6 +138,74 @@ def test_the_temperature_does_not_know_the_masks(fill: float, correct: float) ->
     torch.testing.assert_close(fit_temperature(Masking(body, filled(fill))(INPUTS).detach(), targets), expected)
 
 
+MODERATE = [-50.0, math.log(1e-45), -500.0, -700.0]  # too close to the logits to be told from them
+
+
+def masks_of(kind: str, num_samples: int, num_classes: int, generator: torch.Generator) -> Tensor:
+    """Masked classes (N, C), bool: two or more are left, but in each tenth sample of the last kind, which has one."""
+    if kind == "same":
+        return (torch.arange(num_classes) >= max(2, num_classes // 3)).expand(num_samples, -1)
+    left = torch.randint(2, num_classes + 1, (num_samples, 1), generator=generator)
+    if kind == "own, or a single one":
+        left[::10] = 1
+    return torch.rand(num_samples, num_classes, generator=generator).argsort(dim=1).argsort(dim=1) >= left
+
+
+@pytest.mark.parametrize("kind", ["same", "own", "own, or a single one"])
+@pytest.mark.parametrize(("num_samples", "num_classes"), [(20, 3), (1000, 3), (40, 10), (20, 1000)])
+@pytest.mark.parametrize("correct", [1.0, 0.97, 0.8])
+def test_no_class_of_vanishing_probability_moves_the_calibration(
+    kind: str, num_samples: int, num_classes: int, correct: float
+) -> None:
+    """Whatever the masks are: the likelihood does not care, and the smoothing of few errors must not."""
+    generator = torch.Generator().manual_seed(num_samples)
+    logits = 1.5 * torch.randn(num_samples, num_classes, generator=generator, dtype=torch.float64)
+    masked = masks_of(kind, num_samples, num_classes, generator)
+    first, second = logits.masked_fill(masked, -math.inf).topk(2, dim=1).indices.T
+    wrong = (torch.arange(num_samples) >= correct * num_samples) & ~masked.gather(1, second[:, None])[:, 0]
+    targets = torch.where(wrong, second, first)
+    logits.scatter_add_(1, first[:, None], torch.full((num_samples, 1), 2.0, dtype=torch.float64))
+    jacobian = torch.randn(num_samples, num_classes, 4, generator=generator, dtype=torch.float64)
+    gram = (jacobian @ jacobian.mT) * (~masked[:, None] & ~masked[:, :, None])
+
+    left = logits.masked_fill(masked, -math.inf)
+    expected = fit_temperature(left, targets)
+    rtol = 0.05 if "single" in kind else 1e-3  # a single class has a large margin; a median feels that they are many
+    for given in (*(logits.masked_fill(masked, fill) for fill in MODERATE), logits + MODERATE[1] * masked):
+        torch.testing.assert_close(fit_temperature(given, targets), expected, rtol=rtol, atol=0)
+    if num_classes == 10:
+        whole = calibrated_fim_spectral_norm(left, gram, targets)
+        actual = calibrated_fim_spectral_norm(logits.masked_fill(masked, MODERATE[1]), gram, targets)
+        torch.testing.assert_close(actual.mean, whole.mean, rtol=2 * rtol, atol=0)
+        torch.testing.assert_close(actual.stderr, whole.stderr, rtol=2 * rtol, atol=0)
+
+
+@pytest.mark.parametrize("fill", MODERATE, ids=str)
+def test_the_fisher_norms_of_a_network_do_not_know_moderate_masks(fill: float) -> None:
+    body = Body(nn.Tanh())
+    values = []
+    for model in (Masking(body, None), Masking(body, filled(fill)), Masking(body, added(fill))):
+        metric = FisherSpectralNorm()
+        metric.update(Probe(model, INPUTS, targets_of(body, correct=0.8)))
+        values.append({key: float(value) for key, value in metric.compute().items()})
+    for masked in values[1:]:
+        assert masked == pytest.approx(values[0], rel=2e-3)
+
+
+@pytest.mark.parametrize("fill", [-500.0, -1e4, -math.inf], ids=str)
+def test_a_sample_with_masks_has_not_diverged(fill: float) -> None:
+    """Among samples without any, by its largest logit it is a thousand times larger than they are."""
+    logits = 0.3 * random(5, 60, 10)
+    targets = logits.argmax(dim=1)
+    targets[:6] = logits[:6].topk(3).indices[:, 2]
+    rest = torch.arange(60) > 0
+    masked = torch.zeros(60, 10, dtype=torch.bool)
+    masked[0] = logits[0] < logits[0, targets[0]]
+    expected = fit_temperature(logits.masked_fill(masked, -math.inf), targets)
+    assert abs(expected / fit_temperature(logits[rest], targets[rest]) - 1) > 0.01
+    torch.testing.assert_close(fit_temperature(logits.masked_fill(masked, fill), targets), expected)
+
+
 @every_fill
 @pytest.mark.parametrize("loss", ["cross_entropy", "dlr"])
 def test_attacks_do_not_know_the_masks(fill: float, loss: str) -> None:
@@ -241,14 +311,52 @@ def test_a_sample_with_a_single_class_left_is_safe(fill: float) -> None:
     calibrated = calibrated_fim_spectral_norm(at.logits, at.gram, targets)
     assert not calibrated.value[alone].any()
     rest = fit_temperature(at.logits[~alone], targets[~alone])
-    torch.testing.assert_close(calibrated.temperature, rest, rtol=0.2, atol=0)  # more samples weaken the smoothing
-    margins = linearized_margin(at.logits, at.gram, targets)
-    limit = 1e3 if math.isfinite(fill) else math.inf
-    assert (margins[alone] >= limit).all()
+    torch.testing.assert_close(calibrated.temperature, rest)
+    for margins in (
+        linearized_margin(at.logits, at.gram, targets),
+        linearized_margin_linf(at.logits, at.gap_l1, targets),  # type: ignore[arg-type]
+    ):
+        assert torch.equal(margins.isposinf(), alone)
+    moved = relinearize(masked, INPUTS, at, extras={"mask": mask})
+    assert torch.equal(moved.gram[alone], at.gram[alone])  # there is no boundary to move to
     paths = trace_fisher_rao_paths(masked, INPUTS, extras={"mask": mask}, max_steps=5)
     assert not paths.exist[alone].any()
     assert paths.exist[~alone].all()
     assert not paths.margins[alone].any()
+
+
+@every_fill
+@pytest.mark.parametrize("batch_size", [1, 7, 40])
+@pytest.mark.parametrize("options", [{}, {"norm": "l2"}, {"order": 2}], ids=str)
+def test_samples_with_a_single_class_are_left_out_of_the_mean_margin_alone(
+    options: dict[str, Any], batch_size: int, fill: float
+) -> None:
+    body = Body(nn.ReLU())
+    mask = torch.zeros(40, NUM_CLASSES + NUM_MASKED, dtype=torch.bool)
+    mask[1::3, 1:], mask[::3, 5:] = True, True  # a single class, and two masked ones
+    targets = body(INPUTS).masked_fill(mask, -math.inf).argmax(dim=1)
+    targets[[2, 4]] = 2  # wrong; the second one is masked itself
+
+    def values(rows: Tensor, fill: float) -> dict[str, float]:
+        metric = LinearizedAccuracy([0.01, 0.3], **options)
+        for part in rows.split(batch_size):
+            extras = {"mask": mask[part]}
+            model = lambda x, mask: body(x).masked_fill(mask, fill)  # noqa: E731
+            metric.update(Probe(model, INPUTS[part], targets[part], extras=extras))
+        found = {key: float(value) for key, value in metric.compute().items()}
+        assert all(len(numbers) == len(rows) for numbers in metric.per_sample.values())
+        return found
+
+    every, rest = torch.arange(40), (~(mask.sum(dim=1) > 3) | (targets == 2)).nonzero()[:, 0]
+    actual, expected, without = values(every, fill), values(every, -math.inf), values(rest, -math.inf)
+    assert actual == pytest.approx(expected, rel=1e-5)
+    order, norm = "_order2" if "order" in options else "", options.get("norm", "linf")
+    key = f"linearized{order}_margin_{norm}"
+    for name in (key, f"{key}_stderr"):
+        assert actual[name] == pytest.approx(without[name], rel=1e-5)
+        assert math.isfinite(actual[name])
+    assert actual[f"{key}_clipped"] > without[f"{key}_clipped"]
+    assert actual[f"linearized{order}_accuracy_{norm}_0"] == pytest.approx(38 / 40)
 
 
 def test_paths_cannot_aim_at_a_masked_class() -> None:

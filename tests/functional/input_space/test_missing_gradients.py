@@ -118,17 +118,134 @@ def test_networks_that_are_flat_where_they_are_measured_are_not_refused(
     assert measure(model, INPUTS[:num_samples]) is not None
 
 
-def test_only_networks_without_any_gradient_are_called_more_often() -> None:
-    half = INPUTS.clone()
-    half[:-1] = -200.0  # where all but one sample are flat
-    for model, sizes in ((dead, [20]), (lambda x: MODEL(x.relu()), [20])):
+HEAD = nn.Linear(12, 6)
+with torch.no_grad():
+    HEAD.weight.copy_(3 * random(8, 6, 12))
+    HEAD.bias.zero_()
+
+
+def sure(x: Tensor) -> Tensor:
+    """Whether a first head decides a sample alone, (n, 1)."""
+    return HEAD(x).softmax(dim=1).amax(dim=1, keepdim=True) > 0.9
+
+
+def leaves_early(x: Tensor) -> Tensor:
+    with torch.no_grad():
+        early, done = HEAD(x), sure(x)
+    return torch.where(done, early, MODEL(x))
+
+
+def detached_rows(x: Tensor) -> Tensor:
+    outputs, done = MODEL(x).clone(), sure(x)[:, 0]
+    outputs[done] = HEAD(x[done]).detach()
+    return outputs
+
+
+def only_one_way(x: Tensor) -> Tensor:
+    """Inputs above a threshold pass through NumPy, those below through the network."""
+    array = torch.from_numpy(x.detach().numpy().copy())
+    return torch.where(x[:, :1] > 0, HEAD(array).detach(), HEAD(x))
+
+
+def frozen_for_large(x: Tensor) -> Tensor:
+    return torch.where(x.norm(dim=1, keepdim=True) > 3, MODEL(x.detach()), MODEL(x))
+
+
+PARTLY_WITHOUT: dict[str, Network] = {
+    "leaves early": leaves_early,
+    "detached rows": detached_rows,
+    "NumPy for some": only_one_way,
+    "detached where large": frozen_for_large,
+}
+
+
+def dying(x: Tensor) -> Tensor:
+    """Units are dead on about half of the samples."""
+    return MODEL((x - 1.6).relu())
+
+
+def partly_saturated(x: Tensor) -> Tensor:
+    return F.hardtanh(30 * MODEL(x)[:, :3])
+
+
+def partly_constant(x: Tensor) -> Tensor:
+    """A jump to a constant."""
+    return torch.where(x[:, :1] > 0, MODEL(x), torch.arange(6.0))
+
+
+def clamped(x: Tensor) -> Tensor:
+    return (30 * MODEL(x)).log_softmax(dim=1).clamp(-5, -0.1)
+
+
+PARTLY_WITH: dict[str, Network] = {
+    "dying": dying,
+    "saturated": partly_saturated,
+    "constant": partly_constant,
+    "clamped": clamped,
+    "steep": lambda x: torch.where(x[:, :1] > 0, F.hardtanh(1e5 * HEAD(x)), HEAD(x)),
+}
+
+
+def num_flat(model: Network) -> int:
+    leaf = INPUTS.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad((model(leaf) * torch.arange(1, model(leaf).shape[1] + 1)).sum(), leaf)
+    return int((~gradient.any(dim=1)).sum())
+
+
+@every_pass
+@pytest.mark.parametrize("model", PARTLY_WITHOUT.values(), ids=PARTLY_WITHOUT)
+def test_networks_without_gradients_for_some_samples_are_refused(
+    model: Network, measure: Callable[[Network, Tensor], object]
+) -> None:
+    assert 0 < num_flat(model) < len(INPUTS)
+    with pytest.raises(ValueError, match=r"change without any \(\d+ of \d+ samples.*perfect robustness"):
+        measure(model, INPUTS)
+
+
+@pytest.mark.parametrize("model", PARTLY_WITHOUT.values(), ids=PARTLY_WITHOUT)
+def test_the_verdict_does_not_depend_on_the_other_samples(model: Network) -> None:
+    refused = []
+    for x in INPUTS.split(1):
+        try:
+            linearize(model, x)
+        except ValueError:
+            refused.append(True)
+    assert len(refused) == num_flat(model)
+
+
+@every_pass
+@pytest.mark.parametrize("model", PARTLY_WITH.values(), ids=PARTLY_WITH)
+def test_networks_that_are_flat_at_some_samples_are_not_refused(
+    model: Network, measure: Callable[[Network, Tensor], object]
+) -> None:
+    assert 0 < num_flat(model) < len(INPUTS)
+    assert measure(model, INPUTS) is not None
+
+
+def test_dead_samples_do_not_hide_others_without_gradients() -> None:
+    for model in (leaves_early, frozen_for_large):
+        with pytest.raises(ValueError, match="change without any"):
+            linearize(lambda x, f=model: torch.where(x[:, 1:2] > 0, f(x), dead(x)), INPUTS)
+
+
+def test_only_samples_without_gradients_pass_through_the_network_again() -> None:
+    for model, num_more in ((MODEL, 0), (lambda x: MODEL(x + 100), 0), (dying, 7)):
         recorder = Recorder(_Module(model))
-        inputs = half if model is not dead else INPUTS + 100
-        linearize(recorder, inputs)
-        assert recorder.record.batch_sizes == sizes
+        linearize(recorder, INPUTS)
+        sizes = recorder.record.batch_sizes
+        flat = num_flat(model)
+        assert sizes == [20] + [flat] * (len(sizes) - 1)
+        assert len(sizes) - 1 <= num_more
     recorder = Recorder(_Module(lambda x: CONSTANT.expand(len(x), 3)))
     linearize(recorder, INPUTS)
     assert len(recorder.record.batch_sizes) == 7
+
+
+def test_an_attack_looks_again_at_no_sample_that_is_only_confident() -> None:
+    """The loss of a confident network has no gradient with respect to its logits."""
+    recorder = Recorder(_Module(lambda x: 30 * MODEL(x)))
+    pgd(recorder, INPUTS, MODEL(INPUTS).argmax(dim=1), epsilon=0.01, steps=3)
+    assert recorder.record.batch_sizes == [20] * 3
 
 
 def test_extras_do_not_count_as_changes() -> None:

@@ -6,7 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_robust.functional._validation.scales import computable, masked_classes, ordinary, tolerances
+from lightning_robust.functional._validation.scales import (
+    are_alone,
+    computable,
+    gaps_below_a_class,
+    masked_classes,
+    ordinary,
+    tolerances,
+)
 from tests.helpers.networks import random
 
 FILLS = [-1e3, -1e4, -65504.0, -1e9, -1e30, torch.finfo(torch.float32).min, -math.inf]
@@ -33,6 +40,22 @@ def test_samples_of_a_single_class_are_found_beside_others(fill: float) -> None:
     masked = torch.zeros(20, 5, dtype=torch.bool)
     masked[::3, 1:] = True
     assert torch.equal(masked_classes(filled(2 * random(0, 20, 5), masked, fill)), masked)
+
+
+@pytest.mark.parametrize("fill", [-1e3, -1e4, -1e9, -math.inf], ids=str)
+@pytest.mark.parametrize("num_classes", [2, 3, 7])
+def test_samples_of_a_single_class_are_found_in_any_batches(fill: float, num_classes: int) -> None:
+    logits, masked = 2 * random(0, 30, num_classes), random(1, 30, num_classes).argsort(dim=1) >= 2
+    masked[::4] = random(2, 8, num_classes).argsort(dim=1) > 0
+    given = filled(logits, masked, fill)
+    for size in (1, 4, 30):
+        gaps, spans = (torch.cat(parts) for parts in zip(*map(gaps_below_a_class, given.split(size)), strict=True))
+        assert torch.equal(are_alone(gaps, spans), (~masked_classes(given)).sum(dim=1) == 1)
+    if num_classes > 2 or fill == -math.inf:
+        assert torch.equal(are_alone(gaps, spans), torch.arange(30) % 4 == 0)
+    assert not are_alone(*gaps_below_a_class(logits)).any()
+    assert not are_alone(*gaps_below_a_class(given[:1])).any() or fill == -math.inf  # nothing to compare with
+    assert not len(are_alone(torch.zeros(0), torch.zeros(0)))
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 100.0, 1e4, 1e9])
