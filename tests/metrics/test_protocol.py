@@ -217,7 +217,7 @@ NEITHER = {"temperature", "saturated", "wci_negative_layers", "adversarial_wci_n
 @every_metric
 def test_no_key_has_a_better_direction_that_tells_nothing_of_robustness(name: str) -> None:
     metric = FACTORIES[name]()
-    for key in measured(name, [30]):
+    for key in measured(name, 30):
         neither = key in NEITHER or "_stderr" in key
         assert (metric.direction(key) is None) == (
             neither or (name == "fisher_rao_margin" and not re.search("_l(2|inf)", key))

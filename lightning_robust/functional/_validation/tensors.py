@@ -23,6 +23,12 @@ from lightning_robust.functional._validation.arguments import (
 # Smaller blocks would stay on the heap of glibc.
 _CHECKED_ELEMENTS = 2**24
 _WRAP = "Wrap the model so that it does (in a callback, through `probe_fn`)."
+_FILL = (
+    " Where NaN stands for missing values that the network fills in, let it see them beside inputs that have a"
+    " derivative (in a callback): `probe_fn=lambda pl_module, batch: Probe(lambda x, missing:"
+    " pl_module(x.masked_fill(missing, float('nan'))), batch[0].nan_to_num(0.0), batch[1], extras={'missing':"
+    " batch[0].isnan()}, module=pl_module)`. Curvature alone is measured as it is."
+)
 
 
 def check_given_logits(logits: Tensor) -> None:
@@ -64,14 +70,18 @@ def check_pass(model: object, inputs: Tensor, *, chunk_size: int | None = None) 
 
 
 def check_inputs(inputs: Tensor, *, with_derivative: bool = True) -> None:
-    """Raise unless ``inputs`` are finite samples ``(N, ...)`` with N ≥ 1; of floating point ``with_derivative``."""
+    """Raise unless ``inputs`` are samples ``(N, ...)`` with N ≥ 1; finite and of floating point ``with_derivative``.
+
+    Without a derivative they need not be finite, because the network may fill in missing values.
+    """
     (check_input_type if with_derivative else check_real)(inputs)
     if inputs.ndim < 1 or inputs.numel() == 0:
         raise ValueError(
             "Expected argument `inputs` to hold at least one sample, and no empty ones, but got shape"
             f" {tuple(inputs.shape)}."
         )
-    check_finite(inputs, "inputs")
+    if with_derivative:
+        check_finite(inputs, "inputs", remedy=_FILL if inputs.isnan().any() else "")
 
 
 def check_input_type(inputs: Tensor) -> None:
@@ -88,10 +98,10 @@ def check_real(inputs: Tensor) -> None:
         raise TypeError(f"Expected argument `inputs` to be floating point or integer, but got {inputs.dtype}.")
 
 
-def check_outputs(outputs: object, *, num_samples: int, are_logits: bool = False) -> None:
+def check_outputs(outputs: object, *, num_samples: int, are_logits: bool = False, inputs: Tensor | None = None) -> None:
     """Raise unless ``outputs`` is a finite tensor ``(num_samples, ...)``; for logits ``(num_samples, C)`` and C ≥ 2.
 
-    Outputs that may be logits may have masks of −∞.
+    Outputs that may be logits may have masks of −∞. If outputs are not finite, ``inputs`` that are not are to blame.
     """
     if are_logits and num_samples == 0:
         raise ValueError("Expected at least one sample, but got none.")
@@ -114,7 +124,12 @@ def check_outputs(outputs: object, *, num_samples: int, are_logits: bool = False
     if outputs.ndim == 0 or len(outputs) != num_samples or (are_logits and outputs.ndim != 2):
         raise ValueError(f"{error} {_WRAP}")
     may_be_logits = outputs.ndim > 1 and outputs.shape[1] > 1
-    (check_finite_or_masked if may_be_logits else check_finite)(outputs, "logits" if are_logits else "outputs")
+    try:
+        (check_finite_or_masked if may_be_logits else check_finite)(outputs, "logits" if are_logits else "outputs")
+    except ValueError:
+        if inputs is not None:
+            check_finite(inputs, "inputs")
+        raise
 
 
 check_logits = partial(check_outputs, are_logits=True)
@@ -135,7 +150,7 @@ def outputs_of(
     if isinstance(outputs, Tensor) and len(x) == 1 and outputs.ndim > 0 and len(outputs) != 1:
         outputs = outputs[None]  # a network that squeezes its outputs loses the dimension of a single sample
     if check is not None:
-        check(outputs, num_samples=len(x))
+        check(outputs, num_samples=len(x), inputs=x)
     return outputs
 
 
@@ -175,12 +190,12 @@ def check_targets(
     return labels
 
 
-def check_finite(values: Tensor, what: str) -> None:
+def check_finite(values: Tensor, what: str, *, remedy: str = "") -> None:
     """Raise, with the number of samples concerned, if any of ``values`` ``(N, ...)`` is NaN or infinite."""
     size = max(1, _CHECKED_ELEMENTS // max(1, values.shape[1:].numel()))
     parts = (part.isfinite() for part in torch.split(plain_tensor(values.detach()), size))
     finite = torch.cat([part.flatten(1).all(dim=1) if part.ndim > 1 else part for part in parts])
-    _refuse(~finite, f"Expected finite {what}, but got NaN or infinity")
+    _refuse(~finite, f"Expected finite {what}, but got NaN or infinity", remedy)
 
 
 def check_finite_or_masked(logits: Tensor, what: str) -> None:
@@ -194,8 +209,8 @@ def check_finite_or_masked(logits: Tensor, what: str) -> None:
     _refuse(masked.all(dim=1, keepdim=True), f"{expected}, but got none")
 
 
-def _refuse(wrong: Tensor, sentence: str) -> None:
+def _refuse(wrong: Tensor, sentence: str, remedy: str = "") -> None:
     """Raise, with the number of samples concerned, if anything is ``wrong`` ``(N, ...)``."""
     if wrong.any():
         bad = (wrong.flatten(1).any(dim=1) if wrong.ndim > 1 else wrong).nonzero()[:, 0]
-        raise ValueError(f"{sentence} in {len(bad)} of {len(wrong)} samples (first: sample {int(bad[0])}).")
+        raise ValueError(f"{sentence} in {len(bad)} of {len(wrong)} samples (first: sample {int(bad[0])}).{remedy}")

@@ -109,7 +109,7 @@ def hessian_trace(
 
     Args:
         model: Maps inputs ``(N, ...)`` to logits ``(N, C)``, sample by sample: a module, or a method of one.
-        inputs: ``(N, ...)``, floating point, or integers such as token ids.
+        inputs: ``(N, ...)``, floating point, or integers such as token ids; with NaN only if the network fills it in.
         targets: Targets as the loss takes them, ``(N,)`` class indices for cross-entropy, or ``(N, ...)`` with one
             per position of outputs ``(N, C, ...)``. They may be None where the
             Gauss–Newton matrix suffices and does not depend on them (cross-entropy without class weights).

@@ -91,7 +91,7 @@ ALL_SKIPPED = (
     [
         (None, three_parts, r"batches `\(inputs, targets\)`.*got a list of 3 \(Tensor, Tensor, Tensor\).*probe_fn"),
         (None, integers, r"inputs` to be floating point, but got torch.int64.*probe_fn"),
-        (None, nan_inputs, r"finite inputs, but got NaN or infinity in 32 of 32 samples"),
+        (None, nan_inputs, r"finite inputs, but got NaN or infinity in 8 of 8 samples"),
         (lambda z: z[:, :, None], loader, r"logits of shape \(N, C\).*returned shape \(\d+, 4, 1\)"),
         (lambda z: (z, z), loader, r"returned tuple with several entries.*probe_fn"),
         (lambda z: z[:, :1], loader, r"C ≥ 2 classes, but for \d+ inputs it returned shape \(\d+, 1\).*\(0, z\)"),
@@ -714,3 +714,54 @@ def test_without_a_loss_wrong_targets_of_a_probe_are_told_at_once(tmp_path: Path
     assert "`targets` to hold one class index per sample" in messages[0]
     with pytest.raises(ValueError, match="one class index per sample"):  # the monitor's loss is not assumed afterwards
         Probe(classifier(), torch.ones(2, 1, 4, 4), torch.ones(2, 4))
+
+
+class FillsIn(Quiet):
+    """Replaces missing values by learnt ones, and tells the network which these are."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Sequential(nn.Flatten(), nn.Linear(32, 8), nn.Tanh(), nn.Linear(8, NUM_CLASSES)))
+        self.fill = nn.Parameter(torch.rand(1, 1, 4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        missing = x.isnan()
+        return self.network(torch.cat([torch.where(missing, self.fill, x), missing.to(x)], dim=1))
+
+
+def test_a_network_that_fills_in_missing_values_is_measured_with_the_line_to_paste_and_its_curvature_without(
+    tmp_path: Path,
+) -> None:
+    x, y = samples().tensors
+    x[torch.rand(x.shape, generator=torch.Generator().manual_seed(0)) < 0.2] = torch.nan
+    model = FillsIn()
+
+    def validated(**options: Any) -> tuple[list[str], dict[str, float]]:
+        with robustness_warnings() as messages:
+            run = trainer(RobustnessMonitor(max_samples=120, **options), root=tmp_path)
+            run.validate(model, loader(TensorDataset(x, y), 50), verbose=False)
+        return messages, {key: float(value) for key, value in run.callback_metrics.items()}
+
+    trace = float(hessian_trace(model, x, y, num_probes=2, rtol=None).total)
+    messages, values = validated(metrics=["hessian_trace"])
+    assert messages == []
+    assert values["robust/hessian_trace"] == pytest.approx(trace, rel=1e-4)
+
+    messages, values = validated()
+    assert len(messages) == 1
+    assert values["robust/hessian_trace"] == pytest.approx(trace, rel=1e-4)
+    assert "robust/fim_spectral_norm" not in values
+    found = re.search(r"skipped in epoch 0 Fisher.* Where NaN stands .*`probe_fn=(.*)`. Curvature alone", messages[0])
+    assert found is not None
+
+    messages, values = validated(probe_fn=eval(found[1], {"Probe": Probe}))
+    assert messages == []
+    filled = torch.where(x.isnan(), model.fill.detach(), x)
+    known = (~x.isnan()).float()
+
+    def on_known(x: Tensor, known: Tensor) -> Tensor:
+        return model.network(torch.cat([known * x + (1 - known) * model.fill, 1 - known], dim=1))
+
+    expected = FisherSpectralNorm()
+    expected.update(Probe(on_known, filled, y, extras={"known": known}))
+    assert values["robust/fim_spectral_norm"] == pytest.approx(float(expected.compute()["fim_spectral_norm"]), rel=1e-4)
+    assert values["robust/hessian_trace"] == pytest.approx(trace, rel=0.2)  # by other signs, of other inputs

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from lightning_robust.functional import hessian_trace
+from lightning_robust.functional import hessian_trace, linearize
 from lightning_robust.functional.curvature.problem import CurvatureProblem
 from lightning_robust.functional.curvature.signs import ProbeSeeds, sample_signs
 from lightning_robust.functional.curvature.sums import joined
@@ -62,8 +62,30 @@ def test_inputs_that_are_not_samples_which_the_network_takes_are_refused(estimat
 def test_inputs_that_are_not_finite_are_refused(estimator: Any, value: float) -> None:
     model, inputs, targets = small("tanh_mlp")
     inputs[3] = value
-    with pytest.raises(ValueError, match=r"finite inputs.* 1 of 12 samples .*sample 3"):
+    with pytest.raises(ValueError, match=r"finite inputs.* 1 of 6 samples .*sample 3"):
         hessian_trace(model, inputs, targets, estimator=estimator)
+
+
+@every_estimator
+def test_inputs_need_not_be_finite_where_the_network_fills_them_in(estimator: Any) -> None:
+    model, inputs, targets = small("tanh_mlp")
+    missing = torch.arange(inputs.numel()).view_as(inputs) % 5 == 0
+    given, filled = inputs.masked_fill(missing, math.nan), inputs.masked_fill(missing, 0.5)
+
+    class Filling(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = model
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.network(x.nan_to_num(0.5))
+
+    actual = hessian_trace(Filling(), given, targets, estimator=estimator, num_probes=60, rtol=None)
+    expected = hessian_trace(model, filled, targets, estimator=estimator, num_probes=60, rtol=None)
+    error = 4 * float(actual.total_stderr + expected.total_stderr) + 1e-6
+    assert float(actual.total) == pytest.approx(float(expected.total), abs=error)
+    with pytest.raises(ValueError, match=r"finite inputs.*Where NaN stands for missing values.*`probe_fn="):
+        linearize(Filling(), given)
 
 
 @every_estimator
