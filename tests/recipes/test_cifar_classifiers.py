@@ -31,6 +31,7 @@ def measure(probe: Probe, *metrics: ProbeMetric) -> dict[str, Tensor]:
     return values
 
 
+@pytest.mark.long
 def test_predicted_accuracy_is_that_under_pgd_on_small_networks_and_both_norms_order_them() -> None:
     rows = [
         measure(probe, FisherSpectralNorm(), LinearizedAccuracy(EPSILONS), AdversarialAccuracy(EPSILONS))

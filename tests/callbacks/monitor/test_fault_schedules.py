@@ -54,7 +54,7 @@ def in_processes(rank: int, root: Path, num_processes: int, seeds: list[int], nu
 @pytest.mark.parametrize("num_processes", [2, pytest.param(3, marks=pytest.mark.long)])
 @pytest.mark.parametrize(
     ("seeds", "num_epochs"),
-    [([0], 16), pytest.param(list(range(1, 9)), 60, marks=pytest.mark.long)],
+    [([0], 10), pytest.param(list(range(1, 9)), 60, marks=pytest.mark.long)],
 )
 def test_no_process_hangs_whichever_fails(
     tmp_path: Path, num_processes: int, seeds: list[int], num_epochs: int

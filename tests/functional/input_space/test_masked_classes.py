@@ -153,7 +153,7 @@ def masks_of(kind: str, num_samples: int, num_classes: int, generator: torch.Gen
 
 @pytest.mark.parametrize("kind", ["same", "own", "own, or a single one"])
 @pytest.mark.parametrize(("num_samples", "num_classes"), [(20, 3), (1000, 3), (40, 10), (20, 1000)])
-@pytest.mark.parametrize("correct", [1.0, 0.97, 0.8])
+@pytest.mark.parametrize("correct", [1.0, 0.8])
 def test_no_class_of_vanishing_probability_moves_the_calibration(
     kind: str, num_samples: int, num_classes: int, correct: float
 ) -> None:
@@ -326,7 +326,7 @@ def test_a_sample_with_a_single_class_left_is_safe(fill: float) -> None:
 
 
 @every_fill
-@pytest.mark.parametrize("batch_size", [1, 7, 40])
+@pytest.mark.parametrize("batch_size", [1, 40])
 @pytest.mark.parametrize("options", [{}, {"norm": "l2"}, {"order": 2}], ids=str)
 def test_samples_with_a_single_class_are_left_out_of_the_mean_margin_alone(
     options: dict[str, Any], batch_size: int, fill: float
