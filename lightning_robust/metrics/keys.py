@@ -26,25 +26,11 @@ _NOT_PLAIN = re.compile(r"adv|attack|pgd|fgsm|robust|noise|corrupt|top[_-]?(?!1(
 _LOADER = re.compile(r"/dataloader_idx_(\d+)$")  # which Lightning appends where there are several
 _WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
 # Words that say no more than "accuracy of the validation": every other one may name another kind of accuracy.
-_VALIDATION_WORDS = frozenset(
-    {
-        "val",
-        "valid",
-        "validation",
-        "test",
-        "testing",
-        "eval",
-        "evaluation",
-        "dev",
-        "epoch",
-        "acc",
-        "accuracy",
-        "top",
-        "1",
-    }
-    | {"micro", "multiclass", "binary", "mean", "avg", "average", "total", "overall", "metric", "metrics", "clean"}
-    | {"classification", "classifier", "image"}
-)
+_VALIDATION_WORDS = {
+    *("val", "valid", "validation", "test", "testing", "eval", "evaluation", "dev", "epoch", "acc", "accuracy"),
+    *("top", "1", "micro", "multiclass", "binary", "mean", "avg", "average", "total", "overall", "metric", "metrics"),
+    *("clean", "classification", "classifier", "image"),
+}
 _RENAMED = re.compile(r"[^\w./-]")  # characters that some loggers rename or refuse
 _ERROR_BAR = re.compile(r"_(?:stderr|lower|upper|stderr_probes)$")
 
