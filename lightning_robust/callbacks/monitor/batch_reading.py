@@ -23,7 +23,7 @@ from lightning_robust.functional._isolation.sharding import is_distributed
 from lightning_robust.functional._isolation.side_effects import side_effects_reverted
 from lightning_robust.functional._validation.arguments import class_of
 from lightning_robust.functional._validation.extras import check_extras
-from lightning_robust.functional._validation.independence import BOUND, check_place
+from lightning_robust.functional._validation.independence import BoundToBatchError, check_place
 from lightning_robust.probe import Probe, check_samples, checked_with
 
 _INPUT_KEYS = (
@@ -128,7 +128,7 @@ def _code(samples: Samples, takes: Arguments, extras: Mapping[str, Tensor], pl_m
         and entry.shape[:1] == samples.inputs.shape[:1]
         and name not in (*extras, samples.key, samples.target_key)
     ]
-    children = [name for name, child in pl_module.named_children() if any(True for _ in child.parameters())]
+    children = list(_children_with_weights(pl_module))
     embedding = None
     if samples.inputs.dtype in (torch.int32, torch.int64):
         embedding = next((name for name, layer in pl_module.named_modules() if isinstance(layer, nn.Embedding)), None)
@@ -161,7 +161,7 @@ def _remedy(targets: Tensor, code: ProbeCode) -> str:
 
 
 def check_batch(pl_module: LightningModule, batch: Batch, rows: Sequence[int]) -> bool:
-    """Check that a function of the user's gives the selected samples of a batch the outputs that they have in it.
+    """Check that a user's function returns the same outputs for the selected samples as for the whole batch.
 
     Costs up to three forward passes without gradients for a plain function, such as a lambda in a ``probe_fn``; nothing
     for modules.
@@ -187,9 +187,9 @@ def check_batch(pl_module: LightningModule, batch: Batch, rows: Sequence[int]) -
     try:
         with muted_logging(pl_module), differentiable(pl_module):
             check_place(probe.network, probe.inputs, rows, module=module)
-    except Exception as error:
-        if str(error).startswith(BOUND):
-            raise
+    except BoundToBatchError:
+        raise
+    except Exception:  # the function fails on the whole batch: the measurement will raise it again, with what to do
         return False
     return True
 
@@ -198,8 +198,12 @@ def _network(pl_module: LightningModule) -> nn.Module:
     """The module to call: its only child with weights, if it has no forward pass of its own."""
     if type(pl_module).forward is not LightningModule.forward or "forward" in vars(pl_module):
         return pl_module
-    children = [child for child in pl_module.children() if any(True for _ in child.parameters())]
+    children = list(_children_with_weights(pl_module).values())
     return children[0] if len(children) == 1 else pl_module
+
+
+def _children_with_weights(module: nn.Module) -> dict[str, nn.Module]:
+    return {name: child for name, child in module.named_children() if any(True for _ in child.parameters())}
 
 
 def _samples(batch: object, takes: Arguments) -> Samples:

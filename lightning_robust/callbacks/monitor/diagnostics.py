@@ -132,7 +132,7 @@ def skipped(
 
 
 def _hint(what: str, code: ProbeCode, *, raised: bool) -> str:
-    """The line to paste, for causes that tell it."""
+    """Suggest a line to paste, where the cause of the failure shows which."""
     if _INFERENCE in what:
         return (
             " Does the model close over a tensor of the batch, made under inference mode? Pass what has a row per"

@@ -142,7 +142,7 @@ def on_directions(
 
 
 class _Consumer(NamedTuple):
-    """What follows a key: its class, mode and line, and what comes of a key that is best untrained or a wrong mode."""
+    """A callback or scheduler that follows a key, with the code that creates it and the consequences of misusing it."""
 
     name: str
     key: str

@@ -14,7 +14,7 @@ from lightning_robust.callbacks.monitor.validation_witness import LeftOut, Valid
 
 
 class StepComparison:
-    """What is known of the step and of the samples, from the first batch of a validation to its logged values."""
+    """Listens to the step during one validation, and keeps what the later comparisons need."""
 
     def __init__(self) -> None:
         self._witness: ValidationWitness | None = None
@@ -24,7 +24,7 @@ class StepComparison:
         self._known: set[str] = set()
 
     def begin(self, logged: Iterable[str]) -> None:
-        """Begin with a validation, before which these keys were logged."""
+        """Start with a new validation; these keys were logged earlier."""
         self._known, self._clean, self._left_out = set(logged), None, None
 
     def listen(self, pl_module: LightningModule, samples: Batch) -> None:
@@ -42,7 +42,7 @@ class StepComparison:
         self._witness = None
 
     def of_samples(self) -> str | None:
-        """Show the samples of the step to what is measured; a sentence if the two compute something else."""
+        """Run the measured network on samples that the step has seen; return a warning if the two differ."""
         witness, self._witness = self._witness, None
         found = None if witness is None else witness.compare()
         if isinstance(found, LeftOut):
@@ -52,13 +52,13 @@ class StepComparison:
     def note(
         self, values: Mapping[str, float], per_sample: Mapping[str, Tensor], targets: Sequence[object], num_samples: int
     ) -> None:
-        """Keep what :meth:`CleanAccuracy.of` needs of a measurement."""
+        """Keep the accuracy of a measurement (see :meth:`CleanAccuracy.of`)."""
         self._clean = CleanAccuracy.of(values, per_sample, targets, num_samples=num_samples)
         if self._left_out is not None and not self._left_out.may_classify(targets):
             self._left_out = self._left_out._replace(plausible=False)
 
     def of_accuracies(self, logged: Mapping[str, float], *, loader: int, num_loaders: int) -> str | None:
-        """Compare the accuracy of the samples with what was logged since the beginning; a sentence if they disagree."""
+        """Compare the measured accuracy with those logged since :meth:`begin`; return a warning if they disagree."""
         new = {key: value for key, value in logged.items() if key not in self._known}
         shares = comparable(new, loader=loader, num_loaders=num_loaders)
         agrees = agreement(shares, self._clean)

@@ -21,7 +21,7 @@ OF_THE_STEP = "`validation_step`"  # begins the sentences about what differs
 
 
 class LeftOut(NamedTuple):
-    """A child that the step calls at its end, and that what is measured leaves out: a classifier, or something else.
+    """The last child that the step calls, if the measured network does not call it. It may be the classifier.
 
     Attributes:
         name: Of the child.
@@ -40,7 +40,7 @@ class LeftOut(NamedTuple):
     plausible: bool = True
 
     def sentence(self) -> str:
-        """What is said if it is the classifier."""
+        """Warn that the classifier is not measured."""
         line = self.code.line(network=f"lambda x: module.{self.name}(module(x))", more="module=module")
         return (
             f"{OF_THE_STEP} goes on after what RobustnessMonitor measures: it calls `{self.name}`, too, which returns"
@@ -49,7 +49,7 @@ class LeftOut(NamedTuple):
         )
 
     def may_classify(self, targets: Sequence[object]) -> bool:
-        """Whether it, rather than what is measured, has one output per class of the targets."""
+        """Whether it fits the classes of the targets better than the measured outputs do."""
         classes = [target for target in targets if isinstance(target, int)]
         if not classes or len(classes) < len(targets):
             return False  # soft ones
@@ -92,10 +92,10 @@ class ValidationWitness:
         self._listener.stop()
 
     def compare(self) -> str | LeftOut | None:
-        """Show the same samples to what is measured.
+        """Run the measured network on the same samples.
 
         Returns:
-            A sentence if that is not what the step has computed; or a child that may be missing in what is measured.
+            A warning if the step has computed something else; or a child that the measured network may lack.
         """
         self.stop()
         in_step = self._heard(self._listener)
@@ -157,7 +157,7 @@ class ValidationWitness:
         return self._of_inputs(name, measured.inputs[wanted[0]], passed[0])
 
     def _is_in_batch(self, passed: Rows) -> bool:
-        """Whether these are rows of the batch, though none of those that are compared: the step leaves some out."""
+        """Whether these rows belong to the batch, but not to the compared samples: the step filters its batch."""
         few = Rows(passed.shape, passed.values[:_FEW])
         found = [few.equal(rows, tolerance=_INPUT_TOLERANCE) for rows in self._batch if few.comparable(rows)]
         return any(bool(each.any(dim=1).all()) for each in found)

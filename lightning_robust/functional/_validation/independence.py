@@ -46,6 +46,12 @@ _ONE_SIZE = (
     "The model takes only some numbers of samples at once, but samples are measured one by one, and in groups of any"
     " size. Does the module keep a state for batches of one size? Let it make that state as large as the inputs are."
 )
+
+
+class BoundToBatchError(ValueError):
+    """A function depends on the places of samples in a batch, because it closes over tensors of that batch."""
+
+
 _KNOWN = ContextVar("places_known", default=False)
 
 
@@ -135,12 +141,12 @@ def check_place(
                 known = SampleModel(model.model, _rows(model, first), num_samples=n)
                 again = outputs_of(known.on_all(), x[first])
                 if not _differ(again, outputs, torch.arange(n)) and not _mixes(known, x[first], outputs):
-                    raise ValueError(BOUND)
+                    raise BoundToBatchError(BOUND)
                 return
 
 
-def _refusal(count: int, of: int, error: Exception) -> ValueError:
-    return ValueError(f"{BOUND} (On {count} of {of} samples it raised: {error})")
+def _refusal(count: int, of: int, error: Exception) -> BoundToBatchError:
+    return BoundToBatchError(f"{BOUND} (On {count} of {of} samples it raised: {error})")
 
 
 def _rows(model: SampleModel, rows: slice) -> dict[str, Tensor]:

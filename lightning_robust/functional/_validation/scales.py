@@ -52,7 +52,7 @@ def masked_classes(logits: Tensor) -> Tensor:
 
 
 def gaps_below_a_class(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """What tells which samples masks leave a single class, also if their logits (N, C) come in batches.
+    """Measure the gap below the first class of each sample (N, C), for :func:`are_alone` to judge over all batches.
 
     Returns:
         The gap (N,) below the first class of a sample if it is wide and only the other samples can tell what it means,
@@ -64,7 +64,7 @@ def gaps_below_a_class(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def are_alone(gaps: Tensor, spans: Tensor) -> Tensor:
-    """Mark the samples (N,) with a single class that is not masked, by :func:`gaps_below_a_class` of all of them."""
+    """Mark the samples (N,) with a single unmasked class, given :func:`gaps_below_a_class` of all samples."""
     others = spans[gaps == 0]
     return gaps > (_FAR * typical(others) if len(others) else torch.finfo(gaps.dtype).max)
 

@@ -25,9 +25,9 @@ _CHECKED_ELEMENTS = 2**24
 _WRAP = "Wrap the model so that it does (in a callback, through `probe_fn`)."
 _FILL = (
     " Where NaN stands for missing values that the network fills in, let it see them beside inputs that have a"
-    " derivative (in a callback): `probe_fn=lambda pl_module, batch: Probe(lambda x, missing:"
-    " pl_module(x.masked_fill(missing, float('nan'))), batch[0].nan_to_num(0.0), batch[1], extras={'missing':"
-    " batch[0].isnan()}, module=pl_module)`. Curvature alone is measured as it is."
+    " derivative (in a callback): `probe_fn=lambda module, batch: Probe(lambda x, missing:"
+    " module(x.masked_fill(missing, float('nan'))), batch[0].nan_to_num(0.0), batch[1], extras={'missing':"
+    " batch[0].isnan()}, module=module)`. Curvature alone is measured as it is."
 )
 
 

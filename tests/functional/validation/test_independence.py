@@ -39,6 +39,18 @@ class Pooled(nn.Module):
         return self(x, self.mask)
 
 
+class Holding(nn.Module):
+    """A module that holds a mask for all samples: modules are not compared with the batch."""
+
+    def __init__(self, network: Pooled, mask: Tensor) -> None:
+        super().__init__()
+        self.network, self.mask = network, mask
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.network(x, self.mask)
+        return logits
+
+
 INPUTS = random(7, NUM_SAMPLES, LENGTH, 4, dtype=torch.float32)
 LONGEST_FIRST = (torch.arange(LENGTH) < LENGTH - (torch.arange(NUM_SAMPLES)[:, None] - 20).clamp(0) // 5).float()
 ONE_SHORT = torch.ones(NUM_SAMPLES, LENGTH).index_put((torch.tensor(27), torch.tensor([4, 5])), torch.tensor(0.0))
@@ -84,8 +96,12 @@ def test_no_metric_measures_it(name: str) -> None:
 @pytest.mark.parametrize("binding", BINDINGS)
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_what_all_samples_share_may_be_bound(estimator: str, binding: str) -> None:
-    network = Pooled()
-    ESTIMATORS[estimator](BINDINGS[binding](network, LONGEST_FIRST[-1:]), network)
+    network, shared = Pooled(), LONGEST_FIRST[-1:]
+    found = ESTIMATORS[estimator](BINDINGS[binding](network, shared), network)
+    expected = ESTIMATORS[estimator](Holding(network, shared), network)
+    (name,) = (name for name in ("gram", "margins", "total") if hasattr(expected, name))
+    assert getattr(expected, name).any()
+    torch.testing.assert_close(getattr(found, name), getattr(expected, name))
 
 
 def test_samples_that_pass_all_together_may_be_bound() -> None:
