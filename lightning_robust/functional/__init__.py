@@ -22,6 +22,10 @@ from lightning_robust.functional.input_space.linearized_margin import (
     linearized_margin,
     linearized_margin_linf,
 )
+from lightning_robust.functional.input_space.matrix_free import (
+    SpectralNormEstimate,
+    fim_spectral_norm_matrix_free,
+)
 from lightning_robust.functional.input_space.temperature import fit_temperature
 
 __all__ = [
@@ -31,6 +35,7 @@ __all__ = [
     "Estimate",
     "FisherRaoPaths",
     "Linearization",
+    "SpectralNormEstimate",
     "TraceEstimate",
     "calibrated_fim_spectral_norm",
     "class_shielding",
@@ -38,6 +43,7 @@ __all__ = [
     "drift_history",
     "drifted_together",
     "fim_spectral_norm",
+    "fim_spectral_norm_matrix_free",
     "fim_trace",
     "fisher_rao_distance",
     "fisher_rao_margin_bound",
