@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from contextvars import ContextVar
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import KW_ONLY, asdict, dataclass, field, replace
-from types import MappingProxyType
 from typing import Any, TypeVar, cast
 
 import torch
@@ -23,12 +21,8 @@ from lightning_robust.functional._validation.arguments import (
 from lightning_robust.functional._validation.extras import SampleModel, check_extras
 from lightning_robust.functional._validation.independence import check_place, places_known
 from lightning_robust.functional._validation.outputs import as_classifier, as_one_logit, as_two_classes
-from lightning_robust.functional._validation.tensors import (
-    check_logits,
-    check_real,
-    check_targets,
-    outputs_of,
-)
+from lightning_robust.functional._validation.samples import check_samples, completed
+from lightning_robust.functional._validation.tensors import check_logits, check_targets, outputs_of
 from lightning_robust.functional.curvature.losses import LossFn, SampleLoss, check_loss_fn
 from lightning_robust.functional.curvature.plan import Estimator
 from lightning_robust.functional.curvature.problem import CurvatureProblem
@@ -42,20 +36,6 @@ from lightning_robust.functional.input_space.linearization import Linearization,
 from lightning_robust.functional.input_space.units import Units, check_units, check_valid_range
 
 T = TypeVar("T")
-
-
-# What probes get later for options that they leave open. With a loss, for example, targets need not be classes.
-_DEFAULTS: ContextVar[Mapping[str, Any]] = ContextVar("defaults", default=MappingProxyType({}))
-
-
-@contextmanager
-def checked_with(defaults: Mapping[str, Any]) -> Iterator[None]:
-    """Check new probes as if options that they leave open had these values, which they get later."""
-    token = _DEFAULTS.set(defaults)
-    try:
-        yield
-    finally:
-        _DEFAULTS.reset(token)
 
 
 @dataclass(frozen=True)
@@ -129,9 +109,9 @@ class Probe:
         optional(check_kind, "module", self.module, nn.Module)
         if self.chunk_size is not None:
             check_positive_integer("chunk_size", self.chunk_size)
-        options = {name: getattr(self, name) for name in ("loss_fn", "input_std", "input_mean", "valid_range")}
-        options = {name: _DEFAULTS.get().get(name) if given is None else given for name, given in options.items()}
-        check_samples(self.inputs, self.targets, loss_fn=options.pop("loss_fn"))
+        names = ("loss_fn", "input_std", "input_mean", "valid_range")
+        options = completed({name: getattr(self, name) for name in names})
+        check_samples(self.inputs, self.targets, any_targets=options.pop("loss_fn") is not None)
         check_extras(self.extras, len(self.inputs))
         check_units(**options)
         object.__setattr__(self, "valid_range", check_valid_range(self.valid_range))  # from a list, tensor or array
@@ -282,18 +262,3 @@ class Probe:
         """Return a probe of some of the samples, without copying them."""
         extras = None if self.extras is None else {name: extra[rows] for name, extra in self.extras.items()}
         return replace(self, inputs=self.inputs[rows], targets=self.targets[rows], extras=extras)
-
-
-def check_samples(inputs: Tensor, targets: Tensor, *, loss_fn: LossFn | None) -> None:
-    """Raise unless there is one class index (with a ``loss_fn``, one target) per input ``(N, ...)``."""
-    check_real(inputs)
-    if inputs.ndim == 0:
-        raise ValueError("Expected argument `inputs` to be a tensor (N, ...), but got a single number.")
-    if loss_fn is None:
-        check_targets(targets, num_samples=len(inputs))
-    elif not isinstance(targets, Tensor) or targets.shape[:1] != inputs.shape[:1]:
-        got = tuple(targets.shape) if isinstance(targets, Tensor) else type(targets).__name__
-        raise ValueError(
-            f"Expected argument `targets` to hold one target per sample, a tensor of shape ({len(inputs)}, ...), but"
-            f" got {got}."
-        )

@@ -24,7 +24,8 @@ from lightning_robust.functional._isolation.side_effects import side_effects_rev
 from lightning_robust.functional._validation.arguments import class_of
 from lightning_robust.functional._validation.extras import check_extras
 from lightning_robust.functional._validation.independence import BoundToBatchError, check_place
-from lightning_robust.probe import Probe, check_samples, checked_with
+from lightning_robust.functional._validation.samples import check_samples, checked_with, completed
+from lightning_robust.probe import Probe
 
 _INPUT_KEYS = (
     *("x", "input", "inputs", "image", "images", "img", "pixel_values", "data", "features"),
@@ -85,7 +86,7 @@ def read_batch(
     inputs, targets, extras = (options.pop(name) for name in ("inputs", "targets", "extras"))
     if probe.module is None and owner_of(probe.model) is None:
         options["module"] = pl_module
-    options |= {name: value for name, value in defaults.items() if options[name] is None}
+    options = completed(options, defaults)
     return Batch(inputs, targets, options, extras or {})
 
 
@@ -111,7 +112,7 @@ def _read(pl_module: LightningModule, batch: object, defaults: Mapping[str, Any]
         extras = {**extras, tokens.key: inputs, **({MASK: mask} if isinstance(mask, Tensor) else {})}
         inputs = tokens.embedded(inputs)
     try:
-        check_samples(inputs, targets, loss_fn=options["loss_fn"])
+        check_samples(inputs, targets, any_targets=options["loss_fn"] is not None)
     except ValueError as error:
         raise ValueError(f"{error}{_remedy(targets, code)}") from error
     check_extras(extras, len(inputs))
