@@ -16,13 +16,13 @@ from lightning_robust.functional.input_space.fisher_information import (
     fim_trace,
     saturated,
 )
+from lightning_robust.functional.input_space.likelihoods import fit_temperature
 from lightning_robust.functional.input_space.linearization import Linearization, linearize, relinearize
 from lightning_robust.functional.input_space.linearized_margin import (
     linearized_accuracy,
     linearized_margin,
     linearized_margin_linf,
 )
-from lightning_robust.functional.input_space.temperature import fit_temperature
 
 __all__ = [
     "CalibratedSpectralNorm",

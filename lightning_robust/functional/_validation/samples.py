@@ -27,9 +27,17 @@ def checked_with(defaults: Mapping[str, Any]) -> Iterator[None]:
 
 
 def completed(options: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Options of a probe, with ``defaults`` (by default those of :func:`checked_with`) for those that are left open."""
-    values = _DEFAULTS.get() if defaults is None else defaults
-    return {name: values.get(name) if given is None else given for name, given in options.items()}
+    """Options of a probe, with ``defaults`` (by default those of :func:`checked_with`) for those that are left open.
+
+    Those are None, or the likelihood that a probe has unless it names another. A tolerance belongs to its likelihood.
+    """
+    values = dict(_DEFAULTS.get() if defaults is None else defaults)
+    is_open = {
+        name: given is None or (name == "likelihood" and given == "categorical") for name, given in options.items()
+    }
+    if not is_open["likelihood"] and options["likelihood"] != values.get("likelihood"):
+        values.pop("tolerance", None)
+    return {name: values.get(name, given) if is_open[name] else given for name, given in options.items()}
 
 
 def check_samples(inputs: Tensor, targets: Tensor, *, any_targets: bool) -> None:
