@@ -173,7 +173,7 @@ class Likelihood(ABC):
     def without_tolerance(self, sizes: Tensor) -> str:
         """The error for margins that need a tolerance; ``sizes`` are numbers of the size of outputs."""
         spread = float(sizes.detach().double().std(correction=0)) or 1.0
-        line = f"likelihood={self.name!r}, tolerance={spread / 10:.1g}"
+        line = f"likelihood={self.name!r}, tolerance={float(f'{spread / 10:.1g}'):g}"
         return (
             f"Expected argument `tolerance` with likelihood {self.name!r}, because a margin is the distance at which an"
             f" output moves by that much, in its own units, but got None. Pass `RobustnessMonitor({line})` or"
