@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from contextvars import ContextVar
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import KW_ONLY, asdict, dataclass, field, replace
-from types import MappingProxyType
 from typing import Any, TypeVar, cast
 
 import torch
@@ -22,14 +20,9 @@ from lightning_robust.functional._validation.arguments import (
 )
 from lightning_robust.functional._validation.extras import SampleModel, check_extras
 from lightning_robust.functional._validation.independence import check_place, places_known
-from lightning_robust.functional._validation.outputs import as_classifier, as_one_logit, as_two_classes
-from lightning_robust.functional._validation.tensors import (
-    check_logits,
-    check_real,
-    check_targets,
-    outputs_of,
-)
-from lightning_robust.functional.curvature.losses import LossFn, SampleLoss, check_loss_fn
+from lightning_robust.functional._validation.samples import check_samples, completed
+from lightning_robust.functional._validation.tensors import check_logits, check_targets, outputs_of
+from lightning_robust.functional.curvature.losses import LossFn, check_loss_fn
 from lightning_robust.functional.curvature.plan import Estimator
 from lightning_robust.functional.curvature.problem import CurvatureProblem
 from lightning_robust.functional.curvature.signs import ProbeSeeds
@@ -38,24 +31,12 @@ from lightning_robust.functional.fisher_rao.geometry import other_classes
 from lightning_robust.functional.fisher_rao.path_options import PathOptions
 from lightning_robust.functional.fisher_rao.paths import FisherRaoPaths, trace_fisher_rao_paths
 from lightning_robust.functional.input_space.attacks import Norm, pgd
+from lightning_robust.functional.input_space.likelihoods import LikelihoodName, likelihood_of
 from lightning_robust.functional.input_space.linearization import Linearization, linearize, relinearize
+from lightning_robust.functional.input_space.reading import Reading
 from lightning_robust.functional.input_space.units import Units, check_units, check_valid_range
 
 T = TypeVar("T")
-
-
-# What probes get later for options that they leave open. With a loss, for example, targets need not be classes.
-_DEFAULTS: ContextVar[Mapping[str, Any]] = ContextVar("defaults", default=MappingProxyType({}))
-
-
-@contextmanager
-def checked_with(defaults: Mapping[str, Any]) -> Iterator[None]:
-    """Check new probes as if options that they leave open had these values, which they get later."""
-    token = _DEFAULTS.set(defaults)
-    try:
-        yield
-    finally:
-        _DEFAULTS.reset(token)
 
 
 @dataclass(frozen=True)
@@ -84,8 +65,8 @@ class Probe:
             in a tuple, dictionary or object where it is evident which they are (``logits``, or the only candidate).
         inputs: ``(N, ...)``, floating point; or integers, such as token ids, of which metrics of the weights alone
             (:class:`~lightning_robust.HessianTrace`) can be measured, as integers have no derivative.
-        targets: ``(N,)``, class indices; with a ``loss_fn``, any targets ``(N, ...)`` that it takes. Metrics that need
-            classes raise an error without them.
+        targets: ``(N,)``, class indices, or what another ``likelihood`` says; with a ``loss_fn``, any targets
+            ``(N, ...)`` that it takes. Metrics that need other ones raise an error.
         extras: Further arguments of the model, tensors ``(N, ...)`` whose rows belong to the samples, by name: padding
             masks, categories, lengths. They are passed on by keyword and never perturbed. What a function closes over
             instead stays as it is when samples are selected or pass in parts, and so meets other samples.
@@ -97,11 +78,17 @@ class Probe:
             it. L∞ margins and attacks respect it; L2 margins ignore it.
         chunk_size: Largest number of samples that pass through the network together, a bound on memory; see
             :func:`~lightning_robust.functional.linearize`.
-        loss_fn: Maps logits and targets to the loss whose curvature is measured; cross-entropy by default. See
-            :func:`~lightning_robust.functional.hessian_trace`. With ``nn.BCEWithLogitsLoss()`` and one target per
-            sample, the model is a binary classifier whose single output z stands for the logits (0, z).
+        loss_fn: Maps logits and targets to the loss whose curvature is measured; by default that of the likelihood:
+            cross-entropy, BCE with logits or MSE. See :func:`~lightning_robust.functional.hessian_trace`. With
+            ``nn.BCEWithLogitsLoss()`` and one target per sample, a ``"categorical"`` model is a binary classifier whose
+            single output z stands for the logits (0, z).
         module: The network that ``model`` calls, if that is a plain function: it is then measured in eval mode, and
             curvature is about its weights.
+        likelihood: What the outputs mean: logits of classes, ``"categorical"``; logits of several labels per sample
+            with targets 0 or 1, ``"bernoulli"``; or numbers, ``"gaussian"``. Of the last two, every output ``(N, ...)``
+            has a target.
+        tolerance: How far a number may move, in its own units, before that counts as a change: for margins with
+            ``"gaussian"``.
 
     Raises:
         TypeError: If ``inputs``, ``targets`` or extras are not tensors, the inputs are complex, ``model`` or
@@ -121,6 +108,8 @@ class Probe:
     chunk_size: int | None = None
     loss_fn: LossFn | None = None
     module: nn.Module | None = None
+    likelihood: LikelihoodName = "categorical"
+    tolerance: float | None = None
     _done: dict[object, object] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -129,9 +118,11 @@ class Probe:
         optional(check_kind, "module", self.module, nn.Module)
         if self.chunk_size is not None:
             check_positive_integer("chunk_size", self.chunk_size)
-        options = {name: getattr(self, name) for name in ("loss_fn", "input_std", "input_mean", "valid_range")}
-        options = {name: _DEFAULTS.get().get(name) if given is None else given for name, given in options.items()}
-        check_samples(self.inputs, self.targets, loss_fn=options.pop("loss_fn"))
+        names = ("likelihood", "tolerance", "loss_fn", "input_std", "input_mean", "valid_range")
+        options = completed({name: getattr(self, name) for name in names})
+        kind = likelihood_of(options.pop("likelihood"), options.pop("tolerance"))
+        any_targets = options.pop("loss_fn") is not None or kind.name != "categorical"
+        check_samples(self.inputs, self.targets, any_targets=any_targets)
         check_extras(self.extras, len(self.inputs))
         check_units(**options)
         object.__setattr__(self, "valid_range", check_valid_range(self.valid_range))  # from a list, tensor or array
@@ -150,12 +141,14 @@ class Probe:
         """Logits, Gram matrices and L1 gaps of all samples (see :func:`~lightning_robust.functional.linearize`)."""
         return self._once(
             ("linearization",),
-            lambda: linearize(self.classifier, self.inputs, chunk_size=self.chunk_size, **self._options),
+            lambda: linearize(
+                self.classifier, self.inputs, chunk_size=self.chunk_size, **self._meaning, **self._options
+            ),
         )
 
     def relinearization(self, norm: Norm) -> Linearization:
         """Gradients taken near the boundary (see :func:`~lightning_robust.functional.relinearize`)."""
-        options = {"norm": norm, "chunk_size": self.chunk_size, **self._options}
+        options = {"norm": norm, "chunk_size": self.chunk_size, **self._options, **self._meaning}
         key = ("relinearization", norm)
         return self._once(key, lambda: relinearize(self.classifier, self.inputs, self.linearization, **options))
 
@@ -165,28 +158,28 @@ class Probe:
         return {name: getattr(self, name) for name in ("extras", "input_std", "input_mean", "valid_range")}
 
     @property
+    def _meaning(self) -> dict[str, Any]:
+        return {"likelihood": self.likelihood, "tolerance": self.tolerance}
+
+    @property
+    def reading(self) -> Reading:
+        """How outputs and targets are read together."""
+        return Reading(self.model, self.targets, likelihood_of(self.likelihood, self.tolerance), self.loss_fn)
+
+    @property
     def is_binary(self) -> bool:
         """Whether this is a binary classifier with one logit: its loss is BCE with logits, with one target each."""
-        return SampleLoss(self.loss_fn).is_binary_cross_entropy and self.targets.numel() == len(self)
+        return self.reading.is_binary
 
     @property
     def classifier(self) -> Callable[..., Tensor]:
-        """The model, with one logit per class."""
-        return as_two_classes(self.model) if self.is_binary else as_classifier(self.model, self.targets)
+        """The model, with one logit per class, or with outputs ``(N, C)`` that have a target each."""
+        return self.reading.network
 
     @property
     def labels(self) -> Tensor:
         """Class indices ``(N,)``; raises a ``ValueError`` if the targets are no classes."""
-        targets = full_precision(self.targets)
-        if not self.is_binary:
-            return check_targets(targets, num_samples=len(self))
-        if not ((targets == 0) | (targets == 1)).all():
-            low, high = float(targets.min()), float(targets.max())
-            raise ValueError(
-                "Expected argument `targets` of a binary classifier to be 0 or 1, but got values from"
-                f" {low:.3g} to {high:.3g}. With soft targets only curvature can be measured."
-            )
-        return targets.reshape(len(self)).long()
+        return self.reading.labels
 
     @property
     def network(self) -> SampleModel:
@@ -218,13 +211,14 @@ class Probe:
         return self._once(key, lambda: self._curvature(estimator, num_probes, attack))
 
     def _curvature(self, estimator: Estimator, num_probes: int, attack: Attack | None) -> CurvatureSums:
+        model, targets, loss_fn = self.reading.of_loss()
         problem = CurvatureProblem(
-            as_one_logit(self.model) if self.is_binary else self.classifier,
+            model,
             self.inputs if attack is None else self.attacked(attack),
-            full_precision(self.targets).float().reshape(len(self)) if self.is_binary else self.targets,
+            targets,
             extras=self.extras,
             estimator=estimator,
-            loss_fn=self.loss_fn,
+            loss_fn=loss_fn,
             module=self.module,
             chunk_size=self.chunk_size,
         )
@@ -282,18 +276,3 @@ class Probe:
         """Return a probe of some of the samples, without copying them."""
         extras = None if self.extras is None else {name: extra[rows] for name, extra in self.extras.items()}
         return replace(self, inputs=self.inputs[rows], targets=self.targets[rows], extras=extras)
-
-
-def check_samples(inputs: Tensor, targets: Tensor, *, loss_fn: LossFn | None) -> None:
-    """Raise unless there is one class index (with a ``loss_fn``, one target) per input ``(N, ...)``."""
-    check_real(inputs)
-    if inputs.ndim == 0:
-        raise ValueError("Expected argument `inputs` to be a tensor (N, ...), but got a single number.")
-    if loss_fn is None:
-        check_targets(targets, num_samples=len(inputs))
-    elif not isinstance(targets, Tensor) or targets.shape[:1] != inputs.shape[:1]:
-        got = tuple(targets.shape) if isinstance(targets, Tensor) else type(targets).__name__
-        raise ValueError(
-            f"Expected argument `targets` to hold one target per sample, a tensor of shape ({len(inputs)}, ...), but"
-            f" got {got}."
-        )

@@ -16,6 +16,7 @@ from lightning_robust.functional.input_space.fisher_information import (
     fim_trace,
     saturated,
 )
+from lightning_robust.functional.input_space.likelihoods import fit_temperature
 from lightning_robust.functional.input_space.linearization import Linearization, linearize, relinearize
 from lightning_robust.functional.input_space.linearized_margin import (
     linearized_accuracy,
@@ -26,7 +27,6 @@ from lightning_robust.functional.input_space.matrix_free import (
     SpectralNormEstimate,
     fim_spectral_norm_matrix_free,
 )
-from lightning_robust.functional.input_space.temperature import fit_temperature
 
 __all__ = [
     "CalibratedSpectralNorm",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -32,8 +32,10 @@ class LinearizedAccuracy(ProbeMetric):
 
     **Logged metrics** (each under the monitor's prefix, each with ``_stderr``, ``_lower``, ``_upper``)
 
-    - ``linearized_accuracy_<norm>_<ε as %.4g>``: predicted robust accuracy at that ε
-    - ``linearized_accuracy_<norm>_0``: clean accuracy on the same samples
+    - ``linearized_accuracy_<norm>_<ε as %.4g>``: predicted robust accuracy at that ε. With likelihood ``"gaussian"``,
+      the share of predictions that move by less than the probe's ``tolerance``
+    - ``linearized_accuracy_<norm>_0``: clean accuracy on the same samples. With likelihood ``"bernoulli"`` a sample is
+      classified correctly if all its labels are; with ``"gaussian"`` this is 1
     - ``linearized_margin_<norm>``: mean margin, with 0 for misclassified samples. A single correctly classified sample
       without any gradient makes it infinite; it is then not logged. Samples with masks over all classes but their own
       are left out, because there is no boundary to be at a distance from.
@@ -78,16 +80,20 @@ class LinearizedAccuracy(ProbeMetric):
             self.add_float64_rows(name)
 
     def _add(self, probe: Probe) -> None:
+        probe.reading.check_margins()
         linearization = probe.linearization if self.order == 1 else probe.relinearization(self.norm)
+        options: dict[str, Any] = {"likelihood": probe.likelihood, "tolerance": probe.tolerance}
+        targets = probe.reading.beside(linearization.logits)
         if self.norm == "l2":
-            margins = linearized_margin(linearization.logits, linearization.gram, probe.labels)
+            margins = linearized_margin(linearization.logits, linearization.gram, targets, **options)
         elif linearization.gap_l1 is not None:
-            margins = linearized_margin_linf(linearization.logits, linearization.gap_l1, probe.labels)
+            margins = linearized_margin_linf(linearization.logits, linearization.gap_l1, targets, **options)
         else:
             raise ValueError("Expected a linearisation with `gap_l1` for norm 'linf', but it has none. Use norm='l2'.")
         check_finite(margins.masked_fill(margins.isposinf(), 0.0), "gradients of the logits")
         self._far = _far(probe)
-        rows = (margins, *gaps_below_a_class(linearization.logits))
+        others = gaps_below_a_class(linearization.logits) if probe.reading.has_classes else 2 * [margins.new_zeros(())]
+        rows = (margins, *(row.expand(len(margins)) for row in others))
         for held, row in zip((self.margins, self.gaps, self.spans), rows, strict=True):
             held.append(row.to(self.device, torch.float64))
 
@@ -134,8 +140,8 @@ class LinearizedAccuracy(ProbeMetric):
         options += [f"norm={self.norm!r}"] if self.norm != "linf" else []
         options += [f"order={self.order}"] if self.order != 1 else []
         return {
-            key: f"{what}: the median margin of correctly classified samples is {median:.2g}, in the unit in which"
-            f" ε is given. `LinearizedAccuracy({', '.join(options)})` has ε of the size of margins."
+            key: f"{what}: the median of the margins above 0 is {median:.2g}, in the unit in which ε is"
+            f" given. `LinearizedAccuracy({', '.join(options)})` has ε of the size of margins."
         }
 
 
