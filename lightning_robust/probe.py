@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import KW_ONLY, asdict, dataclass, field, replace
-from typing import Any, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -13,13 +13,17 @@ from torch import Tensor, nn
 from lightning_robust.functional._isolation.context import differentiable
 from lightning_robust.functional._isolation.stand_ins import full_precision
 from lightning_robust.functional._validation.arguments import (
+    check_choice,
     check_function,
     check_kind,
+    check_number,
     check_positive_integer,
+    expected_but_got,
     optional,
 )
 from lightning_robust.functional._validation.extras import SampleModel, check_extras
 from lightning_robust.functional._validation.independence import check_place, places_known
+from lightning_robust.functional._validation.outputs import as_restricted
 from lightning_robust.functional._validation.samples import check_samples, completed
 from lightning_robust.functional._validation.tensors import check_logits, check_targets, outputs_of
 from lightning_robust.functional.curvature.losses import LossFn, check_loss_fn
@@ -31,12 +35,17 @@ from lightning_robust.functional.fisher_rao.geometry import other_classes
 from lightning_robust.functional.fisher_rao.path_options import PathOptions
 from lightning_robust.functional.fisher_rao.paths import FisherRaoPaths, trace_fisher_rao_paths
 from lightning_robust.functional.input_space.attacks import Norm, pgd
+from lightning_robust.functional.input_space.input_information import InputInformation, input_information
 from lightning_robust.functional.input_space.likelihoods import LikelihoodName, likelihood_of
-from lightning_robust.functional.input_space.linearization import Linearization, linearize, relinearize
+from lightning_robust.functional.input_space.linearization import Linearization, linearize_up_to, relinearize
 from lightning_robust.functional.input_space.reading import Reading
 from lightning_robust.functional.input_space.units import Units, check_units, check_valid_range
 
 T = TypeVar("T")
+LinearizationName = Literal["exact", "krylov"]
+_MOST_OUTPUTS = 32  # of which all gradients are taken, unless a probe says otherwise
+_NUM_OTHERS = 10  # classes to which boundaries are sought where there are more outputs
+_FORWARD_ELEMENTS = 2**22  # of inputs that pass together without gradients: 16 MiB in float32
 
 
 @dataclass(frozen=True)
@@ -87,6 +96,11 @@ class Probe:
         likelihood: What the outputs mean: logits of classes, ``"categorical"``; logits of several labels per sample
             with targets 0 or 1, ``"bernoulli"``; or numbers, ``"gaussian"``. Of the last two, every output ``(N, ...)``
             has a target.
+        linearization: ``"exact"`` takes the gradients of all outputs; ``"krylov"`` finds spectral norms in a Krylov
+            subspace, and margins among the most probable classes. By default the number of outputs decides: up to 32,
+            all gradients are taken.
+        temperature: At which ``"krylov"`` measures calibrated values, where it is known already; by default the one
+            that fits these samples.
         tolerance: How far a number may move, in its own units, before that counts as a change: for margins with
             ``"gaussian"``.
 
@@ -110,6 +124,8 @@ class Probe:
     module: nn.Module | None = None
     likelihood: LikelihoodName = "categorical"
     tolerance: float | None = None
+    linearization: LinearizationName | None = None
+    temperature: float | None = None
     _done: dict[object, object] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -124,6 +140,8 @@ class Probe:
         any_targets = options.pop("loss_fn") is not None or kind.name != "categorical"
         check_samples(self.inputs, self.targets, any_targets=any_targets)
         check_extras(self.extras, len(self.inputs))
+        optional(check_choice, "linearization", self.linearization, get_args(LinearizationName))
+        optional(check_number, "temperature", self.temperature, "a positive number or None", above=0)
         check_units(**options)
         object.__setattr__(self, "valid_range", check_valid_range(self.valid_range))  # from a list, tensor or array
 
@@ -137,20 +155,97 @@ class Probe:
             self._done["place"] = True
 
     @property
-    def linearization(self) -> Linearization:
+    def linearized(self) -> Linearization:
         """Logits, Gram matrices and L1 gaps of all samples (see :func:`~lightning_robust.functional.linearize`)."""
-        return self._once(
-            ("linearization",),
-            lambda: linearize(
-                self.classifier, self.inputs, chunk_size=self.chunk_size, **self._meaning, **self._options
-            ),
-        )
+        found = self._linearized(None)
+        assert found is not None
+        return found
 
-    def relinearization(self, norm: Norm) -> Linearization:
+    @property
+    def linearized_if_few(self) -> Linearization | None:
+        """The same; None if there are more than 32 outputs, unless :attr:`linearization` says otherwise."""
+        if self.linearization == "krylov":
+            return None
+        return self._linearized(_MOST_OUTPUTS if self.linearization is None else None)
+
+    def _linearized(self, most_outputs: int | None) -> Linearization | None:
+        if most_outputs is not None and ("too many",) in self._done:
+            return None
+        options = {"chunk_size": self.chunk_size, **self._options, **self._meaning}
+        key = ("linearized",)
+        found = self._once(key, lambda: linearize_up_to(most_outputs, self.classifier, self.inputs, **options))
+        if found is None:
+            self._done[("too many",)] = self._done.pop(key)
+        return found
+
+    def relinearized(self, norm: Norm) -> Linearization:
         """Gradients taken near the boundary (see :func:`~lightning_robust.functional.relinearize`)."""
         options = {"norm": norm, "chunk_size": self.chunk_size, **self._options, **self._meaning}
-        key = ("relinearization", norm)
-        return self._once(key, lambda: relinearize(self.classifier, self.inputs, self.linearization, **options))
+        key = ("relinearized", norm)
+        return self._once(key, lambda: relinearize(self.classifier, self.inputs, self.linearized, **options))
+
+    def among_probable_classes(self, num_others: int | None) -> Probe:
+        """These samples, for margins: the nearest boundary of a sample leads to a class that is probable already.
+
+        Args:
+            num_others: To how many of the most probable other classes of each sample boundaries are sought. None: to
+                all, or to 10 where linearising all is not the way to measure.
+
+        Returns:
+            A probe of the classifier with only these classes of each sample, and labels among them; this probe itself
+            if they are all.
+        """
+        if not self.reading.has_classes or (num_others is None and self.linearized_if_few is not None):
+            return self
+        return self._once(("among", num_others), lambda: self._among_probable_classes(num_others))
+
+    def _among_probable_classes(self, num_others: int | None) -> Probe:
+        logits = self.own_outputs
+        most = logits.shape[1] - 1
+        if num_others is not None and num_others > most:
+            expected = f"at most the {most} other classes of the model"
+            raise ValueError(expected_but_got("num_targets", expected, num_others))
+        classes = logits.topk(1 + min(num_others or _NUM_OTHERS, most), dim=1).indices
+        labels = self.reading.beside(logits).to(classes.device)
+        places = (classes == labels[:, None]).int().argmax(dim=1)
+        among = classes.gather(1, places[:, None])[:, 0] == labels
+        extras = {**(self.extras or {}), "classes_of_samples": classes}
+        changes: dict[str, Any] = {
+            "model": as_restricted(self.classifier),
+            "targets": torch.where(among, places, 1),
+            "extras": extras,
+        }
+        probe = replace(self, **changes, loss_fn=None, linearization="exact")
+        probe._done["place"] = True
+        return probe
+
+    @property
+    def information(self) -> InputInformation:
+        """Spectral norms at the temperature that is given or fits these samples, and at 1, without all gradients."""
+        return self._once(("information",), self._information)
+
+    def _information(self) -> InputInformation:
+        kind, outputs = likelihood_of(self.likelihood, self.tolerance), self.own_outputs
+        temperature = self.temperature
+        if temperature is None:
+            temperature = float(kind.fit(outputs, self.reading.beside(outputs)).temperature)
+        options: dict[str, Any] = {"extras": self.extras, "input_std": self.input_std, "chunk_size": self.chunk_size}
+        return input_information(
+            self.classifier, self.inputs, temperatures=[temperature, 1.0], likelihood=kind, **options
+        )
+
+    @property
+    def own_outputs(self) -> Tensor:
+        """Outputs ``(N, C)`` of these samples, in eval mode and without a graph."""
+        return self._once(("outputs",), self._own_outputs)
+
+    def _own_outputs(self) -> Tensor:
+        kind, x = likelihood_of(self.likelihood, self.tolerance), full_precision(self.inputs)
+        size = self.chunk_size or max(1, _FORWARD_ELEMENTS // max(1, x[0].numel()))
+        chunks = torch.split(torch.arange(len(x)), size)
+        with differentiable(self.model, self.module), torch.no_grad():
+            parts = [outputs_of(self.network.on(rows), x[rows], check=kind.check_outputs) for rows in chunks]
+        return torch.cat(parts)
 
     @property
     def _options(self) -> dict[str, Any]:
@@ -247,7 +342,7 @@ class Probe:
 
     def _most_probable_others(self, count: int) -> Tensor:
         """Classes (N, count), or all others if there are fewer, in the order of the predictions."""
-        logits = self.logits(self.inputs)
+        logits = self.own_outputs
         labels = check_targets(self.labels, num_samples=len(logits), num_classes=logits.shape[1])
         others = other_classes(labels.to(logits.device), logits.shape[1])
         most_probable = logits.gather(1, others).topk(min(count, others.shape[1]), dim=1).indices

@@ -24,15 +24,15 @@ def test_all_readers_share_one_linearization() -> None:
     recorder = Recorder(model)
     probe = Probe(recorder, inputs, targets)
     assert recorder.record.batch_sizes == []  # nothing before it is asked for
-    first = probe.linearization
-    assert probe.linearization is first
+    first = probe.linearized
+    assert probe.linearized is first
     assert recorder.record.batch_sizes == [len(inputs)]
 
 
 def test_the_linearization_is_in_the_units_and_chunks_of_the_probe() -> None:
     model, inputs, targets = build("cnn_batchnorm")
     recorder = Recorder(model)
-    actual = Probe(recorder, inputs, targets, input_std=[0.5, 1.0, 2.0], chunk_size=3).linearization
+    actual = Probe(recorder, inputs, targets, input_std=[0.5, 1.0, 2.0], chunk_size=3).linearized
     assert recorder.record.batch_sizes == [3, 3, 3]
     torch.testing.assert_close(actual.gram, linearize(model, inputs, input_std=[0.5, 1.0, 2.0]).gram)
 
@@ -54,7 +54,7 @@ def test_a_function_is_measured_in_eval_mode_if_its_module_is_given() -> None:
     before = state_of(model.train())
     probe = Probe(lambda x: model(x) + 1, inputs, targets, module=model)
     torch.testing.assert_close(probe.logits(inputs), expected.logits + 1)
-    torch.testing.assert_close(probe.linearization.gram, expected.gram)
+    torch.testing.assert_close(probe.linearized.gram, expected.gram)
     assert state_of(model) == before
 
 
@@ -83,7 +83,7 @@ def test_rows_of_a_probe_have_its_options_and_share_its_memory() -> None:
 
 
 def test_rows_of_a_probe_have_their_own_linearization(probe: Probe) -> None:
-    whole, part = probe.linearization, probe.rows(slice(2, 5)).linearization
+    whole, part = probe.linearized, probe.rows(slice(2, 5)).linearized
     torch.testing.assert_close(part.gram, whole.gram[2:5])
 
 

@@ -150,10 +150,16 @@ def as_columns(model: Callable[..., Tensor], targets: Tensor) -> Callable[..., T
     return types.MethodType(_Columns(targets[:1].numel()), model)
 
 
+def as_restricted(model: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A classifier with only those classes of each sample, ``(n, K)``, that the extra ``classes_of_samples`` names."""
+    return types.MethodType(_restricted, model)
+
+
 def unwrapped(model: object) -> object:
     """The user's own model behind those that these functions return."""
-    own = isinstance(model, types.MethodType) and (model.__func__ in _OWN or isinstance(model.__func__, _Columns))
-    return model.__self__ if own and isinstance(model, types.MethodType) else model
+    while isinstance(model, types.MethodType) and (model.__func__ in _OWN or isinstance(model.__func__, _Columns)):
+        model = model.__self__
+    return model
 
 
 def _several_classes(model: Callable[..., Tensor], x: Tensor, **extras: Tensor) -> Any:
@@ -190,6 +196,11 @@ def _one_logit_in(outputs: object, *, num_samples: int) -> Any:
     return next(iter(single.values())) if single else logits_in(outputs, num_samples=num_samples)
 
 
+def _restricted(model: Callable[..., Tensor], x: Tensor, *, classes_of_samples: Tensor, **extras: Tensor) -> Tensor:
+    logits: Tensor = logits_in(model(x, **extras), num_samples=len(x))
+    return logits.gather(1, classes_of_samples)
+
+
 def _two_classes(model: Callable[..., Tensor], x: Tensor, **extras: Tensor) -> Tensor:
     logit = _one_logit(model, x, **extras)
     return torch.stack([torch.zeros_like(logit), logit], dim=1)
@@ -221,4 +232,4 @@ class _Columns:
         return next(iter(found.values())) if found else logits_in(outputs, num_samples=num_samples)
 
 
-_OWN = (_two_classes, _one_logit, _several_classes, _zero_and_one)
+_OWN = (_two_classes, _one_logit, _several_classes, _zero_and_one, _restricted)

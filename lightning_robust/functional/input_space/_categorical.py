@@ -16,6 +16,7 @@ from lightning_robust.functional._validation.scales import masked_classes
 from lightning_robust.functional._validation.tensors import check_logits, check_targets
 from lightning_robust.functional.input_space._likelihood import SATURATED_ABOVE, Likelihood
 from lightning_robust.functional.input_space.float64 import to_float64
+from lightning_robust.functional.input_space.softmax_root import softmax_root
 from lightning_robust.functional.input_space.temperature import TemperatureFit, with_masks
 
 
@@ -57,6 +58,15 @@ class Categorical(Likelihood):
         probs = z.softmax(dim=1)[:, :, None]
         weighted = probs.sqrt() * vectors
         return weighted - probs * weighted.sum(dim=1, keepdim=True)
+
+    def root_times(self, z: Tensor, signs: Tensor) -> Tensor:
+        """See :func:`softmax_root`."""
+        return softmax_root(z, signs[None])[0]
+
+    def steepest(self, z: Tensor) -> Tensor:
+        """``e_ŷ − e_k`` for the most probable class ŷ and the next."""
+        top = z.topk(2, dim=1).indices
+        return torch.zeros_like(z).scatter(1, top, z.new_tensor([[1.0, -1.0]]).expand(len(z), -1))
 
     def fit(self, outputs: Tensor, targets: Tensor) -> TemperatureFit:
         """See :func:`~lightning_robust.functional.fit_temperature`."""

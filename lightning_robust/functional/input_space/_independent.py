@@ -65,6 +65,15 @@ class Independent(Likelihood):
         """``w v``."""
         return self._root(z)[:, :, None] * vectors
 
+    def root_times(self, z: Tensor, signs: Tensor) -> Tensor:
+        """``w u``."""
+        return self._root(z) * signs
+
+    def steepest(self, z: Tensor) -> Tensor:
+        """The outputs that weigh most."""
+        root = self._root(z)
+        return torch.where(root == root.amax(dim=1, keepdim=True), 1.0, 0.0).to(z)
+
     def slopes_l2(self, outputs: Tensor, gram: Tensor) -> Tensor:
         """``‖∇f_k‖₂ = √K_kk``."""
         return to_float64(gram).diagonal(dim1=1, dim2=2).clamp_min(0).sqrt()

@@ -93,6 +93,17 @@ class Likelihood(ABC):
     def transposed_root_times(self, z: Tensor, vectors: Tensor) -> Tensor:
         """``Fᵀ v`` for vectors ``(N, C, m)``, float64, of the same shape."""
 
+    @abstractmethod
+    def root_times(self, z: Tensor, signs: Tensor) -> Tensor:
+        """``R u`` (N, C) with ``R Rᵀ = A``, for random signs ``u`` (N, C): ``‖Jᵀ R u‖²`` has the mean ``tr Jᵀ A J``.
+
+        Of all such roots it is one of small variance.
+        """
+
+    @abstractmethod
+    def steepest(self, z: Tensor) -> Tensor:
+        """A guess of the vectors ``u`` (N, C) for which ``Jᵀ u`` is the direction of the most information."""
+
     def times_information(self, outputs: Tensor, vectors: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
         """``A v / T²``, where A is the information at ``outputs / T``.
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -32,6 +32,7 @@ from lightning_robust.functional.input_space.likelihoods import (
     check_temperature,
     likelihood_of,
 )
+from lightning_robust.functional.input_space.temperature import TemperatureFit
 
 # Elements of C × C matrices processed at once: 64 MiB. Blocks below 32 MiB stay on the heap of glibc, which then grows
 # by gigabytes.
@@ -159,14 +160,26 @@ def calibrated_fim_spectral_norm(
     temperature = fit.temperature
     value, vectors = _largest_eigenpairs(kind, z, wide_gram, temperature)
 
-    n, step = len(z), 1e-4
+    step = 1e-4
     # to first order an eigenvalue changes as the quadratic form of its eigenvector does
     up, down = (_rayleigh(kind, z, wide_gram, temperature / (1 + s), vectors) for s in (step, -step))
-    sensitivity = (up - down).mean() / (2 * step) * temperature  # derivative of the mean with respect to β
-    influence = value - value.mean() + sensitivity * fit.influences
+    derivative = (up - down) / (2 * step) * temperature
+    found = with_error_of_temperature(value, derivative, fit)
+    return CalibratedSpectralNorm(*(getattr(found, field.name).to(logits) for field in fields(found)))
+
+
+def with_error_of_temperature(value: Tensor, derivative: Tensor, fit: TemperatureFit) -> CalibratedSpectralNorm:
+    """Values at a fitted temperature, with the standard error of their mean (see the source above).
+
+    Args:
+        value: ``(N,)``, float64.
+        derivative: ``(N,)``, derivatives of the values with respect to ``β = 1/T``.
+        fit: The temperature, fitted to the same samples.
+    """
+    n = len(value)
+    influence = value - value.mean() + derivative.mean() * fit.influences
     stderr = influence.square().sum().div(n * (n - 1)).sqrt() if n > 1 else value.new_tensor(math.nan)
-    parts = (value, value.mean(), stderr, temperature)
-    return CalibratedSpectralNorm(*(part.to(logits) for part in parts))
+    return CalibratedSpectralNorm(value, value.mean(), stderr, fit.temperature)
 
 
 def _information(kind: Likelihood, outputs: Tensor, gram: Tensor, temperature: float | Tensor) -> Tensor:

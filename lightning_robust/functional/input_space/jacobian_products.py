@@ -41,6 +41,7 @@ class JacobianProducts:
         std: What an un-normalised change is divided by, in a shape that broadcasts against ``x``; None for 1. ``J`` is
             in logits per unit of un-normalised input.
         first: Maps logits to the vectors ``(n, C)`` of the first product.
+        check: Raises unless the outputs can be logits.
 
     Attributes:
         outputs: ``(n, C)``, the logits.
@@ -48,11 +49,17 @@ class JacobianProducts:
     """
 
     def __init__(
-        self, network: Callable[[Tensor], Tensor], x: Tensor, std: Tensor | None, *, first: Callable[[Tensor], Tensor]
+        self,
+        network: Callable[[Tensor], Tensor],
+        x: Tensor,
+        std: Tensor | None,
+        *,
+        first: Callable[[Tensor], Tensor],
+        check: Callable[..., None] = check_logits,
     ) -> None:
         self._network, self._x, self._std = network, x, std
         self._leaf = x.clone().requires_grad_()
-        self._logits = outputs_of(network, self._leaf, check=check_logits)
+        self._logits = outputs_of(network, self._leaf, check=check)
         self.outputs = self._logits.detach()
         self._first = first(self.outputs).to(self.outputs)
         self._cotangent = self._first.clone().requires_grad_()

@@ -116,6 +116,39 @@ def linearize(
 
     Source: ours; see the module's docstring.
     """
+    found = linearize_up_to(
+        None,
+        model,
+        inputs,
+        extras=extras,
+        input_std=input_std,
+        input_mean=input_mean,
+        valid_range=valid_range,
+        chunk_size=chunk_size,
+        likelihood=likelihood,
+        tolerance=tolerance,
+    )
+    assert found is not None
+    return found
+
+
+def linearize_up_to(
+    most_outputs: int | None,
+    model: Callable[..., Tensor],
+    inputs: Tensor,
+    *,
+    extras: Mapping[str, Tensor] | None = None,
+    input_std: float | Sequence[float] | Tensor | None = None,
+    input_mean: float | Sequence[float] | Tensor | None = None,
+    valid_range: tuple[float, float] | None = None,
+    chunk_size: int | None = None,
+    likelihood: LikelihoodName = "categorical",
+    tolerance: float | None = None,
+) -> Linearization | None:
+    """Linearise a network as :func:`linearize` does, or return None if it has more outputs than ``most_outputs``.
+
+    That is known after the first forward pass, and nothing else is then done.
+    """
     check_pass(model, inputs, chunk_size=chunk_size)
     network = SampleModel(model, extras, num_samples=len(inputs))
     units = Units.of(inputs, std=input_std, mean=input_mean, valid_range=valid_range)
@@ -131,6 +164,8 @@ def linearize(
             rows = slice(start, start + size)
             chunk = x[rows]
             leaf, logits = leaf_and_logits(network.on(rows), chunk, check=kind.check_outputs)
+            if most_outputs is not None and logits.shape[1] > most_outputs:
+                return None
             fitting = size if fitted else samples_at_once(x, chunk_size, num_classes=logits.shape[1])
             fits = fitting == size
             if fits:

@@ -15,15 +15,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Literal, NamedTuple, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
 
-from lightning_robust.functional._isolation.context import differentiable
-from lightning_robust.functional._isolation.convolutions import TwiceDifferentiable
-from lightning_robust.functional._isolation.stand_ins import full_precision
 from lightning_robust.functional._validation.arguments import (
     as_numbers,
     check_choice,
@@ -33,30 +29,12 @@ from lightning_robust.functional._validation.arguments import (
     expected_but_got,
     optional,
 )
-from lightning_robust.functional._validation.extras import SampleModel
-from lightning_robust.functional._validation.independence import check_place
-from lightning_robust.functional._validation.tensors import check_finite, check_pass
-from lightning_robust.functional.curvature.signs import ProbeSeeds, sample_signs
-from lightning_robust.functional.input_space.jacobian import largest_chunk
-from lightning_robust.functional.input_space.jacobian_products import JacobianProducts
+from lightning_robust.functional._validation.tensors import check_pass
+from lightning_robust.functional.input_space.input_information import Method, input_information
 from lightning_robust.functional.input_space.krylov import (
     Accuracy,
-    Projection,
-    Subspace,
-    largest_eigenvalues,
-    power_iteration,
-    squared_norms,
 )
-from lightning_robust.functional.input_space.missing_gradients import refuse_missing_gradients
-from lightning_robust.functional.input_space.softmax_root import softmax_root
-from lightning_robust.functional.input_space.temperature import with_masks
-from lightning_robust.functional.input_space.units import Units
-
-Method = Literal["krylov", "power"]
-_HELD_VECTORS = 32  # of the size of an input, for each sample of a chunk: its basis and a graph
-DEFAULT_ACCURACY = Accuracy(residual=0.03, error=0.005, products=30)
-_SLOPE_STEP = 1e-3  # of log T
-_PER_SAMPLE = ("logits", "trace", "num_products")  # the other results come per temperature first
+from lightning_robust.functional.input_space.likelihoods import LikelihoodName, likelihood_of
 
 
 @dataclass(frozen=True)
@@ -90,6 +68,7 @@ def fim_spectral_norm_matrix_free(
     input_std: float | Sequence[float] | Tensor | None = None,
     generator: torch.Generator | None = None,
     chunk_size: int | None = None,
+    likelihood: LikelihoodName = "categorical",
 ) -> SpectralNormEstimate:
     """Largest eigenvalue of each sample's input Fisher information matrix, without a backward pass per class.
 
@@ -112,6 +91,7 @@ def fim_spectral_norm_matrix_free(
         generator: Draws the random signs with which the subspace begins. By default those of a sample are a function of
             its contents, so that the same samples give the same values in any batch.
         chunk_size: Largest number of samples that pass through the network together.
+        likelihood: What the outputs mean, as in :func:`~lightning_robust.functional.fim_spectral_norm`.
 
     Returns:
         A :class:`SpectralNormEstimate` of N samples.
@@ -135,7 +115,7 @@ def fim_spectral_norm_matrix_free(
     tolerance = check_number("tolerance", tolerance, "a positive number", above=0)
     check_positive_integer("max_products", max_products)
     optional(check_kind, "generator", generator, torch.Generator)
-    found = information_without_jacobian(
+    found = input_information(
         model,
         inputs,
         temperatures=temperatures,
@@ -145,159 +125,8 @@ def fim_spectral_norm_matrix_free(
         input_std=input_std,
         generator=generator,
         chunk_size=chunk_size,
+        likelihood=likelihood_of(likelihood),
     )
     parts = (found.value, found.residual, found.converged)
     value, residual, converged = (part if several is not None else part[0] for part in parts)
     return SpectralNormEstimate(value.to(found.logits), residual.to(found.logits), converged, found.num_products)
-
-
-class InputInformation(NamedTuple):
-    """What is known of the input Fisher information of N samples, without their Jacobians, at S temperatures.
-
-    Attributes:
-        logits: ``(N, C)``.
-        value: ``(S, N)``, spectral norms, float64.
-        residual: ``(S, N)``, see :class:`SpectralNormEstimate`.
-        converged: ``(S, N)``, bool.
-        slope: ``(S, N)``, derivative of the logarithm of the value in that of the temperature.
-        trace: ``(N,)``, unbiased estimate of the trace at temperature 1.
-        num_products: ``(N,)``, products with ``J``.
-    """
-
-    logits: Tensor
-    value: Tensor
-    residual: Tensor
-    converged: Tensor
-    slope: Tensor
-    trace: Tensor
-    num_products: Tensor
-
-
-def information_without_jacobian(
-    model: Callable[..., Tensor],
-    inputs: Tensor,
-    *,
-    temperatures: Sequence[float],
-    method: Method = "krylov",
-    accuracy: Accuracy = DEFAULT_ACCURACY,
-    extras: Mapping[str, Tensor] | None = None,
-    input_std: float | Sequence[float] | Tensor | None = None,
-    generator: torch.Generator | None = None,
-    chunk_size: int | None = None,
-) -> InputInformation:
-    """See :func:`fim_spectral_norm_matrix_free`, which checks the arguments."""
-    network = SampleModel(model, extras, num_samples=len(inputs))
-    units = Units.of(inputs, std=input_std, mean=None)
-    seeds = ProbeSeeds.from_contents(inputs) if generator is None else ProbeSeeds.random(len(inputs), generator)
-    with differentiable(model, twice=True), TwiceDifferentiable():
-        x = full_precision(inputs)
-        size = min(len(x), largest_chunk(x, chunk_size, num_rows=_HELD_VECTORS))
-        if size < len(x):
-            check_place(network, x)
-        parts = []
-        for rows in torch.split(torch.arange(len(x)), size):
-            chunk = _Chunk(network, x, rows, units.std, [seeds.keys[row] for row in rows])
-            parts.append(chunk.information(temperatures, accuracy, method))
-    return InputInformation(
-        **{
-            name: torch.cat([getattr(part, name) for part in parts], dim=0 if name in _PER_SAMPLE else 1)
-            for name in InputInformation._fields
-        }
-    )
-
-
-class _Chunk:
-    """Products with the Jacobians of n samples. Those that are no longer needed drop out when they are half of all."""
-
-    def __init__(self, network: SampleModel, x: Tensor, rows: Tensor, std: Tensor | None, keys: Sequence[int]) -> None:
-        self._network, self._x, self._rows, self._std, self._keys = network, x, rows, std, keys
-        self._here = torch.arange(len(rows))  # places among these samples
-        self._products = self._linearised()
-        self.logits = self._products.outputs
-
-    def _linearised(self) -> JacobianProducts:
-        rows = self._rows[self._here]
-        return JacobianProducts(self._network.on(rows), self._x[rows], self._std, first=gap_of_two)
-
-    def needed(self, active: Tensor) -> None:
-        """See :class:`Products`."""
-        here = active.nonzero()[:, 0].cpu()
-        if len(here) <= len(self._here) / 2:
-            self._here = here
-            del self._products  # its graph, before the next is built
-            self._products = self._linearised()
-
-    def transposed(self, vectors: Tensor) -> Tensor:
-        """See :class:`Products`."""
-        return self._spread(self._products.transposed(vectors[self._here]))
-
-    def times(self, directions: Tensor) -> Tensor:
-        """See :class:`Products`."""
-        return self._spread(self._products.times(directions[self._here]))
-
-    def _spread(self, values: Tensor) -> Tensor:
-        """Values (k, ...) of the samples that are here, as values (n, ...) of all."""
-        if len(self._here) == len(self._rows):
-            return values
-        whole = values.new_zeros(len(self._rows), *values.shape[1:])
-        whole[self._here] = values
-        return whole
-
-    def information(self, temperatures: Sequence[float], accuracy: Accuracy, method: Method) -> InputInformation:
-        """Measure the samples."""
-        z, first = with_masks(self.logits), self._products.gradient
-        signs = sample_signs(self._keys, range(2), [z.shape[1]] * len(z), width=z.shape[1]).to(z.device)
-        start = self.transposed(softmax_root(z / temperatures[0], signs[:1])[0])
-        # other signs than those of the subspace, or the part outside would be biased
-        score = self.transposed(softmax_root(z, signs[1:])[0])
-        for gradients in (first, start, score):
-            check_finite(gradients, "gradients of the logits with respect to the inputs")
-        if len(flat := (~(first.any(dim=1) | start.any(dim=1) | score.any(dim=1))).nonzero()[:, 0].cpu()):
-            refuse_missing_gradients(self._network.on(self._rows[flat]), self._x[self._rows[flat]])
-
-        informations = [partial(class_information, z, temperature=temperature) for temperature in temperatures]
-        subspace = Subspace(self)
-        subspace.add(first)
-        if method == "power":
-            found, products = power_iteration(start, self, informations, accuracy)
-        else:
-            subspace.add(start)
-            found = largest_eigenvalues(subspace, self, informations, accuracy)
-            products = subspace.size
-        trace = Projection(subspace, partial(class_information, z)).trace() + squared_norms(subspace.outside(score))
-        return InputInformation(
-            self.logits,
-            found.value,
-            found.residual,
-            found.converged,
-            _slopes(z, found.image, temperatures),
-            trace,
-            products,
-        )
-
-
-def gap_of_two(logits: Tensor) -> Tensor:
-    """``e_ŷ − e_k`` (n, C) for the most probable class ŷ and the next."""
-    top = logits.topk(2, dim=1).indices
-    return torch.zeros_like(logits).scatter(1, top, logits.new_tensor([[1.0, -1.0]]).expand(len(logits), -1))
-
-
-def class_information(z: Tensor, vectors: Tensor, *, temperature: float = 1.0) -> Tensor:
-    """``A w`` (n, C) with ``A = (diag(p) − p pᵀ) / T²`` and ``p = softmax(z / T)``, for ``w`` (n, C), float64."""
-    probs = (z / temperature).softmax(dim=1)
-    weighted = probs * vectors
-    information: Tensor = (weighted - probs * weighted.sum(dim=1, keepdim=True)) / temperature**2
-    return information
-
-
-def _slopes(z: Tensor, images: Tensor, temperatures: Sequence[float]) -> Tensor:
-    """Derivatives (S, n) of log λ in log T: to first order an eigenvalue changes as its eigenvector's form does."""
-    slopes = []
-    for image, temperature in zip(images, temperatures, strict=True):
-        up, down = (
-            (image * class_information(z, image, temperature=temperature * (1 + step))).sum(dim=1)
-            for step in (_SLOPE_STEP, -_SLOPE_STEP)
-        )
-        middle = (up + down) / 2
-        slopes.append(torch.where(middle > 0, (up - down) / (2 * _SLOPE_STEP * middle), 0.0))
-    return torch.stack(slopes)
