@@ -168,6 +168,10 @@ class Probe:
             return None
         return self._linearized(_MOST_OUTPUTS if self.linearization is None else None)
 
+    def takes_krylov(self, num_outputs: int) -> bool:
+        """Whether spectral norms of so many outputs are found in Krylov subspaces."""
+        return self.linearization == "krylov" or (self.linearization is None and num_outputs > _MOST_OUTPUTS)
+
     def _linearized(self, most_outputs: int | None) -> Linearization | None:
         if most_outputs is not None and ("too many",) in self._done:
             return None
@@ -366,6 +370,12 @@ class Probe:
             with places_known(), nullcontext() if self.module is None else differentiable(self.module):
                 self._done[key] = compute()
         return cast(T, self._done[key])
+
+    def at_temperature(self, temperature: float) -> Probe:
+        """Return a probe of the same samples that knows the temperature of all samples."""
+        probe = replace(self, temperature=temperature)
+        probe._done.update({key: done for key, done in self._done.items() if key != ("information",)})
+        return probe
 
     def rows(self, rows: slice) -> Probe:
         """Return a probe of some of the samples, without copying them."""

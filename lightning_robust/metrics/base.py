@@ -33,6 +33,8 @@ class ProbeMetric(Metric, ABC):
         best_untrained: Whether values are best at initialisation.
         linearizations: Names of the linearisations of a probe that updates take. Each costs a backward pass per class;
             metrics share those of one name.
+        krylov_passes: Where not the gradients of all outputs are taken, roughly how many forward passes a sample takes
+            instead of its linearisations; 0 if it takes these of a few classes.
         depends_on_units: Whether values depend on the units of the inputs: on perturbation sizes, or on gradients with
             respect to inputs.
     """
@@ -41,6 +43,7 @@ class ProbeMetric(Metric, ABC):
     is_differentiable = False
     best_untrained = False
     linearizations: tuple[str, ...] = ()
+    krylov_passes = 0.0
     depends_on_units = True
 
     def __init__(self) -> None:

@@ -31,6 +31,8 @@ from lightning_robust.probe import Probe
 _LONG = 10.0  # seconds
 _MUCH = 2**30  # bytes
 _FEWEST = 16  # samples that are worth measuring
+_PASSES_OF_TEN_CLASSES = 13  # forward passes that the gradients of eleven classes take, with that which chooses them
+_OF_THREE = 4  # forward passes that those three take that find flaws, with about a backward pass
 _FEW_CLASSES = 4  # whose gradients are timed
 # Multiplications in the inner products that are timed, and entries of these: as many classes and samples as take a
 # moment. A call with few of them takes the time of the call itself, which would be scaled up.
@@ -50,8 +52,14 @@ def on_cost(
         num_samples: Samples that this process will measure.
         seconds: How long three forward passes of these samples took, and with them about a backward pass.
     """
-    linearizations = len({name for metric in metrics for name in metric.linearizations})
     num_classes = outputs.shape[1] if outputs.ndim == 2 else 0
+    if probe.takes_krylov(num_classes):
+        passes = _passes_without_all_gradients(metrics)
+        expected = passes * seconds / _OF_THREE / len(outputs) * num_samples
+        what = f"{num_samples} samples, with about {passes:.0f} forward passes for each"
+        without = "measures no gradients of the inputs"
+        return [_sentence(expected, 0.0, num_samples, what, without)] if expected > _LONG else []
+    linearizations = len({name for metric in metrics for name in metric.linearizations})
     fewest = probe.reading.likelihood.fewest_outputs
     if not linearizations or num_classes < fewest or not probe.inputs.is_floating_point():
         return []
@@ -63,7 +71,15 @@ def on_cost(
     memory = sum(metric.bytes_per_sample(num_classes) for metric in metrics) * num_samples
     if expected <= _LONG and memory <= _MUCH:
         return []
-    return [_sentence(expected, memory, num_samples, num_classes, has_classes=fewest > 1)]
+    one, many = ("class", "classes") if fewest > 1 else ("output", "outputs")
+    what = f"{num_samples} samples × {num_classes} {many}, with a backward pass for each {one}"
+    return [_sentence(expected, memory, num_samples, what, f"leaves the {many} out")]
+
+
+def _passes_without_all_gradients(metrics: Sequence[ProbeMetric]) -> float:
+    """Forward passes, roughly, that a sample takes where metrics look at the most probable classes alone."""
+    names = {name for metric in metrics if not metric.krylov_passes for name in metric.linearizations}
+    return sum(metric.krylov_passes for metric in metrics) + _PASSES_OF_TEN_CLASSES * len(names)
 
 
 def _seconds_of_classes(probe: Probe, num_classes: int) -> float:
@@ -105,8 +121,7 @@ def _best(step: Callable[[], Tensor]) -> float:
     return min(times)
 
 
-def _sentence(seconds: float, memory: float, num_samples: int, num_classes: int, *, has_classes: bool) -> str:
-    one, many = ("class", "classes") if has_classes else ("output", "outputs")
+def _sentence(seconds: float, memory: float, num_samples: int, what: str, without: str) -> str:
     takes = [f"about {_rounded(seconds)} s"] if seconds > _LONG else []
     takes += [f"about {_rounded(memory / 1e9)} GB of memory"] if memory > _MUCH else []
     share = max(seconds / _LONG, memory / _MUCH)
@@ -115,9 +130,9 @@ def _sentence(seconds: float, memory: float, num_samples: int, num_classes: int,
     less += [f"{_rounded(memory * fewer / num_samples / 1e9)} GB"] if memory > _MUCH else []
     lower = f"`RobustnessMonitor(max_samples={fewer})` takes about {' and '.join(less)}, "
     return (
-        f"The first measurement takes {' and '.join(takes)}: {num_samples} samples × {num_classes} {many}, with a"
-        f" backward pass for each {one}. {lower if fewer < num_samples else ''}`every_n_epochs=5` measures less often,"
-        f' and `RobustnessMonitor(["hessian_trace", "weight_curvature_index"])` leaves the {many} out.'
+        f"The first measurement takes {' and '.join(takes)}: {what}. {lower if fewer < num_samples else ''}"
+        "`every_n_epochs=5` measures less often, and"
+        f' `RobustnessMonitor(["hessian_trace", "weight_curvature_index"])` {without}.'
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -23,13 +23,16 @@ from lightning_robust.functional._validation.arguments import (
     check_function,
     check_integer,
     expected_but_got,
+    optional,
 )
 from lightning_robust.functional.curvature.losses import check_loss_fn
 from lightning_robust.functional.input_space.likelihoods import LikelihoodName, likelihood_of
 from lightning_robust.functional.input_space.units import check_units, check_valid_range
 from lightning_robust.metrics import ProbeMetric
-from lightning_robust.probe import Probe
+from lightning_robust.probe import LinearizationName, Probe
 
+_UNITS = ("input_std", "input_mean", "valid_range")
+_PROBE_OPTIONS = (*_UNITS, "chunk_size", "loss_fn", "likelihood", "tolerance", "linearization")
 ProbeFn = Callable[[LightningModule, Any], Probe]
 
 
@@ -79,6 +82,9 @@ class RobustnessMonitor(Callback):
             ``nn.CrossEntropyLoss(label_smoothing=0.1)``; by default that of the likelihood: cross-entropy, BCE or MSE.
         likelihood: What outputs mean: ``"categorical"``, logits of classes; ``"bernoulli"``, logits of several labels
             per sample; ``"gaussian"``, numbers (regression).
+        linearization: ``"exact"`` takes the gradients of all outputs; ``"krylov"`` finds spectral norms in Krylov
+            subspaces, and margins among the most probable classes. By default the number of outputs decides: up to 32,
+            all gradients are taken.
         tolerance: How far a number may move, in its own units, before a prediction counts as changed: for margins with
             ``"gaussian"``.
         chunk_size: Largest number of samples that pass through the network together, a bound on memory. The size of the
@@ -112,6 +118,7 @@ class RobustnessMonitor(Callback):
         loss_fn: nn.Module | Callable[[Tensor, Tensor], Tensor] | None = None,
         likelihood: LikelihoodName = "categorical",
         tolerance: float | None = None,
+        linearization: LinearizationName | None = None,
         chunk_size: int | None = None,
         dataloader_idx: int = 0,
         prog_bar: bool = False,
@@ -137,14 +144,15 @@ class RobustnessMonitor(Callback):
             check_loss_fn(loss_fn)
             self.loss_fn = loss_fn
             self.likelihood, self.tolerance = likelihood, likelihood_of(likelihood, tolerance).tolerance
+            optional(check_choice, "linearization", linearization, get_args(LinearizationName))
+            self.linearization = linearization
             self.chunk_size = None if chunk_size is None else check_integer("chunk_size", chunk_size, at_least=1)
             self.dataloader_idx = check_integer("dataloader_idx", dataloader_idx, at_least=0)
             self.prog_bar = check_boolean("prog_bar", prog_bar)
             check_choice("on_error", on_error, ("warn", "raise"))
             self.on_error = on_error
             self.seed = check_integer("seed", seed, at_least=0)
-        names = ("input_std", "input_mean", "valid_range", "chunk_size", "loss_fn", "likelihood", "tolerance")
-        defaults = {name: getattr(self, name) for name in names}
+        defaults = {name: getattr(self, name) for name in _PROBE_OPTIONS}
         self._reporter = Reporter(self.log_key_prefix, prog_bar=self.prog_bar)
         self._loop = MeasurementLoop(
             self.metrics,

@@ -15,6 +15,7 @@ from lightning.pytorch.utilities.memory import is_oom_error
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
+from lightning_robust.callbacks.monitor.calibration import CalibrationSamples, temperature_of
 from lightning_robust.callbacks.monitor.muted_logging import muted_logging
 from lightning_robust.callbacks.monitor.overhead import Times
 from lightning_robust.callbacks.monitor.sample_collection import SampleCollector
@@ -45,6 +46,7 @@ class Measurement:
     Args:
         metrics: What to measure.
         examine: Sees the samples before the metrics do, with the number of samples that this process measures.
+        takes_krylov: Tells of samples that have been examined whether their temperature must be known beforehand.
         on_error: ``"raise"`` raises failures.
         samples_at_once: Bound on the samples that pass through the network together, if one is known.
 
@@ -60,11 +62,13 @@ class Measurement:
         self,
         metrics: Sequence[ProbeMetric],
         examine: Callable[..., None],
+        takes_krylov: Callable[[Probe], bool],
         *,
         on_error: Literal["warn", "raise"],
         samples_at_once: int | None = None,
     ) -> None:
         self._metrics, self._examine, self._on_error = metrics, examine, on_error
+        self._takes_krylov = takes_krylov
         self._failures: dict[int, Failure] = {}
         self._seconds = 0.0
         self._updated = False
@@ -110,27 +114,71 @@ class Measurement:
         if self._updated:
             return
         self._updated = True
-        with ExitStack() as stack:
-            self.attempt(lambda: stack.enter_context(gathered_weights(pl_module)), in_any_case=True)
-            self.attempt(lambda: self._update(pl_module))
+        probes: list[Probe] = []
+        with ExitStack() as gathered, ExitStack() as shield:
+            self.attempt(lambda: gathered.enter_context(gathered_weights(pl_module)), in_any_case=True)
+            self.attempt(lambda: self._enter(pl_module, shield))
+            self.attempt(lambda: probes.extend(self._examined()))
+            self.attempt(self._calibration(probes))
+            self.attempt(lambda: self._update(pl_module, probes))
+            self.attempt(shield.close, in_any_case=True)
 
-    def _update(self, pl_module: LightningModule) -> None:
+    def _enter(self, pl_module: LightningModule, stack: ExitStack) -> None:
+        """Shield the module from what follows."""
+        if self.collector is not None:
+            for context in (muted_logging(pl_module), differentiable(pl_module, *self.collector.callables())):
+                stack.enter_context(context)
+
+    def _examined(self) -> list[Probe]:
+        """Probes of the collected samples, after the first look at them."""
         if self.collector is None:
-            return
+            return []
         if self.collector.presumes:
             self._key = self.collector.key()
+        probes = [group.probe() for group in self.collector.groups()]
+        examine = functools.partial(self._examine, num_samples=len(self.collector))
+        for probe in probes:
+            self._show(probe, {WHOLE: examine})
+        return probes
+
+    def _calibration(self, probes: list[Probe]) -> Callable[[], None]:
+        """Gather what the temperature of all samples depends on, where metrics need it; return the step that fits it.
+
+        A collective, if metrics can need it.
+        """
+        own: list[CalibrationSamples] = []
+        concerned = [number for number, metric in enumerate(self._metrics) if metric.krylov_passes]
+        if not concerned:
+            return lambda: None
+
+        def call() -> None:
+            try:
+                own.extend(map(CalibrationSamples.of, filter(self._takes_krylov, probes)))
+            except Exception as error:  # other metrics may do without
+                for number in concerned:
+                    self._fail(number, error)
+
+        self.attempt(call)
+        everyone = [samples for part in synchronised(own) for samples in part]
+
+        def fit() -> None:
+            if own:
+                temperature = temperature_of(everyone)
+                probes[:] = [probe.at_temperature(temperature) for probe in probes]
+
+        return fit
+
+    def _update(self, pl_module: LightningModule, probes: list[Probe]) -> None:
+        if self.collector is None:
+            return
         for metric in self._metrics:  # Metal has no float64 (and does not run several processes)
             metric.to("cpu" if pl_module.device.type == "mps" else pl_module.device)
-        examine = functools.partial(self._examine, num_samples=len(self.collector))
-        viewers: dict[int, Callable[[Probe], object]] = {WHOLE: examine} | {
-            number: metric.update for number, metric in enumerate(self._metrics)
-        }
-        with muted_logging(pl_module), differentiable(pl_module, *self.collector.callables()):
-            for group in self.collector.groups():
-                self._show(group.probe(), viewers)
-            if not len(self.collector):  # torchmetrics complains about a metric that is computed without an update
-                for metric in self._metrics:
-                    metric.update(Probe(pl_module, torch.empty(0), torch.empty(0, dtype=torch.long)))
+        viewers = {number: metric.update for number, metric in enumerate(self._metrics)}
+        if not probes:  # torchmetrics complains about a metric that is computed without an update
+            for metric in self._metrics:
+                metric.update(Probe(pl_module, torch.empty(0), torch.empty(0, dtype=torch.long)))
+        while probes:  # each keeps what has been computed of it
+            self._show(probes.pop(0), viewers)
 
     def _show(self, probe: Probe, viewers: Mapping[int, Callable[[Probe], object]]) -> None:
         """Show a probe, in parts small enough for the memory, to those viewers that have not failed."""

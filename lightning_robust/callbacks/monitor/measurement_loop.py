@@ -74,6 +74,7 @@ class MeasurementLoop:
         self.per_sample: dict[str, Tensor] = {}
         self._unexamined = True
         self._has_classes = True  # or outputs have another meaning, as far as this process knows
+        self._num_outputs = 0  # of the network, as far as this process knows
         self._places_known = True  # functions were found not to depend on the places of samples in a batch
         self._samples_at_once: int | None = None  # that fit into memory
         self._measurement: Measurement | None = None  # in progress
@@ -116,7 +117,11 @@ class MeasurementLoop:
         schedule.overhead.begin_measurement()
         with schedule.overhead.counted():
             measurement = Measurement(
-                self._metrics, self._examine, on_error=self._on_error, samples_at_once=self._samples_at_once
+                self._metrics,
+                self._examine,
+                lambda probe: probe.takes_krylov(self._num_outputs),
+                on_error=self._on_error,
+                samples_at_once=self._samples_at_once,
             )
             num_batches = trainer.num_test_batches if trainer.testing else trainer.num_val_batches
             limit = num_batches[index] if isinstance(num_batches, list) else num_batches
@@ -221,6 +226,7 @@ class MeasurementLoop:
 
         def cost(outputs: Tensor) -> list[str]:
             seconds = time.perf_counter() - start
+            self._num_outputs = outputs.shape[1] if outputs.ndim == 2 else 0
             return on_cost(self._metrics, probe, outputs, num_samples=num_samples, seconds=seconds)
 
         if self._unexamined:
