@@ -19,7 +19,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "gaussian": {"likelihood": "gaussian", "tolerance": 0.2},
 }
 LOSSES = {"bernoulli": nn.BCEWithLogitsLoss, "gaussian": nn.MSELoss}
-METRICS = ["fisher_spectral_norm", LinearizedAccuracy([0.1, 0.3]), "hessian_trace", "weight_curvature_index"]
+METRICS = ["fisher_spectral_norm", LinearizedAccuracy([0.1, 0.6]), "hessian_trace", "weight_curvature_index"]
 every_likelihood = pytest.mark.parametrize("likelihood", OPTIONS)
 
 
@@ -60,7 +60,7 @@ def run(
     module: LightningModule, x: Tensor, y: Tensor, root: Path, **options: Any
 ) -> tuple[dict[str, float], list[str]]:
     """Logged values, and the warnings, of a short training."""
-    fitting = trainer(RobustnessMonitor(**options), root=root, max_epochs=2)
+    fitting = trainer(RobustnessMonitor(**options), root=root, max_epochs=1)
     loader = DataLoader(list(zip(x, y, strict=True)), 16)
     with robustness_warnings() as sentences:
         fitting.fit(module, loader, loader)
@@ -79,7 +79,7 @@ def test_one_line_measures_all_default_metrics_without_a_false_alarm(
     for key in ("fim_spectral_norm", "fim_spectral_norm_calibrated", "temperature", "hessian_trace", "wci"):
         assert values[f"robust/{key}"] > 0
     assert ("robust/saturated" in values) is (likelihood == "bernoulli")
-    shares = [values[f"robust/linearized_accuracy_linf_{epsilon}"] for epsilon in ("0", "0.1", "0.3")]
+    shares = [values[f"robust/linearized_accuracy_linf_{epsilon}"] for epsilon in ("0", "0.1", "0.6")]
     assert shares == sorted(shares, reverse=True)
     assert shares[0] > shares[-1]
     assert shares[0] == 1 or likelihood == "bernoulli"
