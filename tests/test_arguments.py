@@ -75,6 +75,7 @@ ARGUMENTS = [
 ]
 
 LARGEST = 2**63 - 1
+OF_OUTPUTS = "RobustnessMonitor Probe linearize relinearize linearized_margin linearized_margin_linf"
 COUNTS = "chunk_size max_probes max_steps num_probes num_targets patience steps"
 NO_NUMBER = (True, "0.5", b"1", NAN, 1j, 10**400, {}, float, torch.tensor(True))
 NO_SINGLE = (*NO_NUMBER, [], (0.5,), torch.ones(2), INPUTS)
@@ -110,6 +111,11 @@ BAD: list[tuple[str, str, tuple[Any, ...]]] = [
     ("num_classes", "3, like the paths", (2, 4, 2**62)),
     ("damping max_euclidean_step rtol step_length step_size", "a positive number or None", (*NO_SINGLE, 0, -1, INF)),
     ("epsilon tolerance z", "a finite number ≥ 0", (*NO_SINGLE, -0.1, INF)),
+    (
+        " ".join(f"{name}.tolerance" for name in OF_OUTPUTS.split()),
+        "None with likelihood 'categorical', because only 'gaussian' has one",
+        (0.5, 1, 0, "1"),
+    ),
     ("fraction", "a number between 0 and 1", (*NO_SINGLE, -0.1, 1.1, INF)),
     ("order", "1 or 2", (*NO_SINGLE, 0, 3, 1.5)),
     ("overhead_budget", "a share of the wall time above 0 and at most 1, or None", (*NO_SINGLE, 0, -1, 1.1)),
@@ -120,6 +126,7 @@ BAD: list[tuple[str, str, tuple[Any, ...]]] = [
     ("combine RobustnessDriftStopping.combine", "one of ('any', 'all')", NO_CHOICE),
     ("RobustnessDriftStopping.combine", "'any', since `monitor` is one key", ("all",)),
     ("estimator", "one of ('auto', 'hutchinson', 'gauss_newton')", NO_CHOICE),
+    ("likelihood", "one of ('categorical', 'bernoulli', 'gaussian')", NO_CHOICE),
     ("loss", "one of ('cross_entropy', 'dlr')", NO_CHOICE),
     ("mode", "one of ('path', 'unit_steps')", NO_CHOICE),
     ("RobustnessDriftStopping.mode", "one of ('min', 'max')", NO_CHOICE),

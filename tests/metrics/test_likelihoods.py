@@ -143,7 +143,7 @@ def test_curvature_is_that_of_the_loss_of_the_likelihood(likelihood: str, loss: 
     found = measured(Probe(build(), x, y, **OPTIONS[likelihood]), which=[HessianTrace(num_probes=400)])
     error = 4 * float(found["hessian_trace_stderr_probes"]) + 1e-6
     expected = sum(dense_hessian_traces(build(), x, y, loss).values())
-    assert float(found["hessian_trace"]) == pytest.approx(expected, abs=error)
+    assert float(found["hessian_trace"]) == pytest.approx(expected, rel=1e-6, abs=error)
 
 
 def test_a_loss_of_ones_own_gets_outputs_and_targets_as_they_are() -> None:

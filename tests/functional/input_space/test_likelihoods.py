@@ -385,7 +385,7 @@ def test_margins_stay_within_the_valid_range_and_numbers_may_rise_or_fall(likeli
     tolerance = 0.3 if likelihood == "gaussian" else None
     options: dict[str, Any] = {"likelihood": likelihood, "tolerance": tolerance}
     model = network(width)
-    x = inputs_of(num_samples=20).clamp(-0.5, 0.5)  # most features lie at an end of the range
+    x = inputs_of(num_samples=8).clamp(-0.5, 0.5)  # most features lie at an end of the range
     at = linearize(model, x, valid_range=(-0.5, 0.5), **options)
     assert at.gap_l1 is not None
     targets = (at.logits > 0).double()
