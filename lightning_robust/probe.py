@@ -16,6 +16,7 @@ from lightning_robust.functional._isolation.context import differentiable
 from lightning_robust.functional._isolation.stand_ins import full_precision
 from lightning_robust.functional._validation.arguments import (
     check_function,
+    check_integer,
     check_kind,
     check_positive_integer,
     optional,
@@ -39,6 +40,8 @@ from lightning_robust.functional.fisher_rao.path_options import PathOptions
 from lightning_robust.functional.fisher_rao.paths import FisherRaoPaths, trace_fisher_rao_paths
 from lightning_robust.functional.input_space.attacks import Norm, pgd
 from lightning_robust.functional.input_space.linearization import Linearization, linearize, relinearize
+from lightning_robust.functional.input_space.queries import linearize_by_queries
+from lightning_robust.functional.input_space.query_answers import answering_logits, as_tensor, given_tensors, is_array
 from lightning_robust.functional.input_space.units import Units, check_units, check_valid_range
 
 T = TypeVar("T")
@@ -102,6 +105,10 @@ class Probe:
             sample, the model is a binary classifier whose single output z stands for the logits (0, z).
         module: The network that ``model`` calls, if that is a plain function: it is then measured in eval mode, and
             curvature is about its weights.
+        queries: Number of random directions along which the model is queried, twice along each (all directions, if the
+            inputs have no more features). Then nothing but its predictions is needed, and it may be any function that
+            :func:`~lightning_robust.functional.linearize_by_queries` takes, of NumPy arrays if ``inputs`` are an array.
+            Metrics that need more than a linearisation in L2 refuse such a probe.
 
     Raises:
         TypeError: If ``inputs``, ``targets`` or extras are not tensors, the inputs are complex, ``model`` or
@@ -121,12 +128,19 @@ class Probe:
     chunk_size: int | None = None
     loss_fn: LossFn | None = None
     module: nn.Module | None = None
+    queries: int | None = None
     _done: dict[object, object] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         check_function("model", self.model)
         check_loss_fn(self.loss_fn)
         optional(check_kind, "module", self.module, nn.Module)
+        if optional(check_integer, "queries", self.queries, at_least=2) is not None:
+            given = given_tensors(self.model, self.inputs, self.extras)
+            for name, value in zip(("model", "inputs", "extras"), given, strict=True):
+                object.__setattr__(self, name, value)
+            if is_array(self.targets):
+                object.__setattr__(self, "targets", as_tensor(self.targets))
         if self.chunk_size is not None:
             check_positive_integer("chunk_size", self.chunk_size)
         options = {name: getattr(self, name) for name in ("loss_fn", "input_std", "input_mean", "valid_range")}
@@ -141,20 +155,43 @@ class Probe:
 
     def check_place(self) -> None:
         """Raise a ``ValueError`` if the model is a function that gives a sample other outputs at other places."""
-        if "place" not in self._done:
+        if "place" not in self._done and self.queries is None:  # queries check it as they are made
             check_place(self.network, self.inputs, module=self.module)
             self._done["place"] = True
 
     @property
     def linearization(self) -> Linearization:
         """Logits, Gram matrices and L1 gaps of all samples (see :func:`~lightning_robust.functional.linearize`)."""
+        if self.queries is not None:
+            return self._once(("linearization",), self._linearization_by_queries)
         return self._once(
             ("linearization",),
             lambda: linearize(self.classifier, self.inputs, chunk_size=self.chunk_size, **self._options),
         )
 
+    def _linearization_by_queries(self) -> Linearization:
+        assert self.queries is not None
+        return linearize_by_queries(
+            self.model,
+            self.inputs,
+            num_directions=min(self.queries, self.inputs[0].numel()),
+            extras=self.extras,
+            input_std=self.input_std,
+            chunk_size=self.chunk_size,
+        )
+
+    def _refuse_queries(self, what: str) -> None:
+        """Raise a ``ValueError`` if the model is only queried; ``what`` needs gradients."""
+        if self.queries is not None:
+            raise ValueError(
+                f"Expected a model with gradients for {what}, but it is only queried (`queries={self.queries}`):"
+                ' measure `FisherSpectralNorm()` and `LinearizedAccuracy(norm="l2")`, or give the network itself'
+                " without `queries`."
+            )
+
     def relinearization(self, norm: Norm) -> Linearization:
         """Gradients taken near the boundary (see :func:`~lightning_robust.functional.relinearize`)."""
+        self._refuse_queries("a second linearisation")
         options = {"norm": norm, "chunk_size": self.chunk_size, **self._options}
         key = ("relinearization", norm)
         return self._once(key, lambda: relinearize(self.classifier, self.inputs, self.linearization, **options))
@@ -172,6 +209,8 @@ class Probe:
     @property
     def classifier(self) -> Callable[..., Tensor]:
         """The model, with one logit per class."""
+        if self.queries is not None:
+            return answering_logits(self.model)
         return as_two_classes(self.model) if self.is_binary else as_classifier(self.model, self.targets)
 
     @property
@@ -201,6 +240,7 @@ class Probe:
 
     def attacked(self, attack: Attack) -> Tensor:
         """The inputs under an attack, ``(N, ...)``."""
+        self._refuse_queries("attacks")
         options = asdict(attack) | self._options
         return self._once(("attacked", attack), lambda: pgd(self.classifier, self.inputs, self.labels, **options))
 
@@ -214,6 +254,7 @@ class Probe:
             num_probes: Number of probes. Their signs depend on the clean samples, also under an attack.
             attack: Measures the loss on attacked inputs.
         """
+        self._refuse_queries("curvature")
         key = ("curvature", estimator, num_probes, attack)
         return self._once(key, lambda: self._curvature(estimator, num_probes, attack))
 
@@ -238,6 +279,7 @@ class Probe:
             num_targets: How many of the most probable other classes of each sample to aim at; None for all.
             options: How to trace them.
         """
+        self._refuse_queries("Fisher–Rao paths")
         return self._once(
             ("fisher_rao_paths", num_targets, options),
             lambda: trace_fisher_rao_paths(

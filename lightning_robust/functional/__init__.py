@@ -9,6 +9,7 @@ from lightning_robust.functional.fisher_rao.geometry import fisher_rao_distance,
 from lightning_robust.functional.fisher_rao.paths import FisherRaoPaths, trace_fisher_rao_paths
 from lightning_robust.functional.fisher_rao.ratios import Estimate
 from lightning_robust.functional.input_space.attacks import pgd
+from lightning_robust.functional.input_space.decision_margin import decision_margin
 from lightning_robust.functional.input_space.fisher_information import (
     CalibratedSpectralNorm,
     calibrated_fim_spectral_norm,
@@ -22,6 +23,11 @@ from lightning_robust.functional.input_space.linearized_margin import (
     linearized_margin,
     linearized_margin_linf,
 )
+from lightning_robust.functional.input_space.queries import (
+    QueriedSpectralNorm,
+    fim_spectral_norm_by_queries,
+    linearize_by_queries,
+)
 from lightning_robust.functional.input_space.temperature import fit_temperature
 
 __all__ = [
@@ -31,13 +37,16 @@ __all__ = [
     "Estimate",
     "FisherRaoPaths",
     "Linearization",
+    "QueriedSpectralNorm",
     "TraceEstimate",
     "calibrated_fim_spectral_norm",
     "class_shielding",
+    "decision_margin",
     "drift",
     "drift_history",
     "drifted_together",
     "fim_spectral_norm",
+    "fim_spectral_norm_by_queries",
     "fim_trace",
     "fisher_rao_distance",
     "fisher_rao_margin_bound",
@@ -45,6 +54,7 @@ __all__ = [
     "gathered_weights",
     "hessian_trace",
     "linearize",
+    "linearize_by_queries",
     "linearized_accuracy",
     "linearized_margin",
     "linearized_margin_linf",

@@ -36,7 +36,8 @@ class FisherSpectralNorm(ProbeMetric):
     Units: squared nats per squared input unit, un-normalised if the probe has ``input_std``.
 
     State: target, logits and upper triangle of the Gram matrix of each sample, ``1 + C + C(C + 1)/2`` numbers, because
-    the temperature is fitted to all samples of all processes.
+    the temperature is fitted to all samples of all processes. With queries, the bias that
+    their noise gives λ is removed (see :func:`~lightning_robust.functional.fim_spectral_norm_by_queries`).
 
     Source: arXiv 2606.04767; the calibration is ours.
     """
@@ -46,22 +47,27 @@ class FisherSpectralNorm(ProbeMetric):
     linearizations = ("first",)
     rows: list[Tensor]
     num_classes: Tensor
+    gram_variance: Tensor
 
     def __init__(self) -> None:
         super().__init__()
         self.add_float64_rows("rows")  # flat, because a process without samples does not know C
         self.add_float64_state("num_classes", reduce="max")
+        self.add_float64_state("gram_variance", reduce="max")  # of Gram matrices that were estimated by queries
 
     def _add(self, probe: Probe) -> None:
         linearization = probe.linearization
         c = linearization.logits.shape[1]
         if self.num_classes not in (0, c):
             raise ValueError(f"Expected logits of {int(self.num_classes)} classes, as before, but got {c}.")
+        variance = torch.full_like(self.gram_variance, linearization.gram_variance)
+        if self.num_classes and variance != self.gram_variance:
+            raise ValueError("Expected as many queries for all samples, but probes with different numbers came.")
         upper = torch.triu_indices(c, c, device=linearization.gram.device)
         targets = probe.labels
         row = torch.cat([targets[:, None], linearization.logits, linearization.gram[:, upper[0], upper[1]]], dim=1)
         self.rows.append(row.to(self.num_classes).flatten())
-        self.num_classes = torch.full_like(self.num_classes, c)
+        self.num_classes, self.gram_variance = torch.full_like(self.num_classes, c), variance
 
     def direction(self, key: str) -> bool | None:
         """Lower values are better, but for the temperature and the share of saturated samples."""
@@ -106,8 +112,9 @@ class FisherSpectralNorm(ProbeMetric):
         if c == 0:
             return {}
         targets, logits, gram = self._samples(c)
-        norms = fim_spectral_norm(logits, gram)
-        calibrated = calibrated_fim_spectral_norm(logits, gram, targets)
+        variance = float(self.gram_variance)
+        norms = fim_spectral_norm(logits, gram, gram_variance=variance)
+        calibrated = calibrated_fim_spectral_norm(logits, gram, targets, gram_variance=variance)
         self.per_sample = {"fim_spectral_norm": norms}
         return {
             **error_bar_of_mean("fim_spectral_norm", norms),

@@ -24,6 +24,7 @@ from lightning_robust.functional.input_space.jacobian import (
     leaf_and_logits,
     samples_at_once,
 )
+from lightning_robust.functional.input_space.queries import QUERIES_BESIDE
 from lightning_robust.functional.input_space.units import Units
 from lightning_robust.metrics import ProbeMetric
 from lightning_robust.probe import Probe
@@ -52,6 +53,8 @@ def on_cost(
     """
     linearizations = len({name for metric in metrics for name in metric.linearizations})
     num_classes = outputs.shape[1] if outputs.ndim == 2 else 0
+    if probe.queries is not None:
+        return _of_queries(probe, num_samples, seconds / 3 / len(outputs)) if linearizations else []
     if not linearizations or num_classes < 2 or not probe.inputs.is_floating_point():
         return []
     each = sum(metric.seconds_per_sample(outputs) for metric in metrics)
@@ -61,6 +64,20 @@ def on_cost(
         expected = (each + linearizations * _seconds_of_classes(probe, num_classes)) * num_samples
     memory = sum(metric.bytes_per_sample(num_classes) for metric in metrics) * num_samples
     return [_sentence(expected, memory, num_samples, num_classes)] if expected > _LONG or memory > _MUCH else []
+
+
+def _of_queries(probe: Probe, num_samples: int, seconds: float) -> list[str]:
+    """Tell the time of a measurement by queries if it takes long; ``seconds`` is that of one."""
+    assert probe.queries is not None
+    count = 2 * min(probe.queries, probe.inputs[0].numel()) + QUERIES_BESIDE
+    expected = count * num_samples * seconds
+    if expected <= _LONG:
+        return []
+    return [
+        f"The first measurement takes about {_rounded(expected)} s: {num_samples} samples × {count} queries. Fewer"
+        " `queries` make values less certain; `RobustnessMonitor(max_samples=…)` measures fewer samples and"
+        " `every_n_epochs=5` less often."
+    ]
 
 
 def _seconds_of_classes(probe: Probe, num_classes: int) -> float:

@@ -24,9 +24,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_robust.functional._validation.arguments import as_number, expected_but_got
+from lightning_robust.functional._validation.arguments import as_number, check_number, expected_but_got
 from lightning_robust.functional._validation.tensors import check_given_logits, check_gram, check_targets
 from lightning_robust.functional.input_space.float64 import to_float64
+from lightning_robust.functional.input_space.query_bias import largest_without_bias
 from lightning_robust.functional.input_space.temperature import TemperatureFit, with_masks
 
 # A sample counts as saturated if its predicted class is more probable than this. Its λ is then at least 250 times
@@ -54,25 +55,32 @@ class CalibratedSpectralNorm:
     temperature: Tensor
 
 
-def fim_spectral_norm(logits: Tensor, gram: Tensor, *, temperature: float | Tensor = 1.0) -> Tensor:
+def fim_spectral_norm(
+    logits: Tensor, gram: Tensor, *, temperature: float | Tensor = 1.0, gram_variance: float = 0.0
+) -> Tensor:
     """Largest eigenvalue of each sample's input Fisher information matrix.
 
     Args:
         logits: ``(N, C)``.
         gram: ``(N, C, C)``, ``J Jᵀ``, as given by :func:`~lightning_robust.functional.linearize`.
         temperature: Divides the logits, and thus the Jacobian.
+        gram_variance: That of the linearisation, if ``gram`` was estimated along random directions: the bias which this
+            noise gives the largest eigenvalue is then removed.
 
     Returns:
         ``(N,)``, in squared nats per squared input unit; never negative; 0 if the prediction is exactly one-hot.
 
     Raises:
-        ValueError: If shapes do not match or ``temperature`` is not positive.
+        ValueError: If shapes do not match, ``temperature`` is not positive, or ``gram_variance`` is negative.
 
     Source: arXiv 2606.04767; the reduction to C × C is ours.
     """
     check_gram(logits, gram)
-    parts = _chunks(with_masks(logits), gram)
-    largest = [torch.linalg.eigvalsh(_class_information(*part, temperature))[:, -1].clone() for part in parts]
+    variance = check_number("gram_variance", gram_variance, "a number ≥ 0", at_least=0)
+    values = (
+        torch.linalg.eigvalsh(_class_information(*part, temperature)) for part in _chunks(with_masks(logits), gram)
+    )
+    largest = [largest_without_bias(part, variance).clone() for part in values]
     return torch.cat(largest).clamp_min(0).to(logits)
 
 
@@ -110,7 +118,9 @@ def saturated(logits: Tensor) -> Tensor:
     return to_float64(logits).softmax(dim=1).amax(dim=1).gt(_SATURATED_ABOVE).to(logits.device)
 
 
-def calibrated_fim_spectral_norm(logits: Tensor, gram: Tensor, targets: Tensor) -> CalibratedSpectralNorm:
+def calibrated_fim_spectral_norm(
+    logits: Tensor, gram: Tensor, targets: Tensor, *, gram_variance: float = 0.0
+) -> CalibratedSpectralNorm:
     """Spectral norms at the temperature that fits these samples, with the standard error of their mean.
 
     The temperature is fitted to the same samples, so the mean depends on each sample in two ways. The standard error
@@ -122,6 +132,7 @@ def calibrated_fim_spectral_norm(logits: Tensor, gram: Tensor, targets: Tensor) 
         logits: ``(N, C)``.
         gram: ``(N, C, C)``, ``J Jᵀ``.
         targets: ``(N,)``, class indices.
+        gram_variance: As in :func:`fim_spectral_norm`.
 
     Returns:
         A :class:`CalibratedSpectralNorm`.
@@ -137,6 +148,8 @@ def calibrated_fim_spectral_norm(logits: Tensor, gram: Tensor, targets: Tensor) 
     fit = TemperatureFit.of(z, y)
     temperature = fit.temperature
     value, vectors = _largest_eigenpairs(z, wide_gram, temperature)
+    if gram_variance:
+        value = to_float64(fim_spectral_norm(z, wide_gram, temperature=temperature, gram_variance=gram_variance))
 
     n, step = len(z), 1e-4
     # to first order an eigenvalue changes as the quadratic form of its eigenvector does

@@ -58,11 +58,14 @@ class Linearization:
         gap_l1: ``(N, C)``, ``‖∇(z_ŷ − z_k)‖₁`` for every class ``k`` against the predicted class ``ŷ = argmax z``;
             ``None`` if the linearisation was made without it. With a valid range it is ``(z_ŷ − z_k) / ε`` instead,
             where ε is the size of the smallest perturbation within the range that closes the gap, and 0 if none does.
+        gram_variance: Relative variance of the diagonal of ``gram``: 0 if it is exact, positive if it was estimated
+            along random directions (see :func:`~lightning_robust.functional.linearize_by_queries`).
     """
 
     logits: Tensor
     gram: Tensor
     gap_l1: Tensor | None
+    gram_variance: float = 0.0
 
 
 def linearize(
