@@ -21,7 +21,6 @@ from lightning_robust.functional._isolation.context import differentiable
 from lightning_robust.functional._isolation.stand_ins import full_precision
 from lightning_robust.functional._validation.arguments import (
     check_function,
-    check_integer,
     check_kind,
     check_number,
     check_positive_integer,
@@ -89,7 +88,7 @@ def decision_margin(
     check_function("predict_labels", predict_labels)
     optional(check_positive_integer, "chunk_size", chunk_size)
     optional(check_kind, "generator", generator, torch.Generator)
-    count = check_integer("num_directions", num_directions, at_least=1)
+    count = check_positive_integer("num_directions", num_directions)
     max_distance = optional(check_number, "max_distance", max_distance, "a positive number", above=0)
     model, inputs, _ = given_tensors(predict_labels, inputs, None)
     check_inputs(inputs)

@@ -148,7 +148,7 @@ def calibrated_fim_spectral_norm(
     fit = TemperatureFit.of(z, y)
     temperature = fit.temperature
     value, vectors = _largest_eigenpairs(z, wide_gram, temperature)
-    if gram_variance:
+    if check_number("gram_variance", gram_variance, "a number ≥ 0", at_least=0) > 0:
         value = to_float64(fim_spectral_norm(z, wide_gram, temperature=temperature, gram_variance=gram_variance))
 
     n, step = len(z), 1e-4
