@@ -182,7 +182,7 @@ class _Search(NamedTuple):
                 continue
             shares = torch.full((len(sample),), _SHARES[turn]).double() if first else (low + high)[sample, way] / 2
             points = self._along(x[sample], ways[sample, way], shares)
-            distance = self.lengths(self.units.raw_change((points - x[sample]).flatten(1).double()))
+            distance = self.lengths(self.units.raw_change((points - x[sample]).double()).flatten(1))
             other = self.labels(points) != labels[sample]
             high[sample[other], way[other]] = shares[other]
             low[sample[~other], way[~other]] = shares[~other]

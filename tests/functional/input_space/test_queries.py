@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -260,7 +261,7 @@ def test_the_largest_slope_along_random_directions_is_no_spectral_norm() -> None
     probs = exact.logits.softmax(dim=1)
     slopes = model.weight @ directions
     along = (probs[..., None] * slopes.square()).sum(dim=1) - (probs[..., None] * slopes).sum(dim=1).square()
-    assert (along.amax(dim=1) / norms).median() < 0.02
+    assert (along.amax(dim=1) / norms).median() < 0.005
 
 
 @pytest.mark.parametrize("steps", [5, 30, 300])
@@ -391,17 +392,11 @@ def test_saturated_probabilities_keep_their_digits() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_answers_in_half_precision_are_measured_roughly_or_refused(dtype: torch.dtype) -> None:
+def test_answers_in_half_precision_are_measured_roughly(dtype: torch.dtype) -> None:
     exact = linearize(LINEAR, INPUTS)
-    try:
-        actual = linearize_by_queries(lambda x: LINEAR(x).to(dtype), INPUTS, num_directions=12)
-    except ValueError as error:
-        assert "disagree" in str(error)
-        assert dtype == torch.bfloat16
-    else:
-        torch.testing.assert_close(
-            spectral_norm(actual).double(), fim_spectral_norm(exact.logits, exact.gram), rtol=0.1, atol=0
-        )
+    actual = linearize_by_queries(lambda x: LINEAR(x).to(dtype), INPUTS, num_directions=12)
+    expected = fim_spectral_norm(exact.logits, exact.gram)
+    torch.testing.assert_close(spectral_norm(actual).double(), expected, rtol=0.1, atol=0)
 
 
 def test_constant_models_and_flat_samples_have_no_slope_and_are_no_false_alarm() -> None:
@@ -443,16 +438,19 @@ def test_rounded_probabilities_are_measured_within_a_fifth_or_refused(name: str,
     def rounded(x: Tensor) -> Tensor:
         return model(x).softmax(dim=1).round(decimals=digits)
 
-    measured = 0
-    for n in range(len(inputs)):
+    def found(n: int) -> Tensor | str:
         try:
-            found = linearize_by_queries(rounded, inputs[n : n + 1], num_directions=all_features(inputs))
+            return spectral_norm(linearize_by_queries(rounded, inputs[n : n + 1], num_directions=all_features(inputs)))
         except ValueError as error:
-            assert any(word in str(error) for word in ("rounded", "digits", "steps of"))
-        else:
-            torch.testing.assert_close(spectral_norm(found), expected[n : n + 1], rtol=0.2, atol=0)
-            measured += 1
-    assert measured == 0 if digits == 3 else measured > 0
+            return str(error)
+
+    values = [found(n) for n in range(len(inputs))]
+    measured = [n for n, value in enumerate(values) if isinstance(value, Tensor)]
+    refusals = [value for value in values if isinstance(value, str)]
+    assert all(re.search("rounded|digits|steps of", refusal) for refusal in refusals)
+    assert bool(measured) == (digits > 3)
+    for n in measured:
+        torch.testing.assert_close(values[n], expected[n : n + 1], rtol=0.2, atol=0)
 
 
 def test_probabilities_that_are_rounded_to_one_are_refused() -> None:
@@ -487,12 +485,12 @@ def test_piecewise_constant_models_are_refused_with_the_finding(kind: str, dtype
 
 def test_a_forest_whose_votes_are_rounded_is_not_taken_for_a_smooth_model() -> None:
     forest = fitted(RandomForestClassifier(30, min_samples_leaf=5, random_state=0))
-    with pytest.raises(ValueError, match="jump|steps of"):
+    with pytest.raises(ValueError, match=r"jump|steps of"):
         linearize_by_queries(lambda x: forest.predict_proba(x).round(4), arrays(PIXELS[1300:1306]), num_directions=8)
 
 
 def test_a_quantised_network_is_refused() -> None:
-    with pytest.raises(ValueError, match="jump|do not change"):
+    with pytest.raises(ValueError, match=r"jump|do not change"):
         linearize_by_queries(lambda x: LINEAR((50 * x).round() / 50), INPUTS, num_directions=8)
 
 
