@@ -73,10 +73,11 @@ def _of_queries(probe: Probe, num_samples: int, seconds: float) -> list[str]:
     expected = count * num_samples * seconds
     if expected <= _LONG:
         return []
+    fewer = max(_FEWEST, 2 ** math.floor(math.log2(num_samples * _LONG / expected)))
     return [
-        f"The first measurement takes about {_rounded(expected)} s: {num_samples} samples × {count} queries. Fewer"
-        " `queries` make values less certain; `RobustnessMonitor(max_samples=…)` measures fewer samples and"
-        " `every_n_epochs=5` less often."
+        f"The first measurement takes about {_rounded(expected)} s: {num_samples} samples × {count} queries."
+        f" `RobustnessMonitor(max_samples={fewer})` takes about {_rounded(expected * fewer / num_samples)} s,"
+        " `every_n_epochs=5` measures less often, and a probe with fewer `queries` is less certain."
     ]
 
 

@@ -117,7 +117,7 @@ def test_the_mean_over_directions_is_the_gram_matrix() -> None:
     draws = torch.stack(
         [
             linearize_by_queries(LINEAR, INPUTS, num_directions=3, generator=torch.Generator().manual_seed(seed)).gram
-            for seed in range(250)
+            for seed in range(150)
         ]
     )
     errors = (draws.mean(dim=0) - expected) / (draws.std(dim=0) / math.sqrt(len(draws)))
@@ -232,9 +232,9 @@ def test_the_largest_eigenvalue_of_a_noisy_matrix_is_without_bias(
     generator = torch.Generator().manual_seed(m)
     c = len(spectrum)
     if features > 1000:
-        slopes = torch.randn(600, c, m, generator=generator, dtype=torch.float64) / math.sqrt(m)
+        slopes = torch.randn(400, c, m, generator=generator, dtype=torch.float64) / math.sqrt(m)
     else:
-        directions = torch.linalg.qr(torch.randn(600, features, m, generator=generator, dtype=torch.float64))[0]
+        directions = torch.linalg.qr(torch.randn(400, features, m, generator=generator, dtype=torch.float64))[0]
         slopes = directions[:, :c] * math.sqrt(features / m)
     slopes = slopes * torch.tensor(spectrum, dtype=torch.float64).sqrt()[:, None]
     plain = torch.linalg.eigvalsh(slopes @ slopes.mT)
@@ -264,9 +264,9 @@ def test_the_largest_slope_along_random_directions_is_no_spectral_norm() -> None
     assert (along.amax(dim=1) / norms).median() < 0.005
 
 
-@pytest.mark.parametrize("steps", [5, 30, 300])
+@pytest.mark.parametrize("steps", [5, 60])
 def test_estimates_on_a_digits_network_are_right_and_so_are_their_errors(steps: int) -> None:
-    _check_coverage(trained_cnn(steps), PIXELS[1297:1329], num_directions=32, seeds=6)
+    _check_coverage(trained_cnn(steps), PIXELS[1297:1329], num_directions=32, seeds=5)
 
 
 @pytest.mark.long
@@ -427,10 +427,10 @@ def test_extras_go_with_their_samples() -> None:
 # --- rounding ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["mlp", "attention", "recurrent"])
+@pytest.mark.parametrize("name", ["mlp", "attention"])
 @pytest.mark.parametrize("digits", [3, 4, 5])
 def test_rounded_probabilities_are_measured_within_a_fifth_or_refused(name: str, digits: int) -> None:
-    model, inputs, _ = build(name, num_samples=20)
+    model, inputs, _ = build(name, num_samples=12)
     model.eval()
     exact = linearize(model, inputs)
     expected = fim_spectral_norm(exact.logits, exact.gram)
@@ -464,9 +464,9 @@ def test_probabilities_that_are_rounded_to_one_are_refused() -> None:
 # --- what is refused ----------------------------------------------------------------------------------------------
 
 PIECEWISE_CONSTANT = {
-    "forest": RandomForestClassifier(100, random_state=0),
-    "forest of impure leaves": RandomForestClassifier(30, min_samples_leaf=5, random_state=0),
-    "many trees": ExtraTreesClassifier(200, min_samples_leaf=3, random_state=0),
+    "forest": RandomForestClassifier(20, random_state=0),
+    "forest of impure leaves": RandomForestClassifier(20, min_samples_leaf=5, random_state=0),
+    "many trees": ExtraTreesClassifier(60, min_samples_leaf=3, random_state=0),
     "tree": DecisionTreeClassifier(random_state=0),
     "boosting": HistGradientBoostingClassifier(max_iter=10, random_state=0),
     "neighbours": KNeighborsClassifier(),
@@ -484,7 +484,7 @@ def test_piecewise_constant_models_are_refused_with_the_finding(kind: str, dtype
 
 
 def test_a_forest_whose_votes_are_rounded_is_not_taken_for_a_smooth_model() -> None:
-    forest = fitted(RandomForestClassifier(30, min_samples_leaf=5, random_state=0))
+    forest = fitted(RandomForestClassifier(20, min_samples_leaf=5, random_state=0))
     with pytest.raises(ValueError, match=r"jump|steps of"):
         linearize_by_queries(lambda x: forest.predict_proba(x).round(4), arrays(PIXELS[1300:1306]), num_directions=8)
 
