@@ -124,7 +124,7 @@ def test_the_mean_over_directions_is_the_gram_matrix() -> None:
     assert errors.abs().max() < 4.5
     diagonals = draws.diagonal(dim1=2, dim2=3)  # of a squared slope, the error is known
     spread = diagonals.std(dim=0) / expected.diagonal(dim1=1, dim2=2)
-    torch.testing.assert_close(spread, torch.full_like(spread, relative_variance(3, 12) ** 0.5), rtol=0.15, atol=0)
+    assert float(spread.mean()) == pytest.approx(relative_variance(3, 12) ** 0.5, rel=0.06)
 
 
 def test_units_are_those_of_the_unnormalised_input() -> None:
@@ -232,16 +232,16 @@ def test_the_largest_eigenvalue_of_a_noisy_matrix_is_without_bias(
     generator = torch.Generator().manual_seed(m)
     c = len(spectrum)
     if features > 1000:
-        slopes = torch.randn(400, c, m, generator=generator, dtype=torch.float64) / math.sqrt(m)
+        slopes = torch.randn(600, c, m, generator=generator, dtype=torch.float64) / math.sqrt(m)
     else:
-        directions = torch.linalg.qr(torch.randn(400, features, m, generator=generator, dtype=torch.float64))[0]
+        directions = torch.linalg.qr(torch.randn(600, features, m, generator=generator, dtype=torch.float64))[0]
         slopes = directions[:, :c] * math.sqrt(features / m)
     slopes = slopes * torch.tensor(spectrum, dtype=torch.float64).sqrt()[:, None]
     plain = torch.linalg.eigvalsh(slopes @ slopes.mT)
     corrected = largest_without_bias(plain, relative_variance(m, features))
     bias, plain_bias = (abs(float(values.mean()) - 1) for values in (corrected, plain[:, -1]))
     if spectrum[1] > 0.8:  # equal eigenvalues: their order is noise, and a part of the bias stays
-        assert bias < 0.6 * plain_bias
+        assert bias < 0.65 * plain_bias
     else:
         assert bias < 0.03
 
@@ -303,7 +303,8 @@ def _check_coverage(network: nn.Module, images: Tensor, *, num_directions: int, 
     errors = torch.stack([estimate.stderr for estimate in estimates])
     covered = ((values - truth).abs() <= 2 * errors).double().mean()
     assert 0.9 <= (values / truth).median() <= 1.1
-    assert 0.97 <= (values / truth).mean() <= 1.03
+    tolerance = 0.02 + 3 * float((errors / truth).mean()) / math.sqrt(values.numel())
+    assert abs(float((values / truth).mean()) - 1) < tolerance
     assert 0.9 <= covered <= 0.99
 
 
