@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from contextvars import ContextVar
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import KW_ONLY, asdict, dataclass, field, replace
-from types import MappingProxyType
-from typing import Any, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -15,22 +13,21 @@ from torch import Tensor, nn
 from lightning_robust.functional._isolation.context import differentiable
 from lightning_robust.functional._isolation.stand_ins import full_precision
 from lightning_robust.functional._validation.arguments import (
+    check_choice,
     check_function,
     check_integer,
     check_kind,
+    check_number,
     check_positive_integer,
+    expected_but_got,
     optional,
 )
 from lightning_robust.functional._validation.extras import SampleModel, check_extras
 from lightning_robust.functional._validation.independence import check_place, places_known
-from lightning_robust.functional._validation.outputs import as_classifier, as_one_logit, as_two_classes
-from lightning_robust.functional._validation.tensors import (
-    check_logits,
-    check_real,
-    check_targets,
-    outputs_of,
-)
-from lightning_robust.functional.curvature.losses import LossFn, SampleLoss, check_loss_fn
+from lightning_robust.functional._validation.outputs import as_restricted
+from lightning_robust.functional._validation.samples import check_samples, completed
+from lightning_robust.functional._validation.tensors import check_logits, check_targets, outputs_of
+from lightning_robust.functional.curvature.losses import LossFn, check_loss_fn
 from lightning_robust.functional.curvature.plan import Estimator
 from lightning_robust.functional.curvature.problem import CurvatureProblem
 from lightning_robust.functional.curvature.signs import ProbeSeeds
@@ -39,26 +36,19 @@ from lightning_robust.functional.fisher_rao.geometry import other_classes
 from lightning_robust.functional.fisher_rao.path_options import PathOptions
 from lightning_robust.functional.fisher_rao.paths import FisherRaoPaths, trace_fisher_rao_paths
 from lightning_robust.functional.input_space.attacks import Norm, pgd
-from lightning_robust.functional.input_space.linearization import Linearization, linearize, relinearize
+from lightning_robust.functional.input_space.input_information import InputInformation, input_information
+from lightning_robust.functional.input_space.likelihoods import LikelihoodName, likelihood_of
+from lightning_robust.functional.input_space.linearization import Linearization, linearize_up_to, relinearize
 from lightning_robust.functional.input_space.queries import linearize_by_queries
 from lightning_robust.functional.input_space.query_answers import answering_logits, as_tensor, given_tensors, is_array
+from lightning_robust.functional.input_space.reading import Reading
 from lightning_robust.functional.input_space.units import Units, check_units, check_valid_range
 
 T = TypeVar("T")
-
-
-# What probes get later for options that they leave open. With a loss, for example, targets need not be classes.
-_DEFAULTS: ContextVar[Mapping[str, Any]] = ContextVar("defaults", default=MappingProxyType({}))
-
-
-@contextmanager
-def checked_with(defaults: Mapping[str, Any]) -> Iterator[None]:
-    """Check new probes as if options that they leave open had these values, which they get later."""
-    token = _DEFAULTS.set(defaults)
-    try:
-        yield
-    finally:
-        _DEFAULTS.reset(token)
+LinearizationName = Literal["exact", "krylov"]
+_MOST_OUTPUTS = 32  # of which all gradients are taken, unless a probe says otherwise
+_NUM_OTHERS = 10  # classes to which boundaries are sought where there are more outputs
+_FORWARD_ELEMENTS = 2**22  # of inputs that pass together without gradients: 16 MiB in float32
 
 
 @dataclass(frozen=True)
@@ -87,8 +77,8 @@ class Probe:
             in a tuple, dictionary or object where it is evident which they are (``logits``, or the only candidate).
         inputs: ``(N, ...)``, floating point; or integers, such as token ids, of which metrics of the weights alone
             (:class:`~lightning_robust.HessianTrace`) can be measured, as integers have no derivative.
-        targets: ``(N,)``, class indices; with a ``loss_fn``, any targets ``(N, ...)`` that it takes. Metrics that need
-            classes raise an error without them.
+        targets: ``(N,)``, class indices, or what another ``likelihood`` says; with a ``loss_fn``, any targets
+            ``(N, ...)`` that it takes. Metrics that need other ones raise an error.
         extras: Further arguments of the model, tensors ``(N, ...)`` whose rows belong to the samples, by name: padding
             masks, categories, lengths. They are passed on by keyword and never perturbed. What a function closes over
             instead stays as it is when samples are selected or pass in parts, and so meets other samples.
@@ -100,11 +90,22 @@ class Probe:
             it. L∞ margins and attacks respect it; L2 margins ignore it.
         chunk_size: Largest number of samples that pass through the network together, a bound on memory; see
             :func:`~lightning_robust.functional.linearize`.
-        loss_fn: Maps logits and targets to the loss whose curvature is measured; cross-entropy by default. See
-            :func:`~lightning_robust.functional.hessian_trace`. With ``nn.BCEWithLogitsLoss()`` and one target per
-            sample, the model is a binary classifier whose single output z stands for the logits (0, z).
+        loss_fn: Maps logits and targets to the loss whose curvature is measured; by default that of the likelihood:
+            cross-entropy, BCE with logits or MSE. See :func:`~lightning_robust.functional.hessian_trace`. With
+            ``nn.BCEWithLogitsLoss()`` and one target per sample, a ``"categorical"`` model is a binary classifier whose
+            single output z stands for the logits (0, z).
         module: The network that ``model`` calls, if that is a plain function: it is then measured in eval mode, and
             curvature is about its weights.
+        likelihood: What the outputs mean: logits of classes, ``"categorical"``; logits of several labels per sample
+            with targets 0 or 1, ``"bernoulli"``; or numbers, ``"gaussian"``. Of the last two, every output ``(N, ...)``
+            has a target.
+        linearization: ``"exact"`` takes the gradients of all outputs; ``"krylov"`` finds spectral norms in a Krylov
+            subspace, and margins among the most probable classes. By default the number of outputs decides: up to 32,
+            all gradients are taken.
+        temperature: At which ``"krylov"`` measures calibrated values, where it is known already; by default the one
+            that fits these samples.
+        tolerance: How far a number may move, in its own units, before that counts as a change: for margins with
+            ``"gaussian"``.
         queries: Number of random directions along which the model is queried, twice along each (all directions, if the
             inputs have no more features). Then nothing but its predictions is needed, and it may be any function that
             :func:`~lightning_robust.functional.linearize_by_queries` takes, of NumPy arrays if ``inputs`` are an array.
@@ -128,6 +129,10 @@ class Probe:
     chunk_size: int | None = None
     loss_fn: LossFn | None = None
     module: nn.Module | None = None
+    likelihood: LikelihoodName = "categorical"
+    tolerance: float | None = None
+    linearization: LinearizationName | None = None
+    temperature: float | None = None
     queries: int | None = None
     _done: dict[object, object] = field(default_factory=dict, init=False, repr=False)
 
@@ -136,19 +141,29 @@ class Probe:
         check_loss_fn(self.loss_fn)
         optional(check_kind, "module", self.module, nn.Module)
         if optional(check_integer, "queries", self.queries, at_least=2) is not None:
-            given = given_tensors(self.model, self.inputs, self.extras)
-            for name, value in zip(("model", "inputs", "extras"), given, strict=True):
-                object.__setattr__(self, name, value)
-            if is_array(self.targets):
-                object.__setattr__(self, "targets", as_tensor(self.targets))
+            self._take_arrays()
         if self.chunk_size is not None:
             check_positive_integer("chunk_size", self.chunk_size)
-        options = {name: getattr(self, name) for name in ("loss_fn", "input_std", "input_mean", "valid_range")}
-        options = {name: _DEFAULTS.get().get(name) if given is None else given for name, given in options.items()}
-        check_samples(self.inputs, self.targets, loss_fn=options.pop("loss_fn"))
+        names = ("likelihood", "tolerance", "loss_fn", "input_std", "input_mean", "valid_range")
+        options = completed({name: getattr(self, name) for name in names})
+        kind = likelihood_of(options.pop("likelihood"), options.pop("tolerance"))
+        if self.queries is not None and (kind.name != "categorical" or self.linearization == "krylov"):
+            what = f"likelihood {kind.name!r}" if kind.name != "categorical" else "linearization 'krylov'"
+            self._refuse_queries(what)
+        any_targets = options.pop("loss_fn") is not None or kind.name != "categorical"
+        check_samples(self.inputs, self.targets, any_targets=any_targets)
         check_extras(self.extras, len(self.inputs))
+        optional(check_choice, "linearization", self.linearization, get_args(LinearizationName))
+        optional(check_number, "temperature", self.temperature, "a positive number or None", above=0)
         check_units(**options)
         object.__setattr__(self, "valid_range", check_valid_range(self.valid_range))  # from a list, tensor or array
+
+    def _take_arrays(self) -> None:
+        given = given_tensors(self.model, self.inputs, self.extras)
+        for name, value in zip(("model", "inputs", "extras"), given, strict=True):
+            object.__setattr__(self, name, value)
+        if is_array(self.targets):
+            object.__setattr__(self, "targets", as_tensor(self.targets))
 
     def __len__(self) -> int:
         return len(self.inputs)
@@ -160,16 +175,32 @@ class Probe:
             self._done["place"] = True
 
     @property
-    def linearization(self) -> Linearization:
+    def linearized(self) -> Linearization:
         """Logits, Gram matrices and L1 gaps of all samples (see :func:`~lightning_robust.functional.linearize`)."""
-        if self.queries is not None:
-            return self._once(("linearization",), self._linearization_by_queries)
-        return self._once(
-            ("linearization",),
-            lambda: linearize(self.classifier, self.inputs, chunk_size=self.chunk_size, **self._options),
-        )
+        found = self._linearized(None)
+        assert found is not None
+        return found
 
-    def _linearization_by_queries(self) -> Linearization:
+    @property
+    def linearized_if_few(self) -> Linearization | None:
+        """The same; None if there are more than 32 outputs, unless :attr:`linearization` says otherwise."""
+        if self.linearization == "krylov":
+            return None
+        return self._linearized(_MOST_OUTPUTS if self.linearization is None else None)
+
+    def _linearized(self, most_outputs: int | None) -> Linearization | None:
+        if self.queries is not None:
+            return self._once(("linearized",), self._linearized_by_queries)
+        if most_outputs is not None and ("too many",) in self._done:
+            return None
+        options = {"chunk_size": self.chunk_size, **self._options, **self._meaning}
+        key = ("linearized",)
+        found = self._once(key, lambda: linearize_up_to(most_outputs, self.classifier, self.inputs, **options))
+        if found is None:
+            self._done[("too many",)] = self._done.pop(key)
+        return found
+
+    def _linearized_by_queries(self) -> Linearization:
         assert self.queries is not None
         return linearize_by_queries(
             self.model,
@@ -189,12 +220,76 @@ class Probe:
                 " without `queries`."
             )
 
-    def relinearization(self, norm: Norm) -> Linearization:
+    def relinearized(self, norm: Norm) -> Linearization:
         """Gradients taken near the boundary (see :func:`~lightning_robust.functional.relinearize`)."""
         self._refuse_queries("a second linearisation")
-        options = {"norm": norm, "chunk_size": self.chunk_size, **self._options}
-        key = ("relinearization", norm)
-        return self._once(key, lambda: relinearize(self.classifier, self.inputs, self.linearization, **options))
+        options = {"norm": norm, "chunk_size": self.chunk_size, **self._options, **self._meaning}
+        key = ("relinearized", norm)
+        return self._once(key, lambda: relinearize(self.classifier, self.inputs, self.linearized, **options))
+
+    def among_probable_classes(self, num_others: int | None) -> Probe:
+        """These samples, for margins: the nearest boundary of a sample leads to a class that is probable already.
+
+        Args:
+            num_others: To how many of the most probable other classes of each sample boundaries are sought. None: to
+                all, or to 10 where linearising all is not the way to measure.
+
+        Returns:
+            A probe of the classifier with only these classes of each sample, and labels among them; this probe itself
+            if they are all.
+        """
+        if not self.reading.has_classes or (num_others is None and self.linearized_if_few is not None):
+            return self
+        self._refuse_queries("margins of a few classes")
+        return self._once(("among", num_others), lambda: self._among_probable_classes(num_others))
+
+    def _among_probable_classes(self, num_others: int | None) -> Probe:
+        logits = self.own_outputs
+        most = logits.shape[1] - 1
+        if num_others is not None and num_others > most:
+            expected = f"at most the {most} other classes of the model"
+            raise ValueError(expected_but_got("num_targets", expected, num_others))
+        classes = logits.topk(1 + min(num_others or _NUM_OTHERS, most), dim=1).indices
+        labels = self.reading.beside(logits).to(classes.device)
+        places = (classes == labels[:, None]).int().argmax(dim=1)
+        among = classes.gather(1, places[:, None])[:, 0] == labels
+        extras = {**(self.extras or {}), "classes_of_samples": classes}
+        changes: dict[str, Any] = {
+            "model": as_restricted(self.classifier),
+            "targets": torch.where(among, places, 1),
+            "extras": extras,
+        }
+        probe = replace(self, **changes, loss_fn=None, linearization="exact")
+        probe._done["place"] = True
+        return probe
+
+    @property
+    def information(self) -> InputInformation:
+        """Spectral norms at the temperature that is given or fits these samples, and at 1, without all gradients."""
+        return self._once(("information",), self._information)
+
+    def _information(self) -> InputInformation:
+        kind, outputs = likelihood_of(self.likelihood, self.tolerance), self.own_outputs
+        temperature = self.temperature
+        if temperature is None:
+            temperature = float(kind.fit(outputs, self.reading.beside(outputs)).temperature)
+        options: dict[str, Any] = {"extras": self.extras, "input_std": self.input_std, "chunk_size": self.chunk_size}
+        return input_information(
+            self.classifier, self.inputs, temperatures=[temperature, 1.0], likelihood=kind, **options
+        )
+
+    @property
+    def own_outputs(self) -> Tensor:
+        """Outputs ``(N, C)`` of these samples, in eval mode and without a graph."""
+        return self._once(("outputs",), self._own_outputs)
+
+    def _own_outputs(self) -> Tensor:
+        kind, x = likelihood_of(self.likelihood, self.tolerance), full_precision(self.inputs)
+        size = self.chunk_size or max(1, _FORWARD_ELEMENTS // max(1, x[0].numel()))
+        chunks = torch.split(torch.arange(len(x)), size)
+        with differentiable(self.model, self.module), torch.no_grad():
+            parts = [outputs_of(self.network.on(rows), x[rows], check=kind.check_outputs) for rows in chunks]
+        return torch.cat(parts)
 
     @property
     def _options(self) -> dict[str, Any]:
@@ -202,30 +297,29 @@ class Probe:
         return {name: getattr(self, name) for name in ("extras", "input_std", "input_mean", "valid_range")}
 
     @property
+    def _meaning(self) -> dict[str, Any]:
+        return {"likelihood": self.likelihood, "tolerance": self.tolerance}
+
+    @property
+    def reading(self) -> Reading:
+        """How outputs and targets are read together."""
+        model = self.model if self.queries is None else answering_logits(self.model)
+        return Reading(model, self.targets, likelihood_of(self.likelihood, self.tolerance), self.loss_fn)
+
+    @property
     def is_binary(self) -> bool:
         """Whether this is a binary classifier with one logit: its loss is BCE with logits, with one target each."""
-        return SampleLoss(self.loss_fn).is_binary_cross_entropy and self.targets.numel() == len(self)
+        return self.reading.is_binary
 
     @property
     def classifier(self) -> Callable[..., Tensor]:
-        """The model, with one logit per class."""
-        if self.queries is not None:
-            return answering_logits(self.model)
-        return as_two_classes(self.model) if self.is_binary else as_classifier(self.model, self.targets)
+        """The model, with one logit per class, or with outputs ``(N, C)`` that have a target each."""
+        return self.reading.network
 
     @property
     def labels(self) -> Tensor:
         """Class indices ``(N,)``; raises a ``ValueError`` if the targets are no classes."""
-        targets = full_precision(self.targets)
-        if not self.is_binary:
-            return check_targets(targets, num_samples=len(self))
-        if not ((targets == 0) | (targets == 1)).all():
-            low, high = float(targets.min()), float(targets.max())
-            raise ValueError(
-                "Expected argument `targets` of a binary classifier to be 0 or 1, but got values from"
-                f" {low:.3g} to {high:.3g}. With soft targets only curvature can be measured."
-            )
-        return targets.reshape(len(self)).long()
+        return self.reading.labels
 
     @property
     def network(self) -> SampleModel:
@@ -259,13 +353,14 @@ class Probe:
         return self._once(key, lambda: self._curvature(estimator, num_probes, attack))
 
     def _curvature(self, estimator: Estimator, num_probes: int, attack: Attack | None) -> CurvatureSums:
+        model, targets, loss_fn = self.reading.of_loss()
         problem = CurvatureProblem(
-            as_one_logit(self.model) if self.is_binary else self.classifier,
+            model,
             self.inputs if attack is None else self.attacked(attack),
-            full_precision(self.targets).float().reshape(len(self)) if self.is_binary else self.targets,
+            targets,
             extras=self.extras,
             estimator=estimator,
-            loss_fn=self.loss_fn,
+            loss_fn=loss_fn,
             module=self.module,
             chunk_size=self.chunk_size,
         )
@@ -295,7 +390,7 @@ class Probe:
 
     def _most_probable_others(self, count: int) -> Tensor:
         """Classes (N, count), or all others if there are fewer, in the order of the predictions."""
-        logits = self.logits(self.inputs)
+        logits = self.own_outputs
         labels = check_targets(self.labels, num_samples=len(logits), num_classes=logits.shape[1])
         others = other_classes(labels.to(logits.device), logits.shape[1])
         most_probable = logits.gather(1, others).topk(min(count, others.shape[1]), dim=1).indices
@@ -324,18 +419,3 @@ class Probe:
         """Return a probe of some of the samples, without copying them."""
         extras = None if self.extras is None else {name: extra[rows] for name, extra in self.extras.items()}
         return replace(self, inputs=self.inputs[rows], targets=self.targets[rows], extras=extras)
-
-
-def check_samples(inputs: Tensor, targets: Tensor, *, loss_fn: LossFn | None) -> None:
-    """Raise unless there is one class index (with a ``loss_fn``, one target) per input ``(N, ...)``."""
-    check_real(inputs)
-    if inputs.ndim == 0:
-        raise ValueError("Expected argument `inputs` to be a tensor (N, ...), but got a single number.")
-    if loss_fn is None:
-        check_targets(targets, num_samples=len(inputs))
-    elif not isinstance(targets, Tensor) or targets.shape[:1] != inputs.shape[:1]:
-        got = tuple(targets.shape) if isinstance(targets, Tensor) else type(targets).__name__
-        raise ValueError(
-            f"Expected argument `targets` to hold one target per sample, a tensor of shape ({len(inputs)}, ...), but"
-            f" got {got}."
-        )

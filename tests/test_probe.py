@@ -34,15 +34,15 @@ def test_all_readers_share_one_linearization() -> None:
     recorder = Recorder(model)
     probe = Probe(recorder, inputs, targets)
     assert recorder.record.batch_sizes == []  # nothing before it is asked for
-    first = probe.linearization
-    assert probe.linearization is first
+    first = probe.linearized
+    assert probe.linearized is first
     assert recorder.record.batch_sizes == [len(inputs)]
 
 
 def test_the_linearization_is_in_the_units_and_chunks_of_the_probe() -> None:
     model, inputs, targets = build("cnn_batchnorm")
     recorder = Recorder(model)
-    actual = Probe(recorder, inputs, targets, input_std=[0.5, 1.0, 2.0], chunk_size=3).linearization
+    actual = Probe(recorder, inputs, targets, input_std=[0.5, 1.0, 2.0], chunk_size=3).linearized
     assert recorder.record.batch_sizes == [3, 3, 3]
     torch.testing.assert_close(actual.gram, linearize(model, inputs, input_std=[0.5, 1.0, 2.0]).gram)
 
@@ -64,7 +64,7 @@ def test_a_function_is_measured_in_eval_mode_if_its_module_is_given() -> None:
     before = state_of(model.train())
     probe = Probe(lambda x: model(x) + 1, inputs, targets, module=model)
     torch.testing.assert_close(probe.logits(inputs), expected.logits + 1)
-    torch.testing.assert_close(probe.linearization.gram, expected.gram)
+    torch.testing.assert_close(probe.linearized.gram, expected.gram)
     assert state_of(model) == before
 
 
@@ -93,7 +93,7 @@ def test_rows_of_a_probe_have_its_options_and_share_its_memory() -> None:
 
 
 def test_rows_of_a_probe_have_their_own_linearization(probe: Probe) -> None:
-    whole, part = probe.linearization, probe.rows(slice(2, 5)).linearization
+    whole, part = probe.linearized, probe.rows(slice(2, 5)).linearized
     torch.testing.assert_close(part.gram, whole.gram[2:5])
 
 
@@ -166,7 +166,7 @@ def test_queries_are_rid_of_their_bias_in_the_mean() -> None:
     exact = measured(FisherSpectralNorm(), Probe(model, inputs, targets))
     probe = Probe(model, inputs, targets, queries=10)
     values = measured(FisherSpectralNorm(), probe)
-    plain = fim_spectral_norm(probe.linearization.logits, probe.linearization.gram).mean()
+    plain = fim_spectral_norm(probe.linearized.logits, probe.linearized.gram).mean()
     error, plain_error = (float(mean / exact["fim_spectral_norm"]) - 1 for mean in (values["fim_spectral_norm"], plain))
     assert plain_error > 0.2
     assert abs(error) < 0.55 * plain_error  # eigenvalues are close here, so a part of it stays
@@ -179,6 +179,30 @@ def test_numbers_of_queries_are_not_mixed() -> None:
     metric.update(Probe(of_arrays, ROWS, CLASSES, queries=4))
     with pytest.raises(ValueError, match="as many queries for all samples"):
         metric.update(Probe(of_arrays, ROWS, CLASSES, queries=3))
+
+
+@pytest.mark.parametrize("options", [{"likelihood": "bernoulli"}, {"linearization": "krylov"}], ids=str)
+def test_queries_are_for_classes_and_take_all_of_them(options: dict[str, Any]) -> None:
+    targets = np.eye(4)[CLASSES] if "likelihood" in options else CLASSES
+    with pytest.raises(ValueError, match=r"gradients for .*only queried"):
+        Probe(of_arrays, ROWS, targets, queries=4, **options)
+    with pytest.raises(ValueError, match=r"gradients for margins of a few classes.*only queried"):
+        LinearizedAccuracy(norm="l2", num_targets=2).update(Probe(of_arrays, ROWS, CLASSES, queries=4))
+
+
+def test_many_classes_need_no_more_queries_than_few() -> None:
+    model = random_linear(0, num_classes=40, num_features=20)
+    model.weight.requires_grad_(False)
+    inputs, targets = random(1, 12, 20), torch.arange(12)
+    probe = Probe(lambda x: model(x).softmax(dim=1), inputs, targets, queries=20)
+    for metric in (FisherSpectralNorm, lambda: LinearizedAccuracy([0.1, 0.5], norm="l2")):
+        by_queries, exact = (
+            measured(metric(), probe),
+            measured(metric(), Probe(model, inputs, targets, linearization="exact")),
+        )
+        assert by_queries.keys() == exact.keys()
+        for key, value in exact.items():
+            torch.testing.assert_close(by_queries[key], value, rtol=1e-4, atol=1e-6)
 
 
 def test_logits_of_a_queried_model_are_logarithms_of_its_probabilities() -> None:
@@ -212,14 +236,14 @@ def test_queries_meet_the_extras_of_their_samples_in_the_type_of_the_inputs() ->
     shift = random(4, 20, 6).numpy()
     probe = Probe(shifted, ROWS - shift, CLASSES, extras={"shift": shift}, queries=6)
     expected = Probe(of_arrays, ROWS, CLASSES, queries=6)
-    found = [fim_spectral_norm(p.linearization.logits, p.linearization.gram) for p in (probe, expected)]
+    found = [fim_spectral_norm(p.linearized.logits, p.linearized.gram) for p in (probe, expected)]
     torch.testing.assert_close(*found, rtol=1e-5, atol=0)
-    part = probe.rows(slice(5, 9)).linearization
-    torch.testing.assert_close(part.gram, probe.linearization.gram[5:9], rtol=1e-4, atol=1e-6)
+    part = probe.rows(slice(5, 9)).linearized
+    torch.testing.assert_close(part.gram, probe.linearized.gram[5:9], rtol=1e-4, atol=1e-6)
 
 
 def test_a_network_without_gradients_is_pointed_to_queries() -> None:
     model, inputs, targets = build("mlp")
     with pytest.raises(ValueError, match=r"`Probe\(predict, inputs, targets, queries=200\)`"):
-        _ = Probe(lambda x: model(x.detach()), inputs, targets).linearization
-    assert Probe(lambda x: model(x.detach()), inputs, targets, module=model, queries=12).linearization.gram.any()
+        _ = Probe(lambda x: model(x.detach()), inputs, targets).linearized
+    assert Probe(lambda x: model(x.detach()), inputs, targets, module=model, queries=12).linearized.gram.any()

@@ -17,18 +17,22 @@ from lightning_robust.functional.input_space.fisher_information import (
     fim_trace,
     saturated,
 )
+from lightning_robust.functional.input_space.likelihoods import fit_temperature
 from lightning_robust.functional.input_space.linearization import Linearization, linearize, relinearize
 from lightning_robust.functional.input_space.linearized_margin import (
     linearized_accuracy,
     linearized_margin,
     linearized_margin_linf,
 )
+from lightning_robust.functional.input_space.matrix_free import (
+    SpectralNormEstimate,
+    fim_spectral_norm_matrix_free,
+)
 from lightning_robust.functional.input_space.queries import (
     QueriedSpectralNorm,
     fim_spectral_norm_by_queries,
     linearize_by_queries,
 )
-from lightning_robust.functional.input_space.temperature import fit_temperature
 
 __all__ = [
     "CalibratedSpectralNorm",
@@ -38,6 +42,7 @@ __all__ = [
     "FisherRaoPaths",
     "Linearization",
     "QueriedSpectralNorm",
+    "SpectralNormEstimate",
     "TraceEstimate",
     "calibrated_fim_spectral_norm",
     "class_shielding",
@@ -47,6 +52,7 @@ __all__ = [
     "drifted_together",
     "fim_spectral_norm",
     "fim_spectral_norm_by_queries",
+    "fim_spectral_norm_matrix_free",
     "fim_trace",
     "fisher_rao_distance",
     "fisher_rao_margin_bound",

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from itertools import chain
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -14,10 +16,20 @@ from lightning_robust.functional.input_space.fisher_information import (
     fim_trace,
     saturated,
 )
-from lightning_robust.metrics.base import ProbeMetric, error_bar, error_bar_of_mean
+from lightning_robust.functional.input_space.likelihoods import NAMES, LikelihoodName
+from lightning_robust.metrics._information_rows import (
+    NUM_SUMMARIES,
+    Measured,
+    from_summaries,
+    from_triangles,
+    summaries,
+    upper_triangles,
+)
+from lightning_robust.metrics.base import ProbeMetric, error_bar, error_bar_of_mean, joined
 from lightning_robust.probe import Probe
 
 _MANY_CLASSES = 200  # fewer take milliseconds per sample
+_UNCONVERGED = "fim_spectral_norm_unconverged"
 
 
 class FisherSpectralNorm(ProbeMetric):
@@ -29,15 +41,28 @@ class FisherSpectralNorm(ProbeMetric):
     - ``fim_spectral_norm_median``, ``_p95``, ``_max``: other statistics of the same values. The median of a confident
       network is near 0 however robust the network is. It is logged to show this, not as a measure of robustness.
     - ``fim_spectral_norm_calibrated``: mean at the fitted temperature, with ``_stderr``, ``_lower``, ``_upper``
-    - ``fim_trace``: mean trace
+    - ``fim_trace``: mean trace, with ``_stderr``, ``_lower``, ``_upper``
+    - ``fim_spectral_norm_unconverged``: share of samples whose λ is only known to be at least the value that counts;
+      logged with more than 32 outputs
     - ``temperature``: temperature that minimises the negative log-likelihood of the same samples
-    - ``saturated``: share of samples with a probability above 0.999, whose λ says little
+    - ``saturated``: share of samples with a probability above 0.999, whose λ says little. With likelihood
+      ``"bernoulli"`` all labels must have one
+
+    With likelihood ``"gaussian"``, λ is ‖J‖² at a standard deviation σ = 1 of the errors, the temperature is the root
+    mean square residual σ, the calibrated λ is ‖J‖² / σ², and there is no ``saturated``.
+
+    With more than 32 outputs λ is found in a Krylov subspace, to within 1 % for nearly all samples, and the trace is
+    estimated (see :func:`~lightning_robust.functional.fim_spectral_norm_matrix_free`). The calibrated values are then
+    those at the temperature of the probe; they follow the one that fits all samples by their derivatives.
+
+    With queries, the bias that their noise gives λ is removed (see
+    :func:`~lightning_robust.functional.fim_spectral_norm_by_queries`).
 
     Units: squared nats per squared input unit, un-normalised if the probe has ``input_std``.
 
-    State: target, logits and upper triangle of the Gram matrix of each sample, ``1 + C + C(C + 1)/2`` numbers, because
-    the temperature is fitted to all samples of all processes. With queries, the bias that
-    their noise gives λ is removed (see :func:`~lightning_robust.functional.fim_spectral_norm_by_queries`).
+    State: targets and outputs of each sample, because the temperature is fitted to all samples of all processes, and
+    the upper triangle of its Gram matrix: ``1 + C + C(C + 1)/2`` numbers. With more than 32 outputs six numbers take
+    the place of the Gram matrix. With other likelihoods than ``"categorical"`` there is a target for each output.
 
     Source: arXiv 2606.04767; the calibration is ours.
     """
@@ -46,32 +71,58 @@ class FisherSpectralNorm(ProbeMetric):
     best_untrained = True
     linearizations = ("first",)
     rows: list[Tensor]
+    summaries: list[Tensor]
     num_classes: Tensor
+    likelihood: Tensor
     gram_variance: Tensor
 
     def __init__(self) -> None:
         super().__init__()
         self.add_float64_rows("rows")  # flat, because a process without samples does not know C
+        self.add_float64_rows("summaries")  # flat, of samples without Gram matrices
         self.add_float64_state("num_classes", reduce="max")
+        self.add_float64_state("likelihood", reduce="max")  # 1 + its place among the names; 0 without samples
         self.add_float64_state("gram_variance", reduce="max")  # of Gram matrices that were estimated by queries
 
     def _add(self, probe: Probe) -> None:
-        linearization = probe.linearization
-        c = linearization.logits.shape[1]
+        linearization = probe.linearized_if_few
+        if linearization is None:
+            self.summaries.append(self._rows_of(probe, probe.information.logits, summaries(probe.information)))
+        else:
+            variance = torch.full_like(self.gram_variance, linearization.gram_variance)
+            if self.num_classes and variance != self.gram_variance:
+                raise ValueError("Expected as many queries for all samples, but probes with different numbers came.")
+            self.rows.append(self._rows_of(probe, linearization.logits, upper_triangles(linearization.gram)))
+            self.gram_variance = variance
+
+    def _rows_of(self, probe: Probe, logits: Tensor, numbers: Tensor) -> Tensor:
+        """Targets, logits and numbers (N, K) of samples, flat."""
+        c = logits.shape[1]
         if self.num_classes not in (0, c):
             raise ValueError(f"Expected logits of {int(self.num_classes)} classes, as before, but got {c}.")
-        variance = torch.full_like(self.gram_variance, linearization.gram_variance)
-        if self.num_classes and variance != self.gram_variance:
-            raise ValueError("Expected as many queries for all samples, but probes with different numbers came.")
-        upper = torch.triu_indices(c, c, device=linearization.gram.device)
-        targets = probe.labels
-        row = torch.cat([targets[:, None], linearization.logits, linearization.gram[:, upper[0], upper[1]]], dim=1)
-        self.rows.append(row.to(self.num_classes).flatten())
-        self.num_classes, self.gram_variance = torch.full_like(self.num_classes, c), variance
+        kind = 1 + NAMES.index(probe.likelihood)
+        if self.likelihood not in (0, kind):
+            before = NAMES[int(self.likelihood) - 1]
+            raise ValueError(f"Expected likelihood {before!r}, as before, but got {probe.likelihood!r}.")
+        targets = probe.reading.beside(logits).reshape(len(probe), -1)
+        rows = torch.cat([part.to(self.num_classes) for part in (targets, logits, numbers)], dim=1)
+        self.num_classes = torch.full_like(self.num_classes, c)
+        self.likelihood = torch.full_like(self.likelihood, kind)
+        return rows.flatten()
 
     def direction(self, key: str) -> bool | None:
-        """Lower values are better, but for the temperature and the share of saturated samples."""
-        return None if key in ("temperature", "saturated") else super().direction(key)
+        """Lower values are better, but for the temperature and the shares of samples."""
+        return None if key in ("temperature", "saturated", _UNCONVERGED) else super().direction(key)
+
+    def caveats(self, values: Mapping[str, float]) -> dict[str, str]:
+        """Warn if values are no more than lower bounds (see :meth:`ProbeMetric.caveats`)."""
+        if not values.get(_UNCONVERGED, 0.0) > 0:
+            return {}
+        return {
+            _UNCONVERGED: "is not 0: the λ of these samples is at least the value that counts, and the residuals in"
+            ' their Krylov subspaces are too large to say more. `RobustnessMonitor(linearization="exact")` takes all'
+            " gradients."
+        }
 
     def seconds_per_sample(self, outputs: Tensor) -> float:
         """Time the eigenvalue problems of one sample, where they are large."""
@@ -93,36 +144,41 @@ class FisherSpectralNorm(ProbeMetric):
         """Upper triangle and full Gram matrix, in float64."""
         return 12.0 * num_classes**2
 
-    def _samples(self, c: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Targets (N,), logits (N, C) and Gram matrices (N, C, C) of all samples, in the memory of the last alone."""
-        width = 1 + c + c * (c + 1) // 2
-        held: list[Tensor] | Tensor = self.rows  # a tensor, once torchmetrics has gathered those of all processes
-        parts = [part.view(-1, width) for part in ([held] if isinstance(held, Tensor) else held)]
-        targets, logits = (torch.cat([part[:, columns] for part in parts]) for columns in (0, slice(1, 1 + c)))
-        i, j = torch.triu_indices(c, c, device=logits.device)
-        gram = logits.new_zeros(len(logits), c, c)
-        for matrix, row in zip(gram, chain.from_iterable(parts), strict=True):
-            matrix[i, j] = row[1 + c :]
-            matrix[j, i] = row[1 + c :]
-        return targets.long(), logits, gram
-
     def compute(self) -> dict[str, Tensor]:
         """Return the statistics over all samples that the class docstring lists."""
         c = int(self.num_classes)
         if c == 0:
             return {}
-        targets, logits, gram = self._samples(c)
-        variance = float(self.gram_variance)
-        norms = fim_spectral_norm(logits, gram, gram_variance=variance)
-        calibrated = calibrated_fim_spectral_norm(logits, gram, targets, gram_variance=variance)
-        self.per_sample = {"fim_spectral_norm": norms}
-        return {
-            **error_bar_of_mean("fim_spectral_norm", norms),
-            "fim_spectral_norm_median": norms.quantile(0.5),
-            "fim_spectral_norm_p95": norms.quantile(0.95),
-            "fim_spectral_norm_max": norms.max(),
+        likelihood = cast(LikelihoodName, NAMES[int(self.likelihood) - 1])
+        measured = self._measured(c, likelihood)
+        calibrated = measured.calibrated
+        self.per_sample = {"fim_spectral_norm": measured.norms}
+        values = {
+            **error_bar_of_mean("fim_spectral_norm", measured.norms),
+            "fim_spectral_norm_median": measured.norms.quantile(0.5),
+            "fim_spectral_norm_p95": measured.norms.quantile(0.95),
+            "fim_spectral_norm_max": measured.norms.max(),
             **error_bar("fim_spectral_norm_calibrated", calibrated.mean, calibrated.stderr),
-            "fim_trace": fim_trace(logits, gram).mean(),
+            **error_bar_of_mean("fim_trace", measured.traces),
             "temperature": calibrated.temperature,
-            "saturated": saturated(logits).to(norms).mean(),
         }
+        if measured.converged is not None:
+            values[_UNCONVERGED] = 1 - measured.converged.double().mean()
+        if likelihood != "gaussian":
+            values["saturated"] = saturated(measured.logits, likelihood=likelihood).double().mean()
+        return values
+
+    def _measured(self, c: int, likelihood: LikelihoodName) -> Measured:
+        summed, num_targets = joined(self.summaries), 1 if likelihood == "categorical" else c
+        if len(summed) and len(self.rows) and len(joined(self.rows)):
+            raise ValueError("Expected one way to linearise for all samples, but got both 'exact' and 'krylov'.")
+        held: list[Tensor] | Tensor = summed if len(summed) else self.rows  # a tensor, once torchmetrics has gathered
+        width = num_targets + c + (NUM_SUMMARIES if len(summed) else c * (c + 1) // 2)
+        parts = [part.view(-1, width) for part in ([held] if isinstance(held, Tensor) else held)]
+        ends = (slice(num_targets), slice(num_targets, num_targets + c))
+        targets, logits = (torch.cat([part[:, columns] for part in parts]) for columns in ends)
+        targets = targets[:, 0].long() if likelihood == "categorical" else targets
+        if len(summed):
+            return from_summaries(logits, targets, parts[0][:, num_targets + c :], likelihood)
+        triangles = (row[num_targets + c :] for row in chain.from_iterable(parts))
+        return from_triangles(logits, targets, triangles, likelihood, gram_variance=float(self.gram_variance))

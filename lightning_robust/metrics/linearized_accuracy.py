@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from lightning_robust.functional._validation.arguments import as_number, as_numbers, expected_but_got
+from lightning_robust.functional._validation.arguments import (
+    as_number,
+    as_numbers,
+    check_positive_integer,
+    expected_but_got,
+    optional,
+)
 from lightning_robust.functional._validation.scales import are_alone, gaps_below_a_class
 from lightning_robust.functional._validation.tensors import check_finite
 from lightning_robust.functional.input_space.attacks import Norm, check_norm
@@ -32,8 +38,10 @@ class LinearizedAccuracy(ProbeMetric):
 
     **Logged metrics** (each under the monitor's prefix, each with ``_stderr``, ``_lower``, ``_upper``)
 
-    - ``linearized_accuracy_<norm>_<ε as %.4g>``: predicted robust accuracy at that ε
-    - ``linearized_accuracy_<norm>_0``: clean accuracy on the same samples
+    - ``linearized_accuracy_<norm>_<ε as %.4g>``: predicted robust accuracy at that ε. With likelihood ``"gaussian"``,
+      the share of predictions that move by less than the probe's ``tolerance``
+    - ``linearized_accuracy_<norm>_0``: clean accuracy on the same samples. With likelihood ``"bernoulli"`` a sample is
+      classified correctly if all its labels are; with ``"gaussian"`` this is 1
     - ``linearized_margin_<norm>``: mean margin, with 0 for misclassified samples. A single correctly classified sample
       without any gradient makes it infinite; it is then not logged. Samples with masks over all classes but their own
       are left out, because there is no boundary to be at a distance from.
@@ -46,10 +54,13 @@ class LinearizedAccuracy(ProbeMetric):
         order: 2 linearises once more, close to the predicted boundary, at twice the cost (see
             :func:`~lightning_robust.functional.relinearize`), and logs ``linearized_order2_accuracy…`` and
             ``linearized_order2_margin…``. On deep standard networks these are closer to the results of attacks.
+        num_targets: To how many of the most probable other classes of each sample boundaries are sought. By default to
+            all of up to 31, and to 10 of more.
 
     Raises:
         ValueError: If ``epsilons`` is empty, holds a negative number or two that agree in their first four digits,
-            ``norm`` is unknown, or ``order`` is neither 1 nor 2.
+            ``norm`` is unknown, ``order`` is neither 1 nor 2, or ``num_targets`` is not positive, or, in an update,
+            more than there are other classes.
 
     State: the margin of each sample, and two numbers that tell whether it has another class.
 
@@ -62,7 +73,11 @@ class LinearizedAccuracy(ProbeMetric):
     spans: list[Tensor]
 
     def __init__(
-        self, epsilons: Sequence[float] = DEFAULT_EPSILONS, norm: Norm = "linf", order: Literal[1, 2] = 1
+        self,
+        epsilons: Sequence[float] = DEFAULT_EPSILONS,
+        norm: Norm = "linf",
+        order: Literal[1, 2] = 1,
+        num_targets: int | None = None,
     ) -> None:
         super().__init__()
         self.epsilons = check_epsilons(epsilons)
@@ -70,27 +85,33 @@ class LinearizedAccuracy(ProbeMetric):
         if as_number(order) not in (1, 2):
             raise ValueError(expected_but_got("order", "1 or 2", order))
         self.order = int(order)
+        self.num_targets = optional(check_positive_integer, "num_targets", num_targets)
         self.linearizations = ("first",) if self.order == 1 else ("first", f"near the boundary in {norm}")
         self._far: float = _FAR_FOR_IMAGES
         self._quartiles: list[float] = []  # of the margins of correctly classified samples, when last computed
-        self.add_configuration(self.epsilons, norm, self.order)
+        self.add_configuration(self.epsilons, norm, self.order, num_targets)
         for name in ("margins", "gaps", "spans"):
             self.add_float64_rows(name)
 
     def _add(self, probe: Probe) -> None:
-        linearization = probe.linearization if self.order == 1 else probe.relinearization(self.norm)
+        probe.reading.check_margins()
+        self._far = _far(probe)
+        probe = probe.among_probable_classes(self.num_targets)
+        linearization = probe.linearized if self.order == 1 else probe.relinearized(self.norm)
+        options: dict[str, Any] = {"likelihood": probe.likelihood, "tolerance": probe.tolerance}
+        targets = probe.reading.beside(linearization.logits)
         if self.norm == "l2":
-            margins = linearized_margin(linearization.logits, linearization.gram, probe.labels)
+            margins = linearized_margin(linearization.logits, linearization.gram, targets, **options)
         elif linearization.gap_l1 is not None:
-            margins = linearized_margin_linf(linearization.logits, linearization.gap_l1, probe.labels)
+            margins = linearized_margin_linf(linearization.logits, linearization.gap_l1, targets, **options)
         else:
             raise ValueError(
                 "Expected a linearisation with `gap_l1` for norm 'linf', but it has none, as those by queries: use"
                 " `LinearizedAccuracy(norm='l2')`."
             )
         check_finite(margins.masked_fill(margins.isposinf(), 0.0), "gradients of the logits")
-        self._far = _far(probe)
-        rows = (margins, *gaps_below_a_class(linearization.logits))
+        others = gaps_below_a_class(linearization.logits) if probe.reading.has_classes else 2 * [margins.new_zeros(())]
+        rows = (margins, *(row.expand(len(margins)) for row in others))
         for held, row in zip((self.margins, self.gaps, self.spans), rows, strict=True):
             held.append(row.to(self.device, torch.float64))
 
@@ -137,8 +158,8 @@ class LinearizedAccuracy(ProbeMetric):
         options += [f"norm={self.norm!r}"] if self.norm != "linf" else []
         options += [f"order={self.order}"] if self.order != 1 else []
         return {
-            key: f"{what}: the median margin of correctly classified samples is {median:.2g}, in the unit in which"
-            f" ε is given. `LinearizedAccuracy({', '.join(options)})` has ε of the size of margins."
+            key: f"{what}: the median of the margins above 0 is {median:.2g}, in the unit in which ε is"
+            f" given. `LinearizedAccuracy({', '.join(options)})` has ε of the size of margins."
         }
 
 

@@ -10,7 +10,7 @@ from tests.helpers.networks import build
 def test_linearized_accuracy_counts_margins_above_epsilon() -> None:
     model, inputs, targets = build("resnet", num_samples=25)
     probe = Probe(model, inputs, targets)
-    linearization = probe.linearization
+    linearization = probe.linearized
     margins = {
         "linf": linearized_margin_linf(linearization.logits, linearization.gap_l1, targets),
         "l2": linearized_margin(linearization.logits, linearization.gram, targets),

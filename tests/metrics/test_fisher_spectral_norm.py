@@ -37,7 +37,7 @@ def test_states_carry_everything_that_the_functions_need() -> None:
     model, inputs, targets = build("attention", num_samples=12)
     probe = Probe(model, inputs, targets)
     values = values_of(model, inputs, targets)
-    logits, gram = probe.linearization.logits, probe.linearization.gram
+    logits, gram = probe.linearized.logits, probe.linearized.gram
     calibrated = calibrated_fim_spectral_norm(logits, gram, targets)
     expected = {
         "fim_spectral_norm": fim_spectral_norm(logits, gram).mean(),

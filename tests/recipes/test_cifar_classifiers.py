@@ -34,9 +34,9 @@ def small_networks(num_samples: int) -> list[Probe]:
 @pytest.mark.long
 def test_queries_find_the_spectral_norms_of_networks() -> None:
     for _, probe in zoo.cifar_classifiers(DATA / "models", num_samples=16):
-        exact = functional.fim_spectral_norm(probe.linearization.logits, probe.linearization.gram)
+        exact = functional.fim_spectral_norm(probe.linearized.logits, probe.linearized.gram)
         queried = dataclasses.replace(probe, queries=200)
-        estimate = functional.fim_spectral_norm_by_queries(queried.linearization)
+        estimate = functional.fim_spectral_norm_by_queries(queried.linearized)
         assert 0.9 <= (estimate.value / exact).median() <= 1.1
         assert ((estimate.value - exact).abs() <= 2 * estimate.stderr).float().mean() >= 0.8  # of 16
 

@@ -55,7 +55,8 @@ def on_cost(
     num_classes = outputs.shape[1] if outputs.ndim == 2 else 0
     if probe.queries is not None:
         return _of_queries(probe, num_samples, seconds / 3 / len(outputs)) if linearizations else []
-    if not linearizations or num_classes < 2 or not probe.inputs.is_floating_point():
+    fewest = probe.reading.likelihood.fewest_outputs
+    if not linearizations or num_classes < fewest or not probe.inputs.is_floating_point():
         return []
     each = sum(metric.seconds_per_sample(outputs) for metric in metrics)
     at_most = each + linearizations * num_classes * seconds / len(outputs)
@@ -63,7 +64,9 @@ def on_cost(
     if at_most * num_samples > _LONG:
         expected = (each + linearizations * _seconds_of_classes(probe, num_classes)) * num_samples
     memory = sum(metric.bytes_per_sample(num_classes) for metric in metrics) * num_samples
-    return [_sentence(expected, memory, num_samples, num_classes)] if expected > _LONG or memory > _MUCH else []
+    if expected <= _LONG and memory <= _MUCH:
+        return []
+    return [_sentence(expected, memory, num_samples, num_classes, has_classes=fewest > 1)]
 
 
 def _of_queries(probe: Probe, num_samples: int, seconds: float) -> list[str]:
@@ -89,8 +92,14 @@ def _seconds_of_classes(probe: Probe, num_classes: int) -> float:
         rows = slice(samples_at_once(x, probe.chunk_size, num_classes=num_classes))
         units = Units.of(x, std=probe.input_std, mean=probe.input_mean, valid_range=probe.valid_range)
         box = BoxConstraint.of(x[rows], units)
-        leaf, logits = leaf_and_logits(probe.network.on(rows), x[rows])
-        of_few = _best(lambda: gram_and_gaps(logits[:, :few], leaf, units.std, box)[2])
+        kind = probe.reading.likelihood
+        leaf, logits = leaf_and_logits(probe.network.on(rows), x[rows], check=kind.check_outputs)
+
+        def gradients_of_few() -> Tensor:
+            _, gram, gap_l1 = gram_and_gaps(logits[:, :few], leaf, units.std, box, likelihood=kind)
+            return gram if gap_l1 is None else gap_l1
+
+        of_few = _best(gradients_of_few)
     size = max(1, x[0].numel())
     some = max(few, min(num_classes, math.isqrt(_PRODUCTS // size)))
     together = min(len(leaf), max(1, _PRODUCTS // (size * some**2)), max(1, _ENTRIES // some**2))
@@ -114,7 +123,8 @@ def _best(step: Callable[[], Tensor]) -> float:
     return min(times)
 
 
-def _sentence(seconds: float, memory: float, num_samples: int, num_classes: int) -> str:
+def _sentence(seconds: float, memory: float, num_samples: int, num_classes: int, *, has_classes: bool) -> str:
+    one, many = ("class", "classes") if has_classes else ("output", "outputs")
     takes = [f"about {_rounded(seconds)} s"] if seconds > _LONG else []
     takes += [f"about {_rounded(memory / 1e9)} GB of memory"] if memory > _MUCH else []
     share = max(seconds / _LONG, memory / _MUCH)
@@ -123,9 +133,9 @@ def _sentence(seconds: float, memory: float, num_samples: int, num_classes: int)
     less += [f"{_rounded(memory * fewer / num_samples / 1e9)} GB"] if memory > _MUCH else []
     lower = f"`RobustnessMonitor(max_samples={fewer})` takes about {' and '.join(less)}, "
     return (
-        f"The first measurement takes {' and '.join(takes)}: {num_samples} samples × {num_classes} classes, with a"
-        f" backward pass for each class. {lower if fewer < num_samples else ''}`every_n_epochs=5` measures less often,"
-        ' and `RobustnessMonitor(["hessian_trace", "weight_curvature_index"])` leaves the classes out.'
+        f"The first measurement takes {' and '.join(takes)}: {num_samples} samples × {num_classes} {many}, with a"
+        f" backward pass for each {one}. {lower if fewer < num_samples else ''}`every_n_epochs=5` measures less often,"
+        f' and `RobustnessMonitor(["hessian_trace", "weight_curvature_index"])` leaves the {many} out.'
     )
 
 

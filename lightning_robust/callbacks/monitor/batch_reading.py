@@ -24,7 +24,8 @@ from lightning_robust.functional._isolation.side_effects import side_effects_rev
 from lightning_robust.functional._validation.arguments import class_of
 from lightning_robust.functional._validation.extras import check_extras
 from lightning_robust.functional._validation.independence import BoundToBatchError, check_place
-from lightning_robust.probe import Probe, check_samples, checked_with
+from lightning_robust.functional._validation.samples import check_samples, checked_with, completed
+from lightning_robust.probe import Probe
 
 _INPUT_KEYS = (
     *("x", "input", "inputs", "image", "images", "img", "pixel_values", "data", "features"),
@@ -85,7 +86,7 @@ def read_batch(
     inputs, targets, extras = (options.pop(name) for name in ("inputs", "targets", "extras"))
     if probe.module is None and owner_of(probe.model) is None:
         options["module"] = pl_module
-    options |= {name: value for name, value in defaults.items() if options[name] is None}
+    options = completed(options, defaults)
     return Batch(inputs, targets, options, extras or {})
 
 
@@ -98,7 +99,8 @@ def _read(pl_module: LightningModule, batch: object, defaults: Mapping[str, Any]
     extras = _extras(samples, takes)
     model = takes.call(network, samples.key)
     options: dict[str, Any] = {"model": model, "module": pl_module, **defaults}
-    if options.get("loss_fn") is None:
+    has_classes = options.get("likelihood", "categorical") == "categorical"
+    if options.get("loss_fn") is None and has_classes:
         options["loss_fn"] = binary_criterion(pl_module, model, inputs, targets, extras)
     embeddings = None if inputs.is_floating_point() else embeddings_of(pl_module)
     code = _code(samples, takes, extras, pl_module)
@@ -111,7 +113,7 @@ def _read(pl_module: LightningModule, batch: object, defaults: Mapping[str, Any]
         extras = {**extras, tokens.key: inputs, **({MASK: mask} if isinstance(mask, Tensor) else {})}
         inputs = tokens.embedded(inputs)
     try:
-        check_samples(inputs, targets, loss_fn=options["loss_fn"])
+        check_samples(inputs, targets, any_targets=options.get("loss_fn") is not None or not has_classes)
     except ValueError as error:
         raise ValueError(f"{error}{_remedy(targets, code)}") from error
     check_extras(extras, len(inputs))
@@ -146,12 +148,21 @@ def _code(samples: Samples, takes: Arguments, extras: Mapping[str, Tensor], pl_m
 
 def _remedy(targets: Tensor, code: ProbeCode) -> str:
     """The line to paste for targets that are no classes, one for each sample."""
+    if targets.is_floating_point() and not bool((targets == targets.round()).all()):
+        return ' Here, if these are numbers to predict: `RobustnessMonitor(likelihood="gaussian", tolerance=…)`.'
     if targets.ndim == 2 and targets.shape[1] == 1:
         if targets.is_floating_point() and bool(((targets == 0) | (targets == 1)).all()):
             return ""  # of a binary classifier, rather
         return f" Here: {code.line(targets='{}.squeeze(1)' + ('.long()' if targets.is_floating_point() else ''))}."
     if targets.ndim == 2 and bool(((targets != 0).sum(dim=1) == 1).all()) and bool((targets.sum(dim=1) == 1).all()):
         return f" Here: {code.line(targets='{}.argmax(dim=1)')}."
+    return _remedy_of_many(targets)
+
+
+def _remedy_of_many(targets: Tensor) -> str:
+    """The option for targets of which a sample has several: labels, or classes of pixels or tokens."""
+    if targets.ndim == 2 and bool(((targets == 0) | (targets == 1)).all()):
+        return ' Here, if each is a label of its own: `RobustnessMonitor(likelihood="bernoulli")`.'
     if targets.ndim > 1 and not targets.is_floating_point():
         return (
             " If every pixel or token has a class of its own:"

@@ -25,6 +25,7 @@ from lightning_robust.functional._validation.arguments import (
     expected_but_got,
 )
 from lightning_robust.functional.curvature.losses import check_loss_fn
+from lightning_robust.functional.input_space.likelihoods import LikelihoodName, likelihood_of
 from lightning_robust.functional.input_space.units import check_units, check_valid_range
 from lightning_robust.metrics import ProbeMetric
 from lightning_robust.probe import Probe
@@ -75,7 +76,11 @@ class RobustnessMonitor(Callback):
             ``(x, y)`` or dictionaries. A method ``robustness_probe(batch)`` of the module does the same. The monitor
             fills in options that the probe leaves open.
         loss_fn: Maps logits and targets to the loss whose curvature is measured, e.g.
-            ``nn.CrossEntropyLoss(label_smoothing=0.1)``; cross-entropy by default.
+            ``nn.CrossEntropyLoss(label_smoothing=0.1)``; by default that of the likelihood: cross-entropy, BCE or MSE.
+        likelihood: What outputs mean: ``"categorical"``, logits of classes; ``"bernoulli"``, logits of several labels
+            per sample; ``"gaussian"``, numbers (regression).
+        tolerance: How far a number may move, in its own units, before a prediction counts as changed: for margins with
+            ``"gaussian"``.
         chunk_size: Largest number of samples that pass through the network together, a bound on memory. The size of the
             largest validation batch is always a bound.
         dataloader_idx: Which of several validation loaders to measure on.
@@ -105,6 +110,8 @@ class RobustnessMonitor(Callback):
         valid_range: tuple[float, float] | None = None,
         probe_fn: ProbeFn | None = None,
         loss_fn: nn.Module | Callable[[Tensor, Tensor], Tensor] | None = None,
+        likelihood: LikelihoodName = "categorical",
+        tolerance: float | None = None,
         chunk_size: int | None = None,
         dataloader_idx: int = 0,
         prog_bar: bool = False,
@@ -129,13 +136,14 @@ class RobustnessMonitor(Callback):
             self.probe_fn = probe_fn
             check_loss_fn(loss_fn)
             self.loss_fn = loss_fn
+            self.likelihood, self.tolerance = likelihood, likelihood_of(likelihood, tolerance).tolerance
             self.chunk_size = None if chunk_size is None else check_integer("chunk_size", chunk_size, at_least=1)
             self.dataloader_idx = check_integer("dataloader_idx", dataloader_idx, at_least=0)
             self.prog_bar = check_boolean("prog_bar", prog_bar)
             check_choice("on_error", on_error, ("warn", "raise"))
             self.on_error = on_error
             self.seed = check_integer("seed", seed, at_least=0)
-        names = ("input_std", "input_mean", "valid_range", "chunk_size", "loss_fn")
+        names = ("input_std", "input_mean", "valid_range", "chunk_size", "loss_fn", "likelihood", "tolerance")
         defaults = {name: getattr(self, name) for name in names}
         self._reporter = Reporter(self.log_key_prefix, prog_bar=self.prog_bar)
         self._loop = MeasurementLoop(

@@ -24,6 +24,18 @@ from lightning_robust.probe import Probe
 
 _EXAMINED = 8  # samples
 _INFERENCE = "Inference tensors cannot be saved for backward"
+_RESHAPES = (
+    "View",
+    "UnsafeView",
+    "ReshapeAlias",
+    "Alias",
+    "Squeeze",
+    "Unsqueeze",
+    "Clone",
+    "ToCopy",
+    "Slice",
+    "Select",
+)
 _MISSING = re.compile(r"missing \d+ required positional arguments?: ('\w+'(?:(?:,| and|, and) '\w+')*)")
 OF_THE_MODEL = "The model"  # begins the sentences after which every number is in doubt
 SHUFFLES = (
@@ -190,10 +202,11 @@ def on_probe(
         # metrics of the weights alone measure networks whose embeddings cannot be exchanged
         as_given = isinstance(probe.model, FromEmbeddings) or not x.is_floating_point()
         leaf = x if as_given else x.clone().requires_grad_()
-        outputs = outputs_of(probe.network.on_all(), leaf).detach()
+        outputs = outputs_of(probe.network.on_all(), leaf)
+        squashed, outputs = _ends_in_probabilities(outputs), outputs.detach()
         with torch.no_grad():  # in the same context: a network that remembers its last pass shows it
             again = outputs_of(probe.network.on_all(), x)
-    sentences = [*_about_model(probe, x, outputs, again), *more(outputs)]
+    sentences = [*_about_model(probe, x, outputs, again, squashed=squashed), *more(outputs)]
     return [*sentences, *_about_units(probe)] if units_matter and x.is_floating_point() else sentences
 
 
@@ -208,9 +221,15 @@ def note_on(probe: Probe) -> str | None:
     )
 
 
-def _about_model(probe: Probe, x: Tensor, outputs: Tensor, again: Tensor) -> list[str]:
-    are_logits = outputs.ndim == 2 and outputs.shape[1] > 1
+def _about_model(probe: Probe, x: Tensor, outputs: Tensor, again: Tensor, *, squashed: bool) -> list[str]:
+    are_logits = outputs.ndim == 2 and outputs.shape[1] > 1 and probe.likelihood == "categorical"
     flaws = []
+    if squashed and probe.likelihood == "bernoulli":
+        flaws.append(
+            "The model returns probabilities (its last operation is a sigmoid or softmax), but logits are expected with"
+            " likelihood 'bernoulli': a sigmoid would be applied twice and every number is wrong. Return the values"
+            " before it."
+        )
     if are_logits and outputs.min() >= 0 and torch.allclose(outputs.sum(dim=1), outputs.new_ones(()), atol=1e-3):
         flaws.append(
             "The model returns probabilities (non-negative rows that sum to 1), but logits are expected: softmax would"
@@ -227,6 +246,14 @@ def _about_model(probe: Probe, x: Tensor, outputs: Tensor, again: Tensor) -> lis
     with differentiable(probe.model):
         dependent = dependence(probe.network, x, outputs)
     return flaws if dependent is None else [*flaws, dependent]
+
+
+def _ends_in_probabilities(outputs: Tensor) -> bool:
+    """Whether the last operation of a network, but for changes of shape, is a sigmoid or softmax."""
+    node = outputs.grad_fn
+    while node is not None and node.name().startswith(_RESHAPES):
+        node = next(iter(node.next_functions), (None,))[0]
+    return node is not None and node.name().startswith(("SigmoidBackward", "SoftmaxBackward"))
 
 
 def _about_units(probe: Probe) -> list[str]:

@@ -73,6 +73,7 @@ class MeasurementLoop:
         self.incomplete = False
         self.per_sample: dict[str, Tensor] = {}
         self._unexamined = True
+        self._has_classes = True  # or outputs have another meaning, as far as this process knows
         self._places_known = True  # functions were found not to depend on the places of samples in a batch
         self._samples_at_once: int | None = None  # that fit into memory
         self._measurement: Measurement | None = None  # in progress
@@ -216,6 +217,7 @@ class MeasurementLoop:
     def _examine(self, probe: Probe, *, num_samples: int) -> None:
         """Once per run, warn of anything that makes the numbers mean something else than they seem to, or take long."""
         start = time.perf_counter()
+        self._has_classes = probe.reading.has_classes
 
         def cost(outputs: Tensor) -> list[str]:
             seconds = time.perf_counter() - start
@@ -242,6 +244,9 @@ class MeasurementLoop:
                 self.warnings.once(diagnostics.OTHER_SAMPLES)
 
     def _note_for_comparison(self, measurement: Measurement, values: Values, status: JointStatus) -> None:
+        if not self._has_classes:  # what the module logs as an accuracy may count anything
+            self._comparison.without_classes()
+            return
         targets = [] if measurement.collector is None else measurement.collector.targets()
         flat = {key: float(value) for computed in values.values() for key, value in computed.items()}
         self._comparison.note(flat, self.per_sample, targets, status.num_samples)

@@ -41,6 +41,10 @@ class StepComparison:
         self.stop()
         self._witness = None
 
+    def without_classes(self) -> None:
+        """Compare no accuracies, because samples have no classes."""
+        self._clean = self._left_out = None
+
     def of_samples(self) -> str | None:
         """Run the measured network on samples that the step has seen; return a warning if the two differ."""
         witness, self._witness = self._witness, None

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import types
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import torch
@@ -97,18 +97,19 @@ def _words(name: object) -> set[str]:
     return set(re.findall("[a-z]+", name.lower())) if isinstance(name, str) else set()
 
 
-def _choice(outputs: object, candidates: Entries) -> str:
+def _choice(outputs: object, candidates: Entries, *, classes: bool = True) -> str:
     shown = " and ".join(f"[{name!r}] of shape {tuple(entry.shape)}" for name, entry in candidates.items())
     return (
-        f"Expected the model to return logits (N, C), but it returned {type(outputs).__name__} with several entries"
-        f" that could be the logits: {shown}. Choose one, as in `{_line(outputs, *next(iter(candidates.items())))}`."
+        f"Expected the model to return {'logits' if classes else 'outputs'} (N, C), but it returned"
+        f" {type(outputs).__name__} with several entries that could be the {'logits' if classes else 'outputs'}:"
+        f" {shown}. Choose one, as in `{_line(outputs, *next(iter(candidates.items())), classes=classes)}`."
     )
 
 
-def _line(outputs: object, name: Any, entry: Tensor) -> str:
+def _line(outputs: object, name: Any, entry: Tensor, *, classes: bool = True) -> str:
     """The option of a monitor that takes an entry for the logits."""
     by_key = isinstance(outputs, Mapping) or not isinstance(name, str)
-    loss = ", loss_fn=nn.BCEWithLogitsLoss()" if entry.numel() == len(entry) else ""
+    loss = ", loss_fn=nn.BCEWithLogitsLoss()" if classes and entry.numel() == len(entry) else ""
     return (
         f"probe_fn=lambda module, batch: Probe(lambda x: module(x){f'[{name!r}]' if by_key else f'.{name}'}, batch[0],"
         f" batch[1], module=module{loss})"
@@ -144,10 +145,21 @@ def as_classifier(model: Callable[..., Tensor], targets: Tensor) -> Callable[...
     return types.MethodType(_several_classes if (targets > 1).any() else _zero_and_one, model)
 
 
+def as_columns(model: Callable[..., Tensor], targets: Tensor) -> Callable[..., Tensor]:
+    """A model with outputs (N, ...), each with a target of its own, as one with outputs (N, C)."""
+    return types.MethodType(_Columns(targets[:1].numel()), model)
+
+
+def as_restricted(model: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A classifier with only those classes of each sample, ``(n, K)``, that the extra ``classes_of_samples`` names."""
+    return types.MethodType(_restricted, model)
+
+
 def unwrapped(model: object) -> object:
     """The user's own model behind those that these functions return."""
-    own = isinstance(model, types.MethodType) and model.__func__ in _OWN
-    return model.__self__ if own and isinstance(model, types.MethodType) else model
+    while isinstance(model, types.MethodType) and (model.__func__ in _OWN or isinstance(model.__func__, _Columns)):
+        model = model.__self__
+    return model
 
 
 def _several_classes(model: Callable[..., Tensor], x: Tensor, **extras: Tensor) -> Any:
@@ -184,9 +196,40 @@ def _one_logit_in(outputs: object, *, num_samples: int) -> Any:
     return next(iter(single.values())) if single else logits_in(outputs, num_samples=num_samples)
 
 
+def _restricted(model: Callable[..., Tensor], x: Tensor, *, classes_of_samples: Tensor, **extras: Tensor) -> Tensor:
+    logits: Tensor = logits_in(model(x, **extras), num_samples=len(x))
+    return logits.gather(1, classes_of_samples)
+
+
 def _two_classes(model: Callable[..., Tensor], x: Tensor, **extras: Tensor) -> Tensor:
     logit = _one_logit(model, x, **extras)
     return torch.stack([torch.zeros_like(logit), logit], dim=1)
 
 
-_OWN = (_two_classes, _one_logit, _several_classes, _zero_and_one)
+@dataclass(frozen=True)
+class _Columns:
+    """Outputs (N, C): of several tensors the entry ``logits``, or the only one with C numbers per sample, if any is."""
+
+    num_columns: int
+
+    def __call__(self, model: Callable[..., Tensor], x: Tensor, **extras: Tensor) -> Any:
+        outputs: Any = model(x, **extras)
+        if not isinstance(outputs, Tensor):
+            outputs = self._in(outputs, num_samples=len(x))
+        rows = isinstance(outputs, Tensor) and (outputs.shape[:1] == x.shape[:1] or len(x) == 1)
+        return outputs.reshape(len(x), -1) if rows and outputs.numel() else outputs
+
+    def _in(self, outputs: object, *, num_samples: int) -> Any:
+        entries = _entries(outputs)
+        if isinstance(entries.get("logits"), Tensor):
+            return entries["logits"]
+        tensors = _with_a_row_each(entries, num_samples)
+        fitting = {name: entry for name, entry in tensors.items() if entry.numel() == num_samples * self.num_columns}
+        fitting = {name: entry for name, entry in fitting.items() if not _words(name) & _ASIDE} or fitting
+        found = next(filter(None, (_by_name(fitting, words) for words in _LOGITS)), fitting)
+        if len(found) > 1:
+            raise ValueError(_choice(outputs, found, classes=False))
+        return next(iter(found.values())) if found else logits_in(outputs, num_samples=num_samples)
+
+
+_OWN = (_two_classes, _one_logit, _several_classes, _zero_and_one, _restricted)

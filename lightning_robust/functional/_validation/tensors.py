@@ -31,27 +31,31 @@ _FILL = (
 )
 
 
-def check_given_logits(logits: Tensor) -> None:
-    """Raise unless logits that the caller gives are a tensor (N, C), N ≥ 1, C ≥ 2, finite but for masks of −∞."""
+def check_given_logits(logits: Tensor, *, fewest: int = 2) -> None:
+    """Raise unless logits that the caller gives are a tensor (N, C), N ≥ 1, C ≥ 2, finite but for masks of −∞.
+
+    With ``fewest=1`` they are outputs without classes: one is enough, and there are no masks.
+    """
     check_floating("logits", logits, "(N, C)")
-    if logits.ndim != 2 or logits.shape[1] < 2 or len(logits) == 0:
+    if logits.ndim != 2 or logits.shape[1] < fewest or len(logits) == 0:
+        what = "C ≥ 2 classes" if fewest > 1 else "C ≥ 1 outputs"
         raise ValueError(
-            "Expected argument `logits` to be of shape (N, C) with at least one sample and C ≥ 2 classes, but got"
+            f"Expected argument `logits` to be of shape (N, C) with at least one sample and {what}, but got"
             f" shape {tuple(logits.shape)}."
         )
-    check_finite_or_masked(logits, "logits")
+    (check_finite_or_masked if fewest > 1 else check_finite)(logits, "logits")
 
 
-def check_gram(logits: Tensor, gram: Tensor) -> None:
+def check_gram(logits: Tensor, gram: Tensor, *, fewest: int = 2) -> None:
     """Raise unless logits are as in :func:`check_given_logits`, and ``gram`` is finite and (N, C, C)."""
-    check_given_logits(logits)
+    check_given_logits(logits, fewest=fewest)
     shape = (*logits.shape, logits.shape[1])
     _check_beside_logits("gram", gram, "(N, C, C)", shape, f" beside logits {tuple(logits.shape)}")
 
 
-def check_gap_l1(logits: Tensor, gap_l1: Tensor) -> None:
+def check_gap_l1(logits: Tensor, gap_l1: Tensor, *, fewest: int = 2) -> None:
     """Raise unless logits are as in :func:`check_given_logits`, and ``gap_l1`` is finite and of their shape."""
-    check_given_logits(logits)
+    check_given_logits(logits, fewest=fewest)
     _check_beside_logits("gap_l1", gap_l1, "(N, C)", tuple(logits.shape), ", like the logits")
 
 
@@ -118,8 +122,8 @@ def check_outputs(outputs: object, *, num_samples: int, are_logits: bool = False
     if are_logits and outputs.shape in ((num_samples,), (num_samples, 1)):
         raise ValueError(
             f"{error} A single output z of a binary classifier stands for the logits (0, z): pass"
-            " `loss_fn=nn.BCEWithLogitsLoss()` to the monitor or the probe. For a regression, only curvature can be"
-            " measured, with its `loss_fn`."
+            " `loss_fn=nn.BCEWithLogitsLoss()` to the monitor or the probe. For a regression, pass"
+            " `likelihood='gaussian'`."
         )
     if outputs.ndim == 0 or len(outputs) != num_samples or (are_logits and outputs.ndim != 2):
         raise ValueError(f"{error} {_WRAP}")
@@ -133,6 +137,18 @@ def check_outputs(outputs: object, *, num_samples: int, are_logits: bool = False
 
 
 check_logits = partial(check_outputs, are_logits=True)
+
+
+def check_columns(outputs: object, *, num_samples: int, inputs: Tensor | None = None) -> None:
+    """Raise unless ``outputs`` is a finite tensor ``(num_samples, C)`` with C ≥ 1, without masks."""
+    check_outputs(outputs, num_samples=num_samples, inputs=inputs)
+    assert isinstance(outputs, Tensor)
+    if outputs.ndim != 2 or not outputs.shape[1]:
+        raise ValueError(
+            f"Expected the model to return outputs of shape (N, C), but for {num_samples} inputs it returned shape"
+            f" {tuple(outputs.shape)}. {_WRAP}"
+        )
+    check_finite(outputs, "outputs")
 
 
 def outputs_of(
@@ -178,7 +194,8 @@ def check_targets(
             f"Expected argument `{name}` to hold one class index per sample, an integer tensor of shape"
             f" ({num_samples},), but got {targets.dtype} of shape {tuple(targets.shape)}. Take `.squeeze(1)` of a"
             " column, `.argmax(dim=1)` of one-hot rows, `.long()` of classes in floating point. For a binary classifier"
-            " with one logit pass `loss_fn=nn.BCEWithLogitsLoss()`. Where there are no classes, only curvature can be"
+            " with one logit pass `loss_fn=nn.BCEWithLogitsLoss()`. For several labels per sample pass"
+            " `likelihood='bernoulli'`, for a regression `likelihood='gaussian'`. Elsewhere only curvature can be"
             " measured, with its `loss_fn`."
         )
     labels = full_precision(targets).long()

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_robust.functional.curvature._convolution import Geometry, is_depthwise, sample_gradients
+from lightning_robust.functional._isolation.convolutions import Geometry, is_depthwise, sample_gradients
 from lightning_robust.functional.curvature._product_norms import ELEMENTS, product_norms, squared_norms
 
 _ALL = slice(None)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_robust.functional.curvature._convolution import Geometry
+from lightning_robust.functional._isolation.convolutions import Geometry
 from lightning_robust.functional.curvature._convolution_norms import convolution_norms
 from lightning_robust.functional.curvature._product_norms import product_norms, squared_norms
 from lightning_robust.functional.curvature._weight_uses import Use

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from lightning_robust.functional._isolation.caches import caches_made_anew
+from lightning_robust.functional._isolation.convolutions import TwiceDifferentiable
 from lightning_robust.functional._isolation.side_effects import start_anew
 from lightning_robust.functional._isolation.stand_ins import full_precision
 from lightning_robust.functional._isolation.weights import Weights, differentiable_weights
 from lightning_robust.functional._validation.extras import SampleModel
 from lightning_robust.functional._validation.independence import check_place
 from lightning_robust.functional._validation.tensors import check_finite, check_inputs, outputs_of
-from lightning_robust.functional.curvature._convolution import TwiceDifferentiable
 from lightning_robust.functional.curvature._hutchinson import quadratic_forms, refuse_missing_derivatives
 from lightning_robust.functional.curvature._piecewise_linear import CurvedLayers
 from lightning_robust.functional.curvature._sample_gradients import SampleGradients

@@ -19,20 +19,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
-from lightning_robust.functional._validation.arguments import as_number, check_number, expected_but_got
-from lightning_robust.functional._validation.tensors import check_given_logits, check_gram, check_targets
+from lightning_robust.functional._validation.arguments import check_number
+from lightning_robust.functional._validation.tensors import check_given_logits, check_gram
 from lightning_robust.functional.input_space.float64 import to_float64
+from lightning_robust.functional.input_space.likelihoods import (
+    Likelihood,
+    LikelihoodName,
+    check_temperature,
+    likelihood_of,
+)
 from lightning_robust.functional.input_space.query_bias import largest_without_bias
-from lightning_robust.functional.input_space.temperature import TemperatureFit, with_masks
+from lightning_robust.functional.input_space.temperature import TemperatureFit
 
-# A sample counts as saturated if its predicted class is more probable than this. Its λ is then at least 250 times
-# smaller than the same gradients would give at even odds.
-_SATURATED_ABOVE = 0.999
 # Elements of C × C matrices processed at once: 64 MiB. Blocks below 32 MiB stay on the heap of glibc, which then grows
 # by gigabytes.
 _MATRIX_ELEMENTS = 2**23
@@ -56,7 +59,12 @@ class CalibratedSpectralNorm:
 
 
 def fim_spectral_norm(
-    logits: Tensor, gram: Tensor, *, temperature: float | Tensor = 1.0, gram_variance: float = 0.0
+    logits: Tensor,
+    gram: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    likelihood: LikelihoodName = "categorical",
+    gram_variance: float = 0.0,
 ) -> Tensor:
     """Largest eigenvalue of each sample's input Fisher information matrix.
 
@@ -64,6 +72,9 @@ def fim_spectral_norm(
         logits: ``(N, C)``.
         gram: ``(N, C, C)``, ``J Jᵀ``, as given by :func:`~lightning_robust.functional.linearize`.
         temperature: Divides the logits, and thus the Jacobian.
+        likelihood: What the logits mean: those of classes, ``"categorical"``; of C independent labels,
+            ``"bernoulli"``; or predictions of C numbers, ``"gaussian"``, whose errors have the standard deviation
+            ``temperature``. For these λ is ‖J‖² / temperature².
         gram_variance: That of the linearisation, if ``gram`` was estimated along random directions: the bias which this
             noise gives the largest eigenvalue is then removed.
 
@@ -71,55 +82,69 @@ def fim_spectral_norm(
         ``(N,)``, in squared nats per squared input unit; never negative; 0 if the prediction is exactly one-hot.
 
     Raises:
-        ValueError: If shapes do not match, ``temperature`` is not positive, or ``gram_variance`` is negative.
+        ValueError: If shapes do not match or ``temperature`` is not positive.
 
     Source: arXiv 2606.04767; the reduction to C × C is ours.
     """
-    check_gram(logits, gram)
+    kind = likelihood_of(likelihood)
+    check_gram(logits, gram, fewest=kind.fewest_outputs)
     variance = check_number("gram_variance", gram_variance, "a number ≥ 0", at_least=0)
-    values = (
-        torch.linalg.eigvalsh(_class_information(*part, temperature)) for part in _chunks(with_masks(logits), gram)
-    )
-    largest = [largest_without_bias(part, variance).clone() for part in values]
+    parts = (_information(kind, *part, temperature) for part in _chunks(kind.prepared(logits), gram))
+    largest = [largest_without_bias(torch.linalg.eigvalsh(part), variance).clone() for part in parts]
     return torch.cat(largest).clamp_min(0).to(logits)
 
 
-def fim_trace(logits: Tensor, gram: Tensor, *, temperature: float | Tensor = 1.0) -> Tensor:
+def fim_trace(
+    logits: Tensor, gram: Tensor, *, temperature: float | Tensor = 1.0, likelihood: LikelihoodName = "categorical"
+) -> Tensor:
     """Trace of each sample's input Fisher information matrix: the expected squared norm of the score.
 
-    It lies between λ and ``(C − 1) λ``. Arguments and errors are those of :func:`fim_spectral_norm`.
+    It lies between λ and ``(C − 1) λ``, or ``C λ`` where the likelihood is not ``"categorical"``. Arguments and errors
+    are those of :func:`fim_spectral_norm`.
 
     Returns:
         ``(N,)``, in squared nats per squared input unit; never negative.
 
     Source: arXiv 2606.04767, which estimates it; here it is exact.
     """
-    check_gram(logits, gram)
-    matrices = (_class_information(*part, temperature) for part in _chunks(with_masks(logits), gram))
+    kind = likelihood_of(likelihood)
+    check_gram(logits, gram, fewest=kind.fewest_outputs)
+    matrices = (_information(kind, *part, temperature) for part in _chunks(kind.prepared(logits), gram))
     traces = [matrix.diagonal(dim1=1, dim2=2).sum(dim=1) for matrix in matrices]
     return torch.cat(traces).clamp_min(0).to(logits)
 
 
-def saturated(logits: Tensor) -> Tensor:
+def saturated(logits: Tensor, *, likelihood: LikelihoodName = "categorical") -> Tensor:
     """Mark predictions so confident that their Fisher information says little: ``max_c p_c > 0.999``.
 
     Args:
         logits: ``(N, C)``.
+        likelihood: With ``"bernoulli"``, samples are marked whose every label is that confident.
 
     Returns:
         ``(N,)``, bool.
 
     Raises:
-        ValueError: If ``logits`` are not ``(N, C)`` or not finite.
+        ValueError: If ``logits`` are not ``(N, C)`` or not finite, or the likelihood is ``"gaussian"``, whose
+            information does not depend on confidence.
 
     Source: ours.
     """
-    check_given_logits(logits)
-    return to_float64(logits).softmax(dim=1).amax(dim=1).gt(_SATURATED_ABOVE).to(logits.device)
+    kind = likelihood_of(likelihood)
+    check_given_logits(logits, fewest=kind.fewest_outputs)
+    marked = kind.saturated(logits)
+    if marked is None:
+        raise ValueError(f"Expected a likelihood with probabilities that can saturate, but {likelihood!r} has none.")
+    return marked.to(logits.device)
 
 
 def calibrated_fim_spectral_norm(
-    logits: Tensor, gram: Tensor, targets: Tensor, *, gram_variance: float = 0.0
+    logits: Tensor,
+    gram: Tensor,
+    targets: Tensor,
+    *,
+    likelihood: LikelihoodName = "categorical",
+    gram_variance: float = 0.0,
 ) -> CalibratedSpectralNorm:
     """Spectral norms at the temperature that fits these samples, with the standard error of their mean.
 
@@ -131,7 +156,9 @@ def calibrated_fim_spectral_norm(
     Args:
         logits: ``(N, C)``.
         gram: ``(N, C, C)``, ``J Jᵀ``.
-        targets: ``(N,)``, class indices.
+        targets: ``(N,)``, class indices; ``(N, C)`` with the other likelihoods.
+        likelihood: As in :func:`fim_spectral_norm`. With ``"gaussian"`` the temperature is the root mean square
+            residual σ, so that the value is ‖J‖² / σ², where :func:`fim_spectral_norm` gives that at σ = 1.
         gram_variance: As in :func:`fim_spectral_norm`.
 
     Returns:
@@ -142,52 +169,57 @@ def calibrated_fim_spectral_norm(
 
     Source: ours.
     """
-    check_gram(logits, gram)
-    z, wide_gram = with_masks(logits), to_float64(gram)
-    y = check_targets(targets, num_samples=len(logits), num_classes=logits.shape[1]).to(z.device)
-    fit = TemperatureFit.of(z, y)
+    kind = likelihood_of(likelihood)
+    check_gram(logits, gram, fewest=kind.fewest_outputs)
+    z, wide_gram = kind.prepared(logits), to_float64(gram)
+    fit = kind.fit(logits, targets)
     temperature = fit.temperature
-    value, vectors = _largest_eigenpairs(z, wide_gram, temperature)
+    value, vectors = _largest_eigenpairs(kind, z, wide_gram, temperature)
     if check_number("gram_variance", gram_variance, "a number ≥ 0", at_least=0) > 0:
-        value = to_float64(fim_spectral_norm(z, wide_gram, temperature=temperature, gram_variance=gram_variance))
+        noise = gram_variance
+        value = fim_spectral_norm(z, wide_gram, temperature=temperature, likelihood=likelihood, gram_variance=noise)
 
-    n, step = len(z), 1e-4
+    step = 1e-4
     # to first order an eigenvalue changes as the quadratic form of its eigenvector does
-    up, down = (_rayleigh(z, wide_gram, temperature / (1 + s), vectors) for s in (step, -step))
-    sensitivity = (up - down).mean() / (2 * step) * temperature  # derivative of the mean with respect to β
-    influence = value - value.mean() + sensitivity * fit.influences
+    up, down = (_rayleigh(kind, z, wide_gram, temperature / (1 + s), vectors) for s in (step, -step))
+    derivative = (up - down) / (2 * step) * temperature
+    found = with_error_of_temperature(value, derivative, fit)
+    return CalibratedSpectralNorm(*(getattr(found, field.name).to(logits) for field in fields(found)))
+
+
+def with_error_of_temperature(value: Tensor, derivative: Tensor, fit: TemperatureFit) -> CalibratedSpectralNorm:
+    """Values at a fitted temperature, with the standard error of their mean (see the source above).
+
+    Args:
+        value: ``(N,)``, float64.
+        derivative: ``(N,)``, derivatives of the values with respect to ``β = 1/T``.
+        fit: The temperature, fitted to the same samples.
+    """
+    n = len(value)
+    influence = value - value.mean() + derivative.mean() * fit.influences
     stderr = influence.square().sum().div(n * (n - 1)).sqrt() if n > 1 else value.new_tensor(math.nan)
-    parts = (value, value.mean(), stderr, temperature)
-    return CalibratedSpectralNorm(*(part.to(logits) for part in parts))
+    return CalibratedSpectralNorm(value, value.mean(), stderr, fit.temperature)
 
 
-def _class_information(logits: Tensor, gram: Tensor, temperature: float | Tensor) -> Tensor:
+def _information(kind: Likelihood, outputs: Tensor, gram: Tensor, temperature: float | Tensor) -> Tensor:
     """``F K Fᵀ / T²``, (N, C, C) in float64."""
-    one = temperature.item() if isinstance(temperature, Tensor) and temperature.numel() == 1 else temperature
-    scale = as_number(one)
-    if not (scale > 0 and 0 < scale * scale < math.inf):
-        raise ValueError(expected_but_got("temperature", "positive and finite, as its square must be", temperature))
-    c = logits.shape[1]
-    probs = (to_float64(logits) / scale).softmax(dim=1)
-    factor = probs.sqrt()[:, :, None] * (torch.eye(c, dtype=probs.dtype, device=probs.device) - probs[:, None, :])
-    return factor @ to_float64(gram) @ factor.mT / scale**2
+    scale = check_temperature(temperature)
+    return kind.information(outputs / scale, to_float64(gram)) / scale**2
 
 
-def _largest_eigenpairs(z: Tensor, gram: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
+def _largest_eigenpairs(kind: Likelihood, z: Tensor, gram: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
     """Largest eigenvalue (N,) of each information matrix, with its eigenvector (N, C)."""
     values, vectors = [], []
     for part, part_gram in _chunks(z, gram):
-        eigenvalues, eigenvectors = torch.linalg.eigh(_class_information(part, part_gram, temperature))
+        eigenvalues, eigenvectors = torch.linalg.eigh(_information(kind, part, part_gram, temperature))
         values.append(eigenvalues[:, -1].clamp_min(0))
         vectors.append(eigenvectors[:, :, -1].clone())  # a view would keep all eigenvectors of all samples
     return torch.cat(values), torch.cat(vectors)
 
 
-def _rayleigh(z: Tensor, gram: Tensor, temperature: Tensor, vectors: Tensor) -> Tensor:
+def _rayleigh(kind: Likelihood, z: Tensor, gram: Tensor, temperature: Tensor, vectors: Tensor) -> Tensor:
     """``vᵀ F K Fᵀ v / T²``, (N,), without forming the matrix."""
-    probs = (z / temperature).softmax(dim=1)
-    weighted = probs.sqrt() * vectors
-    projected = weighted - probs * weighted.sum(dim=1, keepdim=True)  # Fᵀ v
+    projected = kind.transposed_root_times(z / temperature, vectors[:, :, None])[:, :, 0]
     return torch.einsum("nc,ncd,nd->n", projected, gram, projected) / temperature**2
 
 

@@ -5,13 +5,15 @@ Cost: one forward pass and C backward passes per chunk of samples.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from lightning_robust.functional._isolation.side_effects import watched_once
 from lightning_robust.functional._validation.tensors import check_logits, outputs_of
+from lightning_robust.functional.input_space._categorical import CATEGORICAL
+from lightning_robust.functional.input_space._likelihood import Likelihood
 from lightning_robust.functional.input_space.float64 import float64_dtype
 from lightning_robust.functional.input_space.units import Units, changes_within
 
@@ -56,24 +58,33 @@ def leaf_and_logits(
 
 
 def gram_and_gaps(
-    logits: Tensor, leaf: Tensor, std: Tensor | None, box: BoxConstraint | None, *, logits_before: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
+    logits: Tensor,
+    leaf: Tensor,
+    std: Tensor | None,
+    box: BoxConstraint | None,
+    *,
+    likelihood: Likelihood = CATEGORICAL,
+    logits_before: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Logits, Gram matrices and L1 gaps of a chunk (see :class:`Linearization`).
 
     Gradients are those of ``logits`` (n, C) with respect to ``leaf`` (n, ...); the gaps that they are to close are
     between ``logits_before``, by default the same.
     """
     to_close = logits.detach() if logits_before is None else logits_before
-    predicted = to_close.argmax(dim=1, keepdim=True)
-    gaps = to_close.gather(1, predicted) - to_close
     rows = jacobian_rows(logits, leaf, std)
-    top = rows.take_along_dim(predicted[..., None], dim=1)[:, 0]
+    gram = gram_matrix(rows)
+    gaps = None if box is None else likelihood.gaps(to_close)
+    if box is not None and gaps is None:  # how far inputs must move in the range depends on what is to be closed
+        return to_close, gram, None
 
-    def slopes(c: int) -> Tensor:
-        differences = top - rows[:, c]
-        return differences.abs().sum(dim=1) if box is None else box.slopes(differences, gaps[:, c])
+    def slopes(c: int, ways: Sequence[Tensor]) -> Tensor:
+        if box is None or gaps is None:
+            return ways[0].abs().sum(dim=1)
+        return torch.stack([box.slopes(way, gaps[:, c]) for way in ways]).amax(dim=0)
 
-    return to_close, gram_matrix(rows), torch.stack([slopes(c) for c in range(logits.shape[1])], dim=1)
+    found = [slopes(c, ways) for c, ways in enumerate(likelihood.gap_gradients(to_close, rows))]
+    return to_close, gram, torch.stack(found, dim=1)
 
 
 class BoxConstraint:

@@ -31,8 +31,8 @@ from lightning_robust.functional._isolation.stand_ins import full_precision
 from lightning_robust.functional._validation.arguments import check_kind, check_number
 from lightning_robust.functional._validation.extras import SampleModel
 from lightning_robust.functional._validation.independence import check_place
-from lightning_robust.functional._validation.scales import computable, masked_classes
-from lightning_robust.functional._validation.tensors import check_finite, check_logits, check_pass
+from lightning_robust.functional._validation.scales import computable
+from lightning_robust.functional._validation.tensors import check_finite, check_pass, outputs_of
 from lightning_robust.functional.input_space.attacks import Norm, check_norm
 from lightning_robust.functional.input_space.jacobian import (
     BoxConstraint,
@@ -41,7 +41,7 @@ from lightning_robust.functional.input_space.jacobian import (
     leaf_and_logits,
     samples_at_once,
 )
-from lightning_robust.functional.input_space.linearized_margin import gap_l2
+from lightning_robust.functional.input_space.likelihoods import Likelihood, LikelihoodName, likelihood_of
 from lightning_robust.functional.input_space.missing_gradients import refuse_missing_gradients
 from lightning_robust.functional.input_space.units import Units
 
@@ -58,6 +58,8 @@ class Linearization:
         gap_l1: ``(N, C)``, ``‖∇(z_ŷ − z_k)‖₁`` for every class ``k`` against the predicted class ``ŷ = argmax z``;
             ``None`` if the linearisation was made without it. With a valid range it is ``(z_ŷ − z_k) / ε`` instead,
             where ε is the size of the smallest perturbation within the range that closes the gap, and 0 if none does.
+            With likelihood ``"bernoulli"`` or ``"gaussian"`` the gap of output ``k`` is its own, |z_k| or the
+            tolerance: ``‖∇z_k‖₁``, or the gap over ε.
         gram_variance: Relative variance of the diagonal of ``gram``: 0 if it is exact, positive if it was estimated
             along random directions (see :func:`~lightning_robust.functional.linearize_by_queries`).
     """
@@ -77,6 +79,8 @@ def linearize(
     input_mean: float | Sequence[float] | Tensor | None = None,
     valid_range: tuple[float, float] | None = None,
     chunk_size: int | None = None,
+    likelihood: LikelihoodName = "categorical",
+    tolerance: float | None = None,
 ) -> Linearization:
     """Linearise ``model`` around each of ``inputs``, exactly.
 
@@ -97,6 +101,10 @@ def linearize(
         chunk_size: Largest number of samples that pass through the network together. Their Jacobians, C gradients of
             the size of an input per sample, are held at the same time. By default the Jacobians of a chunk stay below
             256 MiB in float32 (or are those of a single sample), and on a CPU small enough for the caches.
+        likelihood: What the outputs mean: logits of classes, ``"categorical"``; of C ≥ 1 labels, ``"bernoulli"``; or
+            C ≥ 1 predictions, ``"gaussian"``.
+        tolerance: How far a prediction may move, in its own units, for ``"gaussian"`` with a ``valid_range``; without
+            it there is then no ``gap_l1``.
 
     Returns:
         A :class:`Linearization` of N samples.
@@ -111,9 +119,43 @@ def linearize(
 
     Source: ours; see the module's docstring.
     """
+    found = linearize_up_to(
+        None,
+        model,
+        inputs,
+        extras=extras,
+        input_std=input_std,
+        input_mean=input_mean,
+        valid_range=valid_range,
+        chunk_size=chunk_size,
+        likelihood=likelihood,
+        tolerance=tolerance,
+    )
+    assert found is not None
+    return found
+
+
+def linearize_up_to(
+    most_outputs: int | None,
+    model: Callable[..., Tensor],
+    inputs: Tensor,
+    *,
+    extras: Mapping[str, Tensor] | None = None,
+    input_std: float | Sequence[float] | Tensor | None = None,
+    input_mean: float | Sequence[float] | Tensor | None = None,
+    valid_range: tuple[float, float] | None = None,
+    chunk_size: int | None = None,
+    likelihood: LikelihoodName = "categorical",
+    tolerance: float | None = None,
+) -> Linearization | None:
+    """Linearise a network as :func:`linearize` does, or return None if it has more outputs than ``most_outputs``.
+
+    That is known after the first forward pass, and nothing else is then done.
+    """
     check_pass(model, inputs, chunk_size=chunk_size)
     network = SampleModel(model, extras, num_samples=len(inputs))
     units = Units.of(inputs, std=input_std, mean=input_mean, valid_range=valid_range)
+    kind = likelihood_of(likelihood, tolerance)
     with differentiable(model):
         x = full_precision(inputs)
         chunks, start = [], 0
@@ -124,11 +166,14 @@ def linearize(
                 checked = True
             rows = slice(start, start + size)
             chunk = x[rows]
-            leaf, logits = leaf_and_logits(network.on(rows), chunk)
+            leaf, logits = leaf_and_logits(network.on(rows), chunk, check=kind.check_outputs)
+            if most_outputs is not None and logits.shape[1] > most_outputs:
+                return None
             fitting = size if fitted else samples_at_once(x, chunk_size, num_classes=logits.shape[1])
             fits = fitting == size
             if fits:
-                chunks.append(gram_and_gaps(logits, leaf, units.std, BoxConstraint.of(chunk, units)))
+                box = BoxConstraint.of(chunk, units)
+                chunks.append(gram_and_gaps(logits, leaf, units.std, box, likelihood=kind))
                 start += len(chunk)
             size, fitted = fitting, True
             del leaf, logits  # free the graph before the next pass builds another
@@ -149,6 +194,8 @@ def relinearize(
     input_mean: float | Sequence[float] | Tensor | None = None,
     valid_range: tuple[float, float] | None = None,
     chunk_size: int | None = None,
+    likelihood: LikelihoodName = "categorical",
+    tolerance: float | None = None,
 ) -> Linearization:
     """Linearise once more, close to the boundary that a linearisation predicts.
 
@@ -170,6 +217,9 @@ def relinearize(
         input_mean: As in :func:`linearize`.
         valid_range: As in :func:`linearize`; the way in L∞ stays within it.
         chunk_size: As in :func:`linearize`.
+        likelihood: As in :func:`linearize`. A ``"gaussian"`` output can fall or rise by the tolerance: each input goes
+            the way on which the output that moves first moves further.
+        tolerance: As in :func:`linearize`, but always needed for ``"gaussian"``.
 
     Returns:
         A :class:`Linearization` with the logits of the inputs and the gradients at the points near the boundary.
@@ -181,7 +231,7 @@ def relinearize(
 
     Source: ours.
     Cost: one forward and one backward pass more than :func:`linearize`; another forward pass for a chunk with an input
-    that stays in place for want of finite logits.
+    that stays in place for want of finite logits, and two for ``"gaussian"``, one for each way.
     """
     check_pass(model, inputs, chunk_size=chunk_size)
     check_norm(norm)
@@ -196,6 +246,7 @@ def relinearize(
         raise ValueError("Expected a linearisation with `gap_l1` for norm 'linf', but it has none.")
     network = SampleModel(model, extras, num_samples=len(inputs))
     units = Units.of(inputs, std=input_std, mean=input_mean, valid_range=valid_range)
+    kind = likelihood_of(likelihood, tolerance)
     with differentiable(model):
         x = full_precision(inputs)
         size = samples_at_once(x, chunk_size, num_classes=linearization.logits.shape[1])
@@ -207,9 +258,7 @@ def relinearize(
             gap_l1 = None if linearization.gap_l1 is None else linearization.gap_l1[rows]
             here = Linearization(linearization.logits[rows], linearization.gram[rows], gap_l1)
             box = BoxConstraint.of(x[rows], units)
-            moved = x[rows] + units.change(
-                fraction * _way_to_boundary(network.on(rows), x[rows], here, units, norm, box)
-            )
+            moved = _near_boundary(network.on(rows), x[rows], here, units, norm, box, kind, fraction=fraction)
             leaf, logits = leaf_and_logits(network.on(rows), moved, check=None)
             # the boundary of a sample with almost no gradient may lie beyond what the network can compute
             able = computable(logits, here.logits)
@@ -217,15 +266,15 @@ def relinearize(
                 moved = torch.where(able.view(-1, *(1,) * (x.ndim - 1)), moved, x[rows])
                 del leaf, logits
                 leaf, logits = leaf_and_logits(network.on(rows), moved, check=None)
-            check_logits(logits, num_samples=len(moved))
-            chunks.append(gram_and_gaps(logits, leaf, units.std, box, logits_before=here.logits))
+            kind.check_outputs(logits, num_samples=len(moved))
+            chunks.append(gram_and_gaps(logits, leaf, units.std, box, likelihood=kind, logits_before=here.logits))
             del leaf, logits  # free the graph before the next pass builds another
             _refuse_missing_gradients(network, moved, start, chunks[-1])
     return _joined(chunks)
 
 
 def _refuse_missing_gradients(
-    network: SampleModel, x: Tensor, start: int, chunk: tuple[Tensor, Tensor, Tensor]
+    network: SampleModel, x: Tensor, start: int, chunk: tuple[Tensor, Tensor, Tensor | None]
 ) -> None:
     """Examine the samples of a chunk all of whose gradients are exactly zero, by their squared norms."""
     flat = (~chunk[1].diagonal(dim1=1, dim2=2).any(dim=1)).nonzero()[:, 0]
@@ -233,37 +282,48 @@ def _refuse_missing_gradients(
         refuse_missing_gradients(network.on(start + flat), x[flat])
 
 
-def _joined(chunks: list[tuple[Tensor, Tensor, Tensor]]) -> Linearization:
-    logits, gram, gap_l1 = (torch.cat(parts) for parts in zip(*chunks, strict=True))
+def _joined(chunks: list[tuple[Tensor, Tensor, Tensor | None]]) -> Linearization:
+    logits, gram = (torch.cat(parts) for parts in zip(*((z, gram) for z, gram, _ in chunks), strict=True))
+    gaps = [gap for _, _, gap in chunks if gap is not None]
+    gap_l1 = torch.cat(gaps) if gaps else None
     check_finite(gram, "gradients of the logits with respect to the inputs")
     return Linearization(logits=logits, gram=gram, gap_l1=gap_l1)
 
 
-def _way_to_boundary(
+def _near_boundary(
     model: Callable[[Tensor], Tensor],
     x: Tensor,
     linearization: Linearization,
     units: Units,
     norm: Norm,
     box: BoxConstraint | None,
+    likelihood: Likelihood,
+    *,
+    fraction: float,
 ) -> Tensor:
-    """Changes of the un-normalised inputs that lead straight to the nearest linearised boundary; 0 if there is none."""
+    """Inputs moved by a fraction of the straight way to the nearest linearised boundary; in place if there is none."""
     logits = linearization.logits
-    predicted = logits.argmax(dim=1, keepdim=True)
-    gaps = logits.gather(1, predicted) - logits
-    slopes = linearization.gap_l1 if norm == "linf" else gap_l2(linearization.gram, predicted[:, 0]).to(logits)
+    slopes = linearization.gap_l1
+    slopes = slopes if norm == "linf" else likelihood.slopes_l2(logits, linearization.gram).to(logits)
     assert slopes is not None
-    ratios = (gaps / slopes).scatter(1, predicted, torch.inf).nan_to_num(nan=torch.inf, posinf=torch.inf)
-    ratios = ratios.masked_fill(masked_classes(logits), torch.inf)
-    margin, nearest = ratios.min(dim=1)
-    leaf, outputs = leaf_and_logits(model, x)
+    margin, nearest = likelihood.distances(logits, slopes).min(dim=1)
+    leaf, outputs = leaf_and_logits(model, x, check=likelihood.check_outputs)
     if outputs.shape != logits.shape:
         came = f"{logits.shape[1]} in the linearisation and {outputs.shape[1]} in the model"
         raise ValueError(f"Expected the same number of classes as before, but got {came}.")
-    closing = (outputs.gather(1, nearest[:, None]) - outputs.gather(1, predicted))[:, 0]
-    direction = input_gradient(closing, leaf, units.std)  # (n, D), of the un-normalised input
-    step = direction.sign() if norm == "linf" else direction / torch.linalg.vector_norm(direction, dim=1, keepdim=True)
-    step = step * torch.where(margin.isfinite(), margin, 0.0)[:, None]
-    if norm == "linf" and box is not None:
-        step = box.within(step)
-    return step.nan_to_num(nan=0.0).reshape(x.shape).detach()
+
+    def moved(closing: Tensor) -> Tensor:
+        step = input_gradient(closing, leaf, units.std)  # (n, D), of the un-normalised input
+        step = step.sign() if norm == "linf" else step / torch.linalg.vector_norm(step, dim=1, keepdim=True)
+        step = step * torch.where(margin.isfinite(), margin, 0.0)[:, None]
+        if norm == "linf" and box is not None:
+            step = box.within(step)
+        return x + units.change(fraction * step.nan_to_num(nan=0.0).reshape(x.shape).detach())
+
+    first, *others = [moved(closing) for closing in likelihood.closing(outputs, logits, nearest)]
+    for other in others:
+        with torch.no_grad():
+            ends = [outputs_of(model, end, check=None) for end in (first, other)]
+        here, there = ((end - logits).gather(1, nearest[:, None]).abs() for end in ends)
+        first = torch.where((there > here).view(-1, *(1,) * (x.ndim - 1)), other, first)
+    return first

@@ -21,56 +21,70 @@ import torch
 from torch import Tensor
 
 from lightning_robust.functional._validation.arguments import as_numbers, check_floating, expected_but_got
-from lightning_robust.functional._validation.scales import masked_classes
-from lightning_robust.functional._validation.tensors import check_gap_l1, check_gram, check_targets
-from lightning_robust.functional.input_space.float64 import to_float64
+from lightning_robust.functional._validation.tensors import check_gap_l1, check_gram
+from lightning_robust.functional.input_space.likelihoods import LikelihoodName, likelihood_of
 
 
-def linearized_margin(logits: Tensor, gram: Tensor, targets: Tensor) -> Tensor:
+def linearized_margin(
+    logits: Tensor,
+    gram: Tensor,
+    targets: Tensor,
+    *,
+    likelihood: LikelihoodName = "categorical",
+    tolerance: float | None = None,
+) -> Tensor:
     """Linearised L2 margin of each sample.
 
     Args:
         logits: ``(N, C)``.
         gram: ``(N, C, C)``, ``J Jᵀ``.
-        targets: ``(N,)``, class indices.
+        targets: ``(N,)``, class indices; ``(N, C)`` with the other likelihoods.
+        likelihood: What the logits mean. With ``"bernoulli"``, those of C labels, the margin is the distance at which
+            any label flips, ``min_k |z_k| / ‖∇z_k‖``, and 0 if any is wrong. With ``"gaussian"``, predictions, it is
+            the distance at which any of them moves by ``tolerance``, ``min_k tolerance / ‖∇z_k‖``.
+        tolerance: How far a prediction may move, in its own units; for ``"gaussian"``.
 
     Returns:
         ``(N,)``, in input units; 0 if misclassified or tied, infinity if no gradient leads to another class, or all
         others are masked (see :func:`~lightning_robust.functional.fit_temperature`).
 
     Raises:
-        ValueError: If shapes do not match or a target is not a class.
+        ValueError: If shapes do not match, a target is not a class, label or number, or there is no tolerance where one
+            is needed.
 
-    Source: arXiv 1511.04599.
+    Source: arXiv 1511.04599; for other likelihoods than ``"categorical"`` ours.
     """
-    check_gram(logits, gram)
-    y = check_targets(targets, num_samples=len(logits), num_classes=logits.shape[1]).to(logits.device)
-    return _smallest_ratio(logits, gap_l2(gram, y).to(logits), y)
+    kind = likelihood_of(likelihood, tolerance)
+    check_gram(logits, gram, fewest=kind.fewest_outputs)
+    y = kind.check(logits, targets).to(logits.device)
+    return kind.margins(logits, kind.slopes_l2(logits, gram).to(logits), y)
 
 
-def linearized_margin_linf(logits: Tensor, gap_l1: Tensor, targets: Tensor) -> Tensor:
+def linearized_margin_linf(
+    logits: Tensor,
+    gap_l1: Tensor,
+    targets: Tensor,
+    *,
+    likelihood: LikelihoodName = "categorical",
+    tolerance: float | None = None,
+) -> Tensor:
     """Linearised L∞ margin of each sample; result and errors are as in :func:`linearized_margin`.
 
     Args:
         logits: ``(N, C)``.
-        gap_l1: ``(N, C)``, L1 norms of the gradient gaps to the predicted class. (If the predicted class is not the
-            target, the margin is 0, so no other reference is needed.)
-        targets: ``(N,)``, class indices.
+        gap_l1: ``(N, C)``, L1 norms of the gradient gaps to the predicted class, from
+            :func:`~lightning_robust.functional.linearize` with the same likelihood and tolerance. (If the predicted
+            class is not the target, the margin is 0, so no other reference is needed.)
+        targets: As in :func:`linearized_margin`.
+        likelihood: As in :func:`linearized_margin`.
+        tolerance: As in :func:`linearized_margin`.
 
     Source: arXiv 1511.04599, arXiv 1705.08475.
     """
-    check_gap_l1(logits, gap_l1)
-    y = check_targets(targets, num_samples=len(logits), num_classes=logits.shape[1]).to(logits.device)
-    return _smallest_ratio(logits, gap_l1, y)
-
-
-def gap_l2(gram: Tensor, classes: Tensor) -> Tensor:
-    """L2 norms ``‖∇(z_y − z_k)‖₂ = √(K_yy − 2 K_yk + K_kk)`` of the gradient gaps, ``(N, C)``, float64."""
-    wide = to_float64(gram)
-    y = classes.to(wide.device)
-    squared = wide.diagonal(dim1=1, dim2=2)
-    distances = squared.gather(1, y[:, None]) - 2 * wide.take_along_dim(y[:, None, None], dim=1)[:, 0] + squared
-    return distances.clamp_min(0).sqrt()
+    kind = likelihood_of(likelihood, tolerance)
+    check_gap_l1(logits, gap_l1, fewest=kind.fewest_outputs)
+    y = kind.check(logits, targets).to(logits.device)
+    return kind.margins(logits, gap_l1, y)
 
 
 def linearized_accuracy(margins: Tensor, epsilons: Sequence[float] | Tensor) -> Tensor:
@@ -98,12 +112,3 @@ def linearized_accuracy(margins: Tensor, epsilons: Sequence[float] | Tensor) -> 
         raise ValueError(expected_but_got("epsilons", "a vector of numbers ≥ 0", epsilons))
     eps = torch.tensor(numbers, dtype=margins.dtype, device=margins.device)
     return (margins[None, :] > eps[:, None]).to(margins.dtype).mean(dim=1)
-
-
-def _smallest_ratio(logits: Tensor, distances: Tensor, targets: Tensor) -> Tensor:
-    """Smallest (z_y − z_k)/distance_k over k ≠ y; 0 unless all gaps are positive."""
-    gaps = logits.gather(1, targets[:, None]) - logits
-    others = torch.ones_like(logits, dtype=torch.bool).scatter(1, targets[:, None], value=False)
-    correct = (gaps > 0).logical_or(~others).all(dim=1)
-    ratios = torch.where(others & ~masked_classes(logits), gaps / distances, torch.inf)
-    return torch.where(correct, ratios.amin(dim=1), 0.0)

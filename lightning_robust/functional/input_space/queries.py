@@ -45,7 +45,7 @@ from lightning_robust.functional.input_space.linearization import Linearization
 from lightning_robust.functional.input_space.query_answers import Answers, are_probabilities, given_tensors
 from lightning_robust.functional.input_space.query_bias import relative_variance
 from lightning_robust.functional.input_space.query_directions import direction_keys, orthonormal_directions
-from lightning_robust.functional.input_space.query_reading import Reading
+from lightning_robust.functional.input_space.query_reading import QueryReading
 from lightning_robust.functional.input_space.query_steps import Queries, read, steps
 from lightning_robust.functional.input_space.units import Units
 
@@ -174,7 +174,9 @@ def fim_spectral_norm_by_queries(
     return QueriedSpectralNorm(value, value * linearization.gram_variance**0.5)
 
 
-def _slopes(queries: Queries, first: Tensor, step: float | None, *, from_probabilities: bool) -> tuple[Reading, Tensor]:
+def _slopes(
+    queries: Queries, first: Tensor, step: float | None, *, from_probabilities: bool
+) -> tuple[QueryReading, Tensor]:
     """Slopes of the logits along all directions, (n, m, C), and what the answers for the samples themselves say."""
     reading = read(queries, first, from_probabilities=from_probabilities)
     h = steps(queries, reading, first, step)

@@ -22,7 +22,7 @@ _LOST = 0.1  # share of the probability beside the top class that may be lost
 FEWEST_DIGITS = 4  # of rounded outputs
 
 
-class Reading(NamedTuple):
+class QueryReading(NamedTuple):
     """The answers for n samples, and how those around them are read."""
 
     logits: Tensor  # (n, C), float64; −∞ for classes that are masked, or lost in rounding
@@ -31,7 +31,7 @@ class Reading(NamedTuple):
     quantum: Tensor  # (n,), to which answers were rounded; 0 if they were not
 
     @classmethod
-    def of(cls, answers: Tensor, quantum: Tensor, *, from_probabilities: bool) -> Reading:
+    def of(cls, answers: Tensor, quantum: Tensor, *, from_probabilities: bool) -> QueryReading:
         """Read the answers (n, C) for the samples themselves."""
         if not from_probabilities:
             return cls(answers.double(), answers.double().softmax(dim=1), False, quantum)
@@ -40,9 +40,9 @@ class Reading(NamedTuple):
         usable = (wide >= least[:, None]) | (wide == wide.amax(dim=1, keepdim=True))
         return cls(torch.where(usable, wide, 0.0).log(), wide, True, quantum)
 
-    def some(self, rows: Tensor) -> Reading:
+    def some(self, rows: Tensor) -> QueryReading:
         """The same for some of the samples."""
-        return Reading(self.logits[rows], self.probs[rows], self.from_probabilities, self.quantum[rows])
+        return QueryReading(self.logits[rows], self.probs[rows], self.from_probabilities, self.quantum[rows])
 
     @property
     def saturated(self) -> Tensor:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from lightning_robust.functional._isolation.stand_ins import HALF
 from lightning_robust.functional.input_space.query_answers import Answers
-from lightning_robust.functional.input_space.query_reading import FEWEST_DIGITS, Reading, quanta, too_coarse
+from lightning_robust.functional.input_space.query_reading import FEWEST_DIGITS, QueryReading, quanta, too_coarse
 
 PILOTS = 4  # directions along which a step is tried
 _AGREE, _AGREE_ROUNDED = 0.05, 0.08  # largest relative difference between slopes over ±h and ±2h
@@ -81,7 +81,7 @@ def resolution(answers: Tensor, inputs: Tensor) -> float:
     return max(torch.finfo(dtype).eps, torch.finfo(inputs.dtype).eps)
 
 
-def read(queries: Queries, first: Tensor, *, from_probabilities: bool) -> Reading:
+def read(queries: Queries, first: Tensor, *, from_probabilities: bool) -> QueryReading:
     """Find out whether answers are rounded, also those around a sample, and refuse what is lost in it.
 
     Args:
@@ -98,14 +98,14 @@ def read(queries: Queries, first: Tensor, *, from_probabilities: bool) -> Readin
             count = min(PILOTS, queries.directions.shape[1])
             ends = some.around(_rounded_step(torch.full((len(maybe),), 1e-4), some.size), count)
             quantum[maybe] = quanta(torch.cat([first[maybe][:, None], *ends], dim=1))
-    return Reading.of(first, quantum, from_probabilities=from_probabilities)
+    return QueryReading.of(first, quantum, from_probabilities=from_probabilities)
 
 
 def _rounded_step(rounding: Tensor, size: Tensor) -> Tensor:
     return rounding.double().sqrt().clamp_max(_LONGEST) * size
 
 
-def steps(queries: Queries, reading: Reading, first: Tensor, step: float | None) -> Tensor:
+def steps(queries: Queries, reading: QueryReading, first: Tensor, step: float | None) -> Tensor:
     """The step (n,) of each sample, a length of the un-normalised input.
 
     Args:
@@ -144,7 +144,7 @@ def steps(queries: Queries, reading: Reading, first: Tensor, step: float | None)
     return chosen
 
 
-def _tried(queries: Queries, reading: Reading, first: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+def _tried(queries: Queries, reading: QueryReading, first: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
     """Whether answers stay the same within ±2h, (n,), and how much slopes over ±h and ±2h differ, (n,)."""
     count = min(PILOTS, queries.directions.shape[1])
     near, far = (queries.around(width * h, count) for width in (1, 2))
@@ -152,7 +152,9 @@ def _tried(queries: Queries, reading: Reading, first: Tensor, h: Tensor) -> tupl
     return torch.stack(same).all(dim=0), reading.disagreement(reading.slopes(*near, h), reading.slopes(*far, 2 * h))
 
 
-def _refuse(queries: Queries, reading: Reading, start: Tensor, *, flat: Tensor, left: Tensor, apart: Tensor) -> None:
+def _refuse(
+    queries: Queries, reading: QueryReading, start: Tensor, *, flat: Tensor, left: Tensor, apart: Tensor
+) -> None:
     """Raise a ``ValueError`` if samples that are ``flat``, or ``left`` without a step, cannot be measured."""
     n = len(start)
     if flat.any():

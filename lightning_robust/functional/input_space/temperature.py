@@ -29,7 +29,6 @@ import torch
 from torch import Tensor
 
 from lightning_robust.functional._validation.scales import masked_classes, ordinary
-from lightning_robust.functional._validation.tensors import check_given_logits, check_targets
 from lightning_robust.functional.input_space.float64 import to_float64
 
 # Weight, in samples, of the smoothing that keeps a fitted temperature finite.
@@ -38,41 +37,8 @@ _PSEUDO_SAMPLES = 0.5
 _RANGE = 1e4
 
 
-def fit_temperature(logits: Tensor, targets: Tensor) -> Tensor:
-    """Temperature at which ``logits / T`` have the smallest negative log-likelihood.
-
-    With few errors or none, half a pseudo-sample that misses by the median margin keeps it finite. It is gone once the
-    true errors together miss by half as much: see the module's docstring. The result is continuous in the data and
-    proportional to the scale of the logits. Logits that do worse than even odds get the upper end of the range, 10⁴
-    times the largest margin, which makes the odds even.
-
-    Classes of vanishing probability have a vanishing influence, whatever number masks them. Those that are impossible
-    at any temperature that suits the others are left out altogether, as if the network did not have them: those with a
-    logit of −∞, and those with a logit more than 746 nats, and more than 30 times the range of the others, below them.
-    Samples whose target is left out do not count, because no temperature makes it possible. Samples that have diverged
-    do not count, either: those whose margin is more than a hundred times larger than that of nine of ten samples,
-    because a single one of them would set the temperature of all. The temperature is 1 if no sample counts.
-
-    Args:
-        logits: ``(N, C)``; −∞ where a class is masked.
-        targets: ``(N,)``, class indices.
-
-    Returns:
-        ``()``, positive.
-
-    Raises:
-        ValueError: If shapes do not match or a target is not a class.
-
-    Source: Guo et al. 2017, arXiv 1706.04599; the treatment of separable samples is ours.
-    """
-    check_given_logits(logits)
-    z = with_masks(logits)
-    y = check_targets(targets, num_samples=len(logits), num_classes=logits.shape[1]).to(z.device)
-    return TemperatureFit.of(z, y).temperature.to(logits)
-
-
 def with_masks(logits: Tensor) -> Tensor:
-    """Logits in float64, with −∞ for every class that is left out (see :func:`fit_temperature`)."""
+    """Logits in float64, −∞ for left-out classes (see :func:`~lightning_robust.functional.fit_temperature`)."""
     z = to_float64(logits)
     return z.masked_fill(masked_classes(z), -torch.inf)
 

@@ -297,7 +297,7 @@ def test_entries_that_the_module_takes_are_passed_on_and_others_are_not() -> Non
     module = Scaled()
     probe = read_batch(module, given, probe_fn=None, defaults=DEFAULTS).probe()
     expected = torch.stack([linearize(module.head, given["image"]).gram[row] * scale[row] ** 2 for row in range(4)])
-    torch.testing.assert_close(probe.linearization.gram, expected)
+    torch.testing.assert_close(probe.linearized.gram, expected)
 
 
 @pytest.mark.parametrize(
@@ -349,8 +349,8 @@ def test_the_criterion_of_a_binary_classifier_is_found(targets: Tensor) -> None:
     probe = read_batch(module, (random(0, 4, 12), targets), probe_fn=None, defaults=DEFAULTS).probe()
     assert probe.is_binary
     z = module.double()(probe.inputs).detach()
-    torch.testing.assert_close(probe.linearization.logits, torch.cat([0 * z, z], dim=1))
-    norm = fim_spectral_norm(probe.linearization.logits, probe.linearization.gram)
+    torch.testing.assert_close(probe.linearized.logits, torch.cat([0 * z, z], dim=1))
+    norm = fim_spectral_norm(probe.linearized.logits, probe.linearized.gram)
     p = z[:, 0].sigmoid()
     torch.testing.assert_close(norm, p * (1 - p) * module.network.weight.detach().square().sum())
 
@@ -382,7 +382,7 @@ def test_an_auxiliary_criterion_makes_no_binary_classifier(targets: list[int]) -
     for _ in range(3):
         probe = read_batch(module, (x, torch.tensor(targets)), probe_fn=None, defaults=DEFAULTS).probe()
         assert not probe.is_binary
-        assert probe.linearization.logits.shape == (len(targets), 4)
+        assert probe.linearized.logits.shape == (len(targets), 4)
     module.asked = 0
     read_batch(module, (x, torch.tensor(targets)), probe_fn=None, defaults=DEFAULTS)
     assert module.asked == 0  # once for a module

@@ -56,8 +56,8 @@ def test_samples_are_joined_in_order_as_far_as_there_is_room(
 def test_joined_samples_have_the_values_of_their_parts() -> None:
     parts = pieces([2, 3], build("mlp")[0])
     (joined,) = groups(parts, largest=5)
-    expected = torch.cat([part.probe().linearization.gram for part in parts])
-    torch.testing.assert_close(joined.probe().linearization.gram, expected)
+    expected = torch.cat([part.probe().linearized.gram for part in parts])
+    torch.testing.assert_close(joined.probe().linearized.gram, expected)
 
 
 def test_bound_methods_of_one_network_are_one_network() -> None:

@@ -128,7 +128,7 @@ def test_embeddings_are_exchanged_where_the_network_looks_its_ids_up(kind: type[
     probe = read(module, ids(num_texts), token_type_ids=token_types(num_texts))
     x = module.words(ids(num_texts)).detach()
     expected = linearize(lambda v: module.of_embeddings(KINDS[kind](module, v)), x)
-    torch.testing.assert_close(probe.linearization.gram, expected.gram / probe.input_std**2)
+    torch.testing.assert_close(probe.linearized.gram, expected.gram / probe.input_std**2)
     norms = fim_spectral_norm(expected.logits, expected.gram)
     assert (norms > 1e-4).all()
     moved = x + random(3, *x.shape)
@@ -149,10 +149,10 @@ def test_symmetric_ids_that_the_network_transposes_are_not_taken_for_the_ids_as_
     symmetric = torch.tensor([[5, 7], [7, 9]])
     module = TimeFirst().double().eval()
     with pytest.raises(ValueError, match=r"a tensor of shape \(2, 2\) that agrees with them in several arrangements"):
-        _ = read(module, symmetric).linearization
-    assert (read(Reader().double().eval(), symmetric).linearization.gram != 0).any()  # these are the same tensor
+        _ = read(module, symmetric).linearized
+    assert (read(Reader().double().eval(), symmetric).linearized.gram != 0).any()  # these are the same tensor
     view = read(Flattened().double().eval(), symmetric)
-    assert (view.linearization.gram != 0).any()
+    assert (view.linearized.gram != 0).any()
 
 
 def test_places_are_found_for_ids_of_any_number_of_dimensions() -> None:
@@ -226,7 +226,7 @@ OTHERS = {
 def test_a_network_that_embeds_anything_else_is_refused_with_the_line_to_paste(kind: type[Reader]) -> None:
     module = kind().double().eval()
     with pytest.raises(ValueError, match=OTHERS[kind]):
-        _ = read(module, ids(4)).linearization
+        _ = read(module, ids(4)).linearized
 
 
 def test_the_advice_for_an_encoder_and_a_decoder_works() -> None:
@@ -238,7 +238,7 @@ def test_the_advice_for_an_encoder_and_a_decoder_works() -> None:
     for row in range(4):
         own = linearize(lambda v, row=row: module.of_embeddings(v) * context[row], x[row : row + 1])
         norms.append(own.gram / found.input_std**2)
-    torch.testing.assert_close(found.linearization.gram, torch.cat(norms))
+    torch.testing.assert_close(found.linearized.gram, torch.cat(norms))
 
 
 @pytest.mark.parametrize("kind", [Reader, TimeFirst, Mirrored, ByWeight, Translator])

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_robust.functional import hessian_trace
-from lightning_robust.functional.curvature._gauss_newton_root import softmax_root
 from lightning_robust.functional.curvature.losses import SampleLoss
+from lightning_robust.functional.input_space.softmax_root import softmax_root
 from tests.helpers.curvature import (
     Case,
     assert_same,

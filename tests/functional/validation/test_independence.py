@@ -71,7 +71,7 @@ ESTIMATORS: dict[str, Callable[[Any, nn.Module], object]] = {
     ),
     "paths": lambda model, _: functional.trace_fisher_rao_paths(model, INPUTS, max_steps=2),
     "traces": lambda model, module: functional.hessian_trace(model, INPUTS, TARGETS, module=module),
-    "probe": lambda model, module: Probe(model, INPUTS, TARGETS, module=module).linearization,
+    "probe": lambda model, module: Probe(model, INPUTS, TARGETS, module=module).linearized,
 }
 
 
@@ -120,7 +120,7 @@ def test_functions_of_networks_are_measured_as_the_networks_are(name: str, num_s
     model, inputs = model.double(), inputs.double()
     found = functional.linearize(lambda x: model.eval()(x), inputs, chunk_size=2)  # noqa: PLW0108
     torch.testing.assert_close(found.gram, functional.linearize(model, inputs, chunk_size=2).gram)
-    assert torch.isfinite(Probe(model.forward, inputs, targets).linearization.gram).all()
+    assert torch.isfinite(Probe(model.forward, inputs, targets).linearized.gram).all()
 
 
 def constant(x: Tensor) -> Tensor:
@@ -150,7 +150,7 @@ def test_constant_random_and_mixing_functions_are_not_called_bound(model: Callab
 def test_a_saturated_network_is_not_called_bound() -> None:
     network = Pooled()
     model = partial(lambda scale, x: scale * network(x, torch.ones(len(x), LENGTH)), 1e4)
-    assert torch.isfinite(Probe(model, INPUTS, TARGETS).linearization.logits).all()
+    assert torch.isfinite(Probe(model, INPUTS, TARGETS).linearized.logits).all()
 
 
 def test_a_probe_is_checked_once_and_a_module_never(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -137,7 +137,7 @@ def test_soft_targets_and_several_logits_are_refused_by_name() -> None:
     with pytest.raises(ValueError, match=r"binary classifier to be 0 or 1, but got values from 0.9 to 0.9"):
         _ = soft.labels
     with pytest.raises(ValueError, match=r"one logit per sample.*returned \(8, 3\).*CrossEntropyLoss"):
-        _ = Probe(nn.Linear(12, 3), x, torch.ones(8), loss_fn=nn.BCEWithLogitsLoss()).linearization
+        _ = Probe(nn.Linear(12, 3), x, torch.ones(8), loss_fn=nn.BCEWithLogitsLoss()).linearized
 
 
 def test_the_module_stays_the_owner() -> None:
@@ -234,10 +234,10 @@ class Body(nn.Module):
 def test_the_logit_of_a_binary_classifier_is_found_beside_its_features(way: Any) -> None:
     x, y, options = random(9, 8, 12), torch.arange(8) % 2, {"loss_fn": nn.BCEWithLogitsLoss()}
     found, expected = (Probe(Body(w).double(), x, y, **options) for w in (way, lambda z, f: z))
-    assert torch.equal(found.linearization.gram, expected.linearization.gram)
+    assert torch.equal(found.linearized.gram, expected.linearized.gram)
     assert torch.equal(found.curvature().total().means(), expected.curvature().total().means())
     if isinstance(way(x[:, :1], x), tuple):
-        for measure in (lambda probe: probe.linearization, lambda probe: probe.curvature()):
+        for measure in (lambda probe: probe.linearized, lambda probe: probe.curvature()):
             with pytest.raises(ValueError, match="several entries that could be the logits"):
                 measure(Probe(Body(way).double(), x, y))
 
@@ -247,5 +247,5 @@ def test_beside_a_logit_per_class_a_single_number_is_no_logit(num_classes: int) 
     x, y = random(9, 8, 12), torch.arange(8) % num_classes
     for way in (lambda z, f: (z, f[:, :1]), lambda z, f: (f[:, :1], z), lambda z, f: {"z": z, "head": f[:, 0]}):
         found, expected = (Probe(Body(w, width=num_classes).double(), x, y) for w in (way, lambda z, f: z))
-        assert torch.equal(found.linearization.gram, expected.linearization.gram)
+        assert torch.equal(found.linearized.gram, expected.linearized.gram)
         assert torch.equal(found.curvature().total().means(), expected.curvature().total().means())

@@ -10,8 +10,9 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from lightning_robust.functional import hessian_trace
-from lightning_robust.functional.curvature import _convolution, problem
-from lightning_robust.functional.curvature._convolution import TwiceDifferentiable
+from lightning_robust.functional._isolation import convolutions
+from lightning_robust.functional._isolation.convolutions import TwiceDifferentiable
+from lightning_robust.functional.curvature import problem
 from tests.helpers.curvature import assert_same, assert_within, seed, seeded
 from tests.helpers.networks import random
 from tests.helpers.oracles import dense_hessian_traces
@@ -34,7 +35,7 @@ CALLS: dict[str, tuple[Callable[..., Tensor], tuple[int, ...], tuple[int, ...], 
 @pytest.mark.parametrize("name", CALLS)
 def test_derivatives_up_to_the_second_are_torchs(name: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if device == "elsewhere":  # where torch's kernel computes gradients of depthwise weights
-        monkeypatch.setattr(_convolution, "is_depthwise", lambda *arguments: False)
+        monkeypatch.setattr(convolutions, "is_depthwise", lambda *arguments: False)
     function, size, kernel, options = CALLS[name]
     tensors = [t.requires_grad_() for t in (random(0, *size), random(1, *kernel), random(2, kernel[0]))]
     directions = [random(3 + k, *t.shape) for k, t in enumerate(tensors)]

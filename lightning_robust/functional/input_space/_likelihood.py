@@ -1,0 +1,201 @@
+"""What every likelihood offers: the meaning of a network's outputs, from which Fisher information and margins follow.
+
+A likelihood says how probable a target is, given the outputs ``f`` (C numbers) of a network. Its Fisher information in
+the outputs is a C × C matrix ``A = Fᵀ F``; the information in the input is ``Jᵀ A J`` with the Jacobian ``J = ∂f/∂x``.
+At temperature T the outputs are ``f/T`` and the Jacobian is ``J/T``.
+
+Methods that take ``z`` expect outputs in float64 that :meth:`Likelihood.prepared` has returned, divided by T.
+
+Source: ours.
+Cost: algebra on N × C outputs; no forward or backward pass.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lightning_robust.functional._validation.arguments import as_number, check_number, expected_but_got, optional
+from lightning_robust.functional.input_space.float64 import to_float64
+from lightning_robust.functional.input_space.temperature import TemperatureFit
+
+# A sample counts as saturated if what it predicts is more probable than this. Its λ is then at least 250 times smaller
+# than the same gradients would give at even odds.
+SATURATED_ABOVE = 0.999
+
+
+@dataclass(frozen=True)
+class Likelihood(ABC):
+    """The meaning of outputs ``(N, C)``.
+
+    Attributes:
+        tolerance: How far an output may move, in its own units, before that counts as a change; None where that follows
+            from the outputs, or if nobody has said.
+        name: By which the likelihood is chosen.
+        loss: torch's loss, whose curvature is measured by default.
+        fewest_outputs: The smallest C.
+        needs_tolerance: Whether margins need a tolerance.
+    """
+
+    tolerance: float | None = None
+    name: ClassVar[str]
+    loss: ClassVar[type[nn.Module]]
+    fewest_outputs: ClassVar[int] = 1
+    needs_tolerance: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        tolerance = optional(check_number, "tolerance", self.tolerance, "a positive number or None", above=0)
+        object.__setattr__(self, "tolerance", tolerance)
+
+    # ---- outputs and targets -----------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def check_outputs(self, outputs: object, *, num_samples: int, inputs: Tensor | None = None) -> None:
+        """Raise unless a network has returned finite outputs ``(num_samples, C)`` that can have this meaning.
+
+        If outputs are not finite, ``inputs`` that are not are to blame.
+        """
+
+    @abstractmethod
+    def check(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Return the targets as the other methods take them, or raise a ``ValueError`` if they have another meaning.
+
+        Args:
+            outputs: ``(N, C)``.
+            targets: One target per sample, in a shape and type that users have.
+        """
+
+    # ---- information -------------------------------------------------------------------------------------------------
+
+    def prepared(self, outputs: Tensor) -> Tensor:
+        """Outputs ``(N, C)`` in float64, with what is no part of the likelihood left out."""
+        return to_float64(outputs)
+
+    @abstractmethod
+    def information(self, z: Tensor, gram: Tensor) -> Tensor:
+        """``F K Fᵀ`` for Gram matrices ``K = J Jᵀ``, ``(N, C, C)``: its eigenvalues but 0 are those of ``Jᵀ A J``.
+
+        Args:
+            z: ``(N, C)``, prepared outputs over T.
+            gram: ``(N, C, C)``, float64.
+        """
+
+    @abstractmethod
+    def information_times(self, z: Tensor, vectors: Tensor) -> Tensor:
+        """``A v`` for vectors ``(N, C, m)``, float64, of the same shape."""
+
+    @abstractmethod
+    def transposed_root_times(self, z: Tensor, vectors: Tensor) -> Tensor:
+        """``Fᵀ v`` for vectors ``(N, C, m)``, float64, of the same shape."""
+
+    @abstractmethod
+    def root_times(self, z: Tensor, signs: Tensor) -> Tensor:
+        """``R u`` (N, C) with ``R Rᵀ = A``, for random signs ``u`` (N, C): ``‖Jᵀ R u‖²`` has the mean ``tr Jᵀ A J``.
+
+        Of all such roots it is one of small variance.
+        """
+
+    @abstractmethod
+    def steepest(self, z: Tensor) -> Tensor:
+        """A guess of the vectors ``u`` (N, C) for which ``Jᵀ u`` is the direction of the most information."""
+
+    def times_information(self, outputs: Tensor, vectors: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
+        """``A v / T²``, where A is the information at ``outputs / T``.
+
+        Args:
+            outputs: ``(N, C)``.
+            vectors: ``(N, C, m)``.
+            temperature: T, one number.
+
+        Returns:
+            ``(N, C, m)``, float64.
+
+        Raises:
+            ValueError: If ``temperature`` is not positive.
+        """
+        scale = check_temperature(temperature)
+        return self.information_times(self.prepared(outputs) / scale, to_float64(vectors)) / scale**2
+
+    @abstractmethod
+    def fit(self, outputs: Tensor, targets: Tensor) -> TemperatureFit:
+        """Temperature at which targets are the most probable, for outputs ``(N, C)``, and how each sample moves it."""
+
+    @abstractmethod
+    def saturated(self, outputs: Tensor) -> Tensor | None:
+        """Mark samples, (N,), so confident that the information says little; None if it never depends on confidence."""
+
+    # ---- margins -----------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def gaps(self, outputs: Tensor) -> Tensor | None:
+        """What must close before the prediction counts as changed, one per output, ``(N, C)``; None if nobody has said.
+
+        An infinite gap is closed by nothing.
+        """
+
+    @abstractmethod
+    def gap_gradients(self, outputs: Tensor, rows: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        """The gradients of each gap, C times: one, or one for each of two ways in which it can close.
+
+        Args:
+            outputs: ``(N, C)``.
+            rows: ``(N, C, D)``, the Jacobian.
+
+        Yields:
+            Tensors ``(N, D)``; a step against one of them closes the gap.
+        """
+
+    @abstractmethod
+    def slopes_l2(self, outputs: Tensor, gram: Tensor) -> Tensor:
+        """L2 norms of the gradients of all gaps, ``(N, C)``, float64, from Gram matrices ``(N, C, C)``."""
+
+    @abstractmethod
+    def closing(self, outputs: Tensor, before: Tensor, which: Tensor) -> tuple[Tensor, ...]:
+        """What rises while gap ``which`` of each sample closes: one (N,), or one for each of two ways.
+
+        Args:
+            outputs: ``(N, C)``, differentiable.
+            before: ``(N, C)``, the outputs whose gaps these are.
+            which: ``(N,)``.
+        """
+
+    def distances(self, outputs: Tensor, slopes: Tensor) -> Tensor:
+        """Distance at which each gap of outputs ``(N, C)`` closes, by its slope; infinity if none leads there."""
+        gaps = self.gaps(outputs)
+        if gaps is None:
+            raise ValueError(self.without_tolerance(outputs))
+        return (gaps / slopes).nan_to_num(nan=torch.inf, posinf=torch.inf)
+
+    @abstractmethod
+    def margins(self, outputs: Tensor, slopes: Tensor, targets: Tensor) -> Tensor:
+        """Distance ``(N,)`` at which the prediction changes; 0 if it is wrong, infinity if no gradient leads there.
+
+        Args:
+            outputs: ``(N, C)``.
+            slopes: ``(N, C)``, dual norms of the gradients of the gaps.
+            targets: As :meth:`check` returns them.
+        """
+
+    def without_tolerance(self, sizes: Tensor) -> str:
+        """The error for margins that need a tolerance; ``sizes`` are numbers of the size of outputs."""
+        spread = float(sizes.detach().double().std(correction=0)) or 1.0
+        line = f"likelihood={self.name!r}, tolerance={float(f'{spread / 10:.1g}'):g}"
+        return (
+            f"Expected argument `tolerance` with likelihood {self.name!r}, because a margin is the distance at which an"
+            f" output moves by that much, in its own units, but got None. Pass `RobustnessMonitor({line})` or"
+            f" `Probe(model, inputs, targets, {line})`, here a tenth of the standard deviation."
+        )
+
+
+def check_temperature(temperature: float | Tensor) -> float:
+    """Return a temperature as a float, or raise a ``ValueError`` unless it and its square are positive and finite."""
+    one = temperature.item() if isinstance(temperature, Tensor) and temperature.numel() == 1 else temperature
+    scale = as_number(one)
+    if not (scale > 0 and 0 < scale * scale < torch.inf):
+        raise ValueError(expected_but_got("temperature", "positive and finite, as its square must be", temperature))
+    return scale
