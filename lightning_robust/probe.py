@@ -15,6 +15,7 @@ from lightning_robust.functional._isolation.stand_ins import full_precision
 from lightning_robust.functional._validation.arguments import (
     check_choice,
     check_function,
+    check_integer,
     check_kind,
     check_number,
     check_positive_integer,
@@ -38,6 +39,8 @@ from lightning_robust.functional.input_space.attacks import Norm, pgd
 from lightning_robust.functional.input_space.input_information import InputInformation, input_information
 from lightning_robust.functional.input_space.likelihoods import LikelihoodName, likelihood_of
 from lightning_robust.functional.input_space.linearization import Linearization, linearize_up_to, relinearize
+from lightning_robust.functional.input_space.queries import linearize_by_queries
+from lightning_robust.functional.input_space.query_answers import answering_logits, as_tensor, given_tensors, is_array
 from lightning_robust.functional.input_space.reading import Reading
 from lightning_robust.functional.input_space.units import Units, check_units, check_valid_range
 
@@ -103,6 +106,10 @@ class Probe:
             that fits these samples.
         tolerance: How far a number may move, in its own units, before that counts as a change: for margins with
             ``"gaussian"``.
+        queries: Number of random directions along which the model is queried, twice along each (all directions, if the
+            inputs have no more features). Then nothing but its predictions is needed, and it may be any function that
+            :func:`~lightning_robust.functional.linearize_by_queries` takes, of NumPy arrays if ``inputs`` are an array.
+            Metrics that need more than a linearisation in L2 refuse such a probe.
 
     Raises:
         TypeError: If ``inputs``, ``targets`` or extras are not tensors, the inputs are complex, ``model`` or
@@ -126,17 +133,23 @@ class Probe:
     tolerance: float | None = None
     linearization: LinearizationName | None = None
     temperature: float | None = None
+    queries: int | None = None
     _done: dict[object, object] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         check_function("model", self.model)
         check_loss_fn(self.loss_fn)
         optional(check_kind, "module", self.module, nn.Module)
+        if optional(check_integer, "queries", self.queries, at_least=2) is not None:
+            self._take_arrays()
         if self.chunk_size is not None:
             check_positive_integer("chunk_size", self.chunk_size)
         names = ("likelihood", "tolerance", "loss_fn", "input_std", "input_mean", "valid_range")
         options = completed({name: getattr(self, name) for name in names})
         kind = likelihood_of(options.pop("likelihood"), options.pop("tolerance"))
+        if self.queries is not None and (kind.name != "categorical" or self.linearization == "krylov"):
+            what = f"likelihood {kind.name!r}" if kind.name != "categorical" else "linearization 'krylov'"
+            self._refuse_queries(what)
         any_targets = options.pop("loss_fn") is not None or kind.name != "categorical"
         check_samples(self.inputs, self.targets, any_targets=any_targets)
         check_extras(self.extras, len(self.inputs))
@@ -145,12 +158,19 @@ class Probe:
         check_units(**options)
         object.__setattr__(self, "valid_range", check_valid_range(self.valid_range))  # from a list, tensor or array
 
+    def _take_arrays(self) -> None:
+        given = given_tensors(self.model, self.inputs, self.extras)
+        for name, value in zip(("model", "inputs", "extras"), given, strict=True):
+            object.__setattr__(self, name, value)
+        if is_array(self.targets):
+            object.__setattr__(self, "targets", as_tensor(self.targets))
+
     def __len__(self) -> int:
         return len(self.inputs)
 
     def check_place(self) -> None:
         """Raise a ``ValueError`` if the model is a function that gives a sample other outputs at other places."""
-        if "place" not in self._done:
+        if "place" not in self._done and self.queries is None:  # queries check it as they are made
             check_place(self.network, self.inputs, module=self.module)
             self._done["place"] = True
 
@@ -173,6 +193,8 @@ class Probe:
         return self.linearization == "krylov" or (self.linearization is None and num_outputs > _MOST_OUTPUTS)
 
     def _linearized(self, most_outputs: int | None) -> Linearization | None:
+        if self.queries is not None:
+            return self._once(("linearized",), self._linearized_by_queries)
         if most_outputs is not None and ("too many",) in self._done:
             return None
         options = {"chunk_size": self.chunk_size, **self._options, **self._meaning}
@@ -182,8 +204,29 @@ class Probe:
             self._done[("too many",)] = self._done.pop(key)
         return found
 
+    def _linearized_by_queries(self) -> Linearization:
+        assert self.queries is not None
+        return linearize_by_queries(
+            self.model,
+            self.inputs,
+            num_directions=min(self.queries, self.inputs[0].numel()),
+            extras=self.extras,
+            input_std=self.input_std,
+            chunk_size=self.chunk_size,
+        )
+
+    def _refuse_queries(self, what: str) -> None:
+        """Raise a ``ValueError`` if the model is only queried; ``what`` needs gradients."""
+        if self.queries is not None:
+            raise ValueError(
+                f"Expected a model with gradients for {what}, but it is only queried (`queries={self.queries}`):"
+                ' measure `FisherSpectralNorm()` and `LinearizedAccuracy(norm="l2")`, or give the network itself'
+                " without `queries`."
+            )
+
     def relinearized(self, norm: Norm) -> Linearization:
         """Gradients taken near the boundary (see :func:`~lightning_robust.functional.relinearize`)."""
+        self._refuse_queries("a second linearisation")
         options = {"norm": norm, "chunk_size": self.chunk_size, **self._options, **self._meaning}
         key = ("relinearized", norm)
         return self._once(key, lambda: relinearize(self.classifier, self.inputs, self.linearized, **options))
@@ -201,6 +244,7 @@ class Probe:
         """
         if not self.reading.has_classes or (num_others is None and self.linearized_if_few is not None):
             return self
+        self._refuse_queries("margins of a few classes")
         return self._once(("among", num_others), lambda: self._among_probable_classes(num_others))
 
     def _among_probable_classes(self, num_others: int | None) -> Probe:
@@ -263,7 +307,8 @@ class Probe:
     @property
     def reading(self) -> Reading:
         """How outputs and targets are read together."""
-        return Reading(self.model, self.targets, likelihood_of(self.likelihood, self.tolerance), self.loss_fn)
+        model = self.model if self.queries is None else answering_logits(self.model)
+        return Reading(model, self.targets, likelihood_of(self.likelihood, self.tolerance), self.loss_fn)
 
     @property
     def is_binary(self) -> bool:
@@ -293,6 +338,7 @@ class Probe:
 
     def attacked(self, attack: Attack) -> Tensor:
         """The inputs under an attack, ``(N, ...)``."""
+        self._refuse_queries("attacks")
         options = asdict(attack) | self._options
         return self._once(("attacked", attack), lambda: pgd(self.classifier, self.inputs, self.labels, **options))
 
@@ -306,6 +352,7 @@ class Probe:
             num_probes: Number of probes. Their signs depend on the clean samples, also under an attack.
             attack: Measures the loss on attacked inputs.
         """
+        self._refuse_queries("curvature")
         key = ("curvature", estimator, num_probes, attack)
         return self._once(key, lambda: self._curvature(estimator, num_probes, attack))
 
@@ -331,6 +378,7 @@ class Probe:
             num_targets: How many of the most probable other classes of each sample to aim at; None for all.
             options: How to trace them.
         """
+        self._refuse_queries("Fisher–Rao paths")
         return self._once(
             ("fisher_rao_paths", num_targets, options),
             lambda: trace_fisher_rao_paths(

@@ -50,7 +50,9 @@ CALLEES: dict[str, Callable[..., Any]] = {
     callee.__name__: callee for callee in [*CALLBACKS, *METRICS.values(), Probe, *FUNCTIONS]
 }
 GOOD: list[tuple[str, Any]] = [  # for arguments without a default
-    ("model", MODEL),
+    ("model predict", MODEL),
+    ("predict_labels", lambda x: MODEL(x).argmax(dim=1)),
+    ("num_directions", 2),
     ("inputs", INPUTS),
     ("targets source target", TARGETS),
     ("logits gap_l1", LOGITS),
@@ -83,6 +85,7 @@ NO_INTEGER = (True, 1.0, "1", NAN, [1], Fraction(1), int, torch.tensor(1), INPUT
 NO_NUMBERS = (1.0, "1", {}, [NAN], [True], ["1"], [[1.0]], INPUTS)
 NO_CONSTANT = (*NO_NUMBER, INF, [NAN], [INF], ["1"], [True])
 NO_TENSOR = (1.0, "1", [[0.5, 0.5]], {}, Tensor, INPUTS.numpy())
+NO_TENSOR_OR_ARRAY = NO_TENSOR[:-1]
 NO_FLOATS = tuple(torch.ones(4, 3, dtype=dtype) for dtype in (torch.int64, torch.uint8, torch.bool, torch.complex64))
 NO_INDICES = (TARGETS.double(), TARGETS > 0, TARGETS * 1j, TARGETS[:3], TARGETS[:, None], torch.eye(4).long())
 NO_BOOLEAN = (0, 1, 1.0, "", "True", [], bool, torch.tensor(True))
@@ -94,8 +97,18 @@ NO_VALUES = (1.0, "12", [None], [None, 1.0], [torch.ones(0)] * 2, [torch.ones(1,
 # Arguments, what is expected of them, and bad values. None is bad, too, unless it is the default. Rows for one callee
 # (with a dot) replace those for the argument in general.
 BAD: list[tuple[str, str, tuple[Any, ...]]] = [
-    ("model loss_fn probe_fn", "a function or a module", (1, "f", [], {}, nn.Linear, object(), torch.ones(2))),
+    (
+        "model predict predict_labels loss_fn probe_fn",
+        "a function or a module",
+        (1, "f", [], {}, nn.Linear, object(), torch.ones(2)),
+    ),
     ("generator", "a Generator", (0, "0", torch.Generator, object())),
+    ("num_directions queries", "an integer of at least 2", (*NO_INTEGER, 0, 1, -1)),
+    ("num_directions", "at most 3, the number of input features", (4, 2**62)),
+    ("decision_margin.num_directions", "a positive integer", (*NO_INTEGER, 0, -1)),
+    ("directions", "of shape (N, K, ...) for inputs (4, 3)", (INPUTS, INPUTS[:2, None], torch.ones(4, 2, 2), SINGLE)),
+    ("max_distance step", "a positive number", (*NO_SINGLE, 0, -1, INF)),
+    ("gram_variance", "a number ≥ 0", (*NO_SINGLE, -0.1, INF)),
     ("linearization", "a Linearization", (1, LOGITS, functional.Linearization)),
     ("module", "a Module", (1, "m", nn.Linear, object(), torch.ones(2), len)),
     ("paths", "FisherRaoPaths", (1, LOGITS, functional.FisherRaoPaths)),
@@ -156,6 +169,8 @@ BAD: list[tuple[str, str, tuple[Any, ...]]] = [
     ("input_std RobustnessMonitor.input_std Probe.input_std", "a positive number, or a list", (0, -1, [0.0], [-1.0])),
     ("input_mean input_std", "one per channel, 3 for inputs of shape (4, 3)", ([], [1.0, 1.0], torch.ones(1, 3))),
     ("inputs Probe.inputs", "a tensor (N, ...)", NO_TENSOR),
+    ("linearize_by_queries.inputs decision_margin.inputs", "a tensor (N, ...)", NO_TENSOR_OR_ARRAY),
+    ("linearize_by_queries.inputs decision_margin.inputs", "floating point", NO_FLOATS),
     ("inputs", "floating point", NO_FLOATS),
     ("Probe.inputs", "floating point or integer", NO_FLOATS[-1:]),
     ("inputs", "at least one sample", (SINGLE, torch.ones(0, 3), torch.ones(2, 0, 3))),
@@ -175,6 +190,8 @@ BAD: list[tuple[str, str, tuple[Any, ...]]] = [
     ("labels source target targets Probe.targets", "a tensor (N,)", NO_TENSOR),
     ("labels source target targets Probe.targets", "one class index per sample, an integer tensor", NO_INDICES),
     ("labels source target targets", "lie between 0 and 2", (TARGETS + 1, TARGETS - 1)),
+    ("decision_margin.targets", "a tensor (N,)", NO_TENSOR_OR_ARRAY),
+    ("decision_margin.targets", "one class index per sample, an integer tensor", NO_INDICES),
     ("trace_fisher_rao_paths.targets", "a tensor (N, K) or (K,)", NO_TENSOR),
     (
         "trace_fisher_rao_paths.targets",

@@ -1,13 +1,23 @@
 import copy
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from lightning_robust import Probe
-from lightning_robust.functional import linearize
-from tests.helpers.networks import build
+from lightning_robust import (
+    AdversarialAccuracy,
+    FisherRaoMargin,
+    FisherSpectralNorm,
+    HessianTrace,
+    LinearizedAccuracy,
+    Probe,
+    WeightCurvatureIndex,
+)
+from lightning_robust.functional import fim_spectral_norm, linearize
+from tests.helpers.networks import build, random, random_linear
 from tests.helpers.recording import Recorder, state_of
 
 
@@ -101,3 +111,139 @@ def test_rows_of_a_probe_have_their_own_linearization(probe: Probe) -> None:
 def test_only_labelled_batches_are_accepted(inputs: Any, targets: Any, error: type[Exception], sentence: str) -> None:
     with pytest.raises(error, match=sentence):
         Probe(nn.Identity(), inputs, targets)
+
+
+# --- models that only answer ----------------------------------------------------------------------------------------
+
+
+def of_arrays(x: np.ndarray) -> np.ndarray:
+    """A model that a framework other than torch has trained."""
+    assert isinstance(x, np.ndarray)
+    scores = np.tanh(x @ WEIGHTS[0]) @ WEIGHTS[1]
+    shares = np.exp(scores - scores.max(axis=1, keepdims=True))
+    return shares / shares.sum(axis=1, keepdims=True)
+
+
+WEIGHTS = random(1, 6, 8).numpy(), random(2, 8, 4).numpy()
+ROWS = random(3, 20, 6).numpy()
+CLASSES = of_arrays(ROWS).argmax(axis=1)
+
+
+def as_network(x: Tensor) -> Tensor:
+    return (x @ torch.tensor(WEIGHTS[0])).tanh() @ torch.tensor(WEIGHTS[1])
+
+
+def measured(metric: Any, *probes: Probe) -> dict[str, Tensor]:
+    for probe in probes:
+        metric.update(probe)
+    return metric.compute()
+
+
+@pytest.mark.parametrize(
+    "make", [FisherSpectralNorm, lambda: LinearizedAccuracy([0.1, 0.5], norm="l2")], ids=["fisher", "accuracy"]
+)
+def test_queries_give_a_function_of_arrays_the_values_of_its_network(make: Callable[[], Any]) -> None:
+    by_queries = measured(make(), Probe(of_arrays, ROWS, CLASSES, queries=200))
+    expected = measured(make(), Probe(as_network, torch.tensor(ROWS), torch.tensor(CLASSES)))
+    assert by_queries.keys() == expected.keys()
+    for key, value in expected.items():
+        torch.testing.assert_close(by_queries[key].double(), value.double(), rtol=1e-4, atol=1e-6)
+
+
+def test_queries_do_not_depend_on_batches() -> None:
+    whole = measured(FisherSpectralNorm(), Probe(of_arrays, ROWS, CLASSES, queries=4))
+    parts = [Probe(of_arrays, ROWS[rows], CLASSES[rows], queries=4) for rows in (slice(0, 3), slice(3, 20))]
+    for other in (parts, [Probe(of_arrays, ROWS, CLASSES, queries=4).rows(slice(0, 20))]):
+        for key, value in measured(FisherSpectralNorm(), *other).items():
+            torch.testing.assert_close(value, whole[key])
+
+
+def test_queries_are_rid_of_their_bias_in_the_mean() -> None:
+    """The mean of largest eigenvalues of noisy matrices is too large."""
+    model = random_linear(0, num_classes=5, num_features=30)
+    model.weight.requires_grad_(False).div_(20)  # unsure, so that several eigenvalues matter
+    inputs, targets = random(1, 300, 30), torch.arange(300) % 5
+    exact = measured(FisherSpectralNorm(), Probe(model, inputs, targets))
+    probe = Probe(model, inputs, targets, queries=10)
+    values = measured(FisherSpectralNorm(), probe)
+    plain = fim_spectral_norm(probe.linearized.logits, probe.linearized.gram).mean()
+    error, plain_error = (float(mean / exact["fim_spectral_norm"]) - 1 for mean in (values["fim_spectral_norm"], plain))
+    assert plain_error > 0.2
+    assert abs(error) < 0.55 * plain_error  # eigenvalues are close here, so a part of it stays
+    calibrated = values["fim_spectral_norm_calibrated"] / exact["fim_spectral_norm_calibrated"]
+    assert abs(float(calibrated) - 1) < 0.55 * plain_error
+
+
+def test_numbers_of_queries_are_not_mixed() -> None:
+    metric = FisherSpectralNorm()
+    metric.update(Probe(of_arrays, ROWS, CLASSES, queries=4))
+    with pytest.raises(ValueError, match="as many queries for all samples"):
+        metric.update(Probe(of_arrays, ROWS, CLASSES, queries=3))
+
+
+@pytest.mark.parametrize("options", [{"likelihood": "bernoulli"}, {"linearization": "krylov"}], ids=str)
+def test_queries_are_for_classes_and_take_all_of_them(options: dict[str, Any]) -> None:
+    targets = np.eye(4)[CLASSES] if "likelihood" in options else CLASSES
+    with pytest.raises(ValueError, match=r"gradients for .*only queried"):
+        Probe(of_arrays, ROWS, targets, queries=4, **options)
+    with pytest.raises(ValueError, match=r"gradients for margins of a few classes.*only queried"):
+        LinearizedAccuracy(norm="l2", num_targets=2).update(Probe(of_arrays, ROWS, CLASSES, queries=4))
+
+
+def test_many_classes_need_no_more_queries_than_few() -> None:
+    model = random_linear(0, num_classes=40, num_features=20)
+    model.weight.requires_grad_(False)
+    inputs, targets = random(1, 12, 20), torch.arange(12)
+    probe = Probe(lambda x: model(x).softmax(dim=1), inputs, targets, queries=20)
+    for metric in (FisherSpectralNorm, lambda: LinearizedAccuracy([0.1, 0.5], norm="l2")):
+        by_queries, exact = (
+            measured(metric(), probe),
+            measured(metric(), Probe(model, inputs, targets, linearization="exact")),
+        )
+        assert by_queries.keys() == exact.keys()
+        for key, value in exact.items():
+            torch.testing.assert_close(by_queries[key], value, rtol=1e-4, atol=1e-6)
+
+
+def test_logits_of_a_queried_model_are_logarithms_of_its_probabilities() -> None:
+    probe = Probe(of_arrays, ROWS, CLASSES, queries=4)
+    torch.testing.assert_close(probe.logits(probe.inputs), as_network(torch.tensor(ROWS)).log_softmax(dim=1))
+
+
+@pytest.mark.parametrize(
+    "metric",
+    [
+        HessianTrace(),
+        WeightCurvatureIndex(),
+        AdversarialAccuracy([0.1]),
+        FisherRaoMargin(),
+        LinearizedAccuracy(),
+        LinearizedAccuracy(order=2),
+        LinearizedAccuracy(norm="l2", order=2),
+    ],
+    ids=["hessian", "wci", "attack", "paths", "linf", "order 2", "order 2 in L2"],
+)
+def test_what_needs_gradients_refuses_queries_with_the_remedy(metric: Any) -> None:
+    with pytest.raises(ValueError, match=r"LinearizedAccuracy\(norm=.l2.\)`"):
+        metric.update(Probe(of_arrays, ROWS, CLASSES, queries=4))
+
+
+def test_queries_meet_the_extras_of_their_samples_in_the_type_of_the_inputs() -> None:
+    def shifted(x: np.ndarray, shift: np.ndarray) -> np.ndarray:
+        assert isinstance(shift, np.ndarray)
+        return of_arrays(x + shift)
+
+    shift = random(4, 20, 6).numpy()
+    probe = Probe(shifted, ROWS - shift, CLASSES, extras={"shift": shift}, queries=6)
+    expected = Probe(of_arrays, ROWS, CLASSES, queries=6)
+    found = [fim_spectral_norm(p.linearized.logits, p.linearized.gram) for p in (probe, expected)]
+    torch.testing.assert_close(*found, rtol=1e-5, atol=0)
+    part = probe.rows(slice(5, 9)).linearized
+    torch.testing.assert_close(part.gram, probe.linearized.gram[5:9], rtol=1e-4, atol=1e-6)
+
+
+def test_a_network_without_gradients_is_pointed_to_queries() -> None:
+    model, inputs, targets = build("mlp")
+    with pytest.raises(ValueError, match=r"`Probe\(predict, inputs, targets, queries=200\)`"):
+        _ = Probe(lambda x: model(x.detach()), inputs, targets).linearized
+    assert Probe(lambda x: model(x.detach()), inputs, targets, module=model, queries=12).linearized.gram.any()

@@ -9,6 +9,7 @@ from lightning_robust.functional.fisher_rao.geometry import fisher_rao_distance,
 from lightning_robust.functional.fisher_rao.paths import FisherRaoPaths, trace_fisher_rao_paths
 from lightning_robust.functional.fisher_rao.ratios import Estimate
 from lightning_robust.functional.input_space.attacks import pgd
+from lightning_robust.functional.input_space.decision_margin import decision_margin
 from lightning_robust.functional.input_space.fisher_information import (
     CalibratedSpectralNorm,
     calibrated_fim_spectral_norm,
@@ -27,6 +28,11 @@ from lightning_robust.functional.input_space.matrix_free import (
     SpectralNormEstimate,
     fim_spectral_norm_matrix_free,
 )
+from lightning_robust.functional.input_space.queries import (
+    QueriedSpectralNorm,
+    fim_spectral_norm_by_queries,
+    linearize_by_queries,
+)
 
 __all__ = [
     "CalibratedSpectralNorm",
@@ -35,14 +41,17 @@ __all__ = [
     "Estimate",
     "FisherRaoPaths",
     "Linearization",
+    "QueriedSpectralNorm",
     "SpectralNormEstimate",
     "TraceEstimate",
     "calibrated_fim_spectral_norm",
     "class_shielding",
+    "decision_margin",
     "drift",
     "drift_history",
     "drifted_together",
     "fim_spectral_norm",
+    "fim_spectral_norm_by_queries",
     "fim_spectral_norm_matrix_free",
     "fim_trace",
     "fisher_rao_distance",
@@ -51,6 +60,7 @@ __all__ = [
     "gathered_weights",
     "hessian_trace",
     "linearize",
+    "linearize_by_queries",
     "linearized_accuracy",
     "linearized_margin",
     "linearized_margin_linf",

@@ -49,7 +49,12 @@ def upper_triangles(gram: Tensor) -> Tensor:
 
 
 def from_triangles(
-    logits: Tensor, targets: Tensor, triangles: Iterable[Tensor], likelihood: LikelihoodName
+    logits: Tensor,
+    targets: Tensor,
+    triangles: Iterable[Tensor],
+    likelihood: LikelihoodName,
+    *,
+    gram_variance: float = 0.0,
 ) -> Measured:
     """Results from the upper triangles of all samples, in the memory of the Gram matrices ``(N, C, C)`` alone."""
     c = logits.shape[1]
@@ -60,8 +65,8 @@ def from_triangles(
         matrix[j, i] = triangle
     return Measured(
         logits,
-        fim_spectral_norm(logits, gram, likelihood=likelihood),
-        calibrated_fim_spectral_norm(logits, gram, targets, likelihood=likelihood),
+        fim_spectral_norm(logits, gram, likelihood=likelihood, gram_variance=gram_variance),
+        calibrated_fim_spectral_norm(logits, gram, targets, likelihood=likelihood, gram_variance=gram_variance),
         fim_trace(logits, gram, likelihood=likelihood),
         converged=None,
     )

@@ -55,6 +55,9 @@ class FisherSpectralNorm(ProbeMetric):
     estimated (see :func:`~lightning_robust.functional.fim_spectral_norm_matrix_free`). The calibrated values are then
     those at the temperature of the probe; they follow the one that fits all samples by their derivatives.
 
+    With queries, the bias that their noise gives λ is removed (see
+    :func:`~lightning_robust.functional.fim_spectral_norm_by_queries`).
+
     Units: squared nats per squared input unit, un-normalised if the probe has ``input_std``.
 
     State: targets and outputs of each sample, because the temperature is fitted to all samples of all processes, and
@@ -72,6 +75,7 @@ class FisherSpectralNorm(ProbeMetric):
     summaries: list[Tensor]
     num_classes: Tensor
     likelihood: Tensor
+    gram_variance: Tensor
 
     def __init__(self) -> None:
         super().__init__()
@@ -79,13 +83,18 @@ class FisherSpectralNorm(ProbeMetric):
         self.add_float64_rows("summaries")  # flat, of samples without Gram matrices
         self.add_float64_state("num_classes", reduce="max")
         self.add_float64_state("likelihood", reduce="max")  # 1 + its place among the names; 0 without samples
+        self.add_float64_state("gram_variance", reduce="max")  # of Gram matrices that were estimated by queries
 
     def _add(self, probe: Probe) -> None:
         linearization = probe.linearized_if_few
         if linearization is None:
             self.summaries.append(self._rows_of(probe, probe.information.logits, summaries(probe.information)))
         else:
+            variance = torch.full_like(self.gram_variance, linearization.gram_variance)
+            if self.num_classes and variance != self.gram_variance:
+                raise ValueError("Expected as many queries for all samples, but probes with different numbers came.")
             self.rows.append(self._rows_of(probe, linearization.logits, upper_triangles(linearization.gram)))
+            self.gram_variance = variance
 
     def _rows_of(self, probe: Probe, logits: Tensor, numbers: Tensor) -> Tensor:
         """Targets, logits and numbers (N, K) of samples, flat."""
@@ -173,4 +182,4 @@ class FisherSpectralNorm(ProbeMetric):
         if len(summed):
             return from_summaries(logits, targets, parts[0][:, num_targets + c :], likelihood)
         triangles = (row[num_targets + c :] for row in chain.from_iterable(parts))
-        return from_triangles(logits, targets, triangles, likelihood)
+        return from_triangles(logits, targets, triangles, likelihood, gram_variance=float(self.gram_variance))

@@ -105,7 +105,10 @@ class LinearizedAccuracy(ProbeMetric):
         elif linearization.gap_l1 is not None:
             margins = linearized_margin_linf(linearization.logits, linearization.gap_l1, targets, **options)
         else:
-            raise ValueError("Expected a linearisation with `gap_l1` for norm 'linf', but it has none. Use norm='l2'.")
+            raise ValueError(
+                "Expected a linearisation with `gap_l1` for norm 'linf', but it has none, as those by queries: use"
+                " `LinearizedAccuracy(norm='l2')`."
+            )
         check_finite(margins.masked_fill(margins.isposinf(), 0.0), "gradients of the logits")
         others = gaps_below_a_class(linearization.logits) if probe.reading.has_classes else 2 * [margins.new_zeros(())]
         rows = (margins, *(row.expand(len(margins)) for row in others))

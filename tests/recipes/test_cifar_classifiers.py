@@ -1,12 +1,20 @@
 """Predictions hold on CIFAR-10 classifiers that others have trained; skipped without a folder of their weights."""
 
+import dataclasses
 from itertools import pairwise
 
 import pytest
 import torch
 from torch import Tensor
 
-from lightning_robust import AdversarialAccuracy, FisherSpectralNorm, LinearizedAccuracy, Probe, ProbeMetric
+from lightning_robust import (
+    AdversarialAccuracy,
+    FisherSpectralNorm,
+    LinearizedAccuracy,
+    Probe,
+    ProbeMetric,
+    functional,
+)
 from recipes import validity
 from recipes.common import zoo
 from recipes.common.cifar import DATA
@@ -21,6 +29,16 @@ def small_networks(num_samples: int) -> list[Probe]:
     """Return probes of the small networks, the least robust first."""
     probes = zoo.cifar_classifiers(DATA / "models", num_samples=num_samples)
     return [probe for name, probe in probes if name.startswith("smallcnn")]
+
+
+@pytest.mark.long
+def test_queries_find_the_spectral_norms_of_networks() -> None:
+    for _, probe in zoo.cifar_classifiers(DATA / "models", num_samples=16):
+        exact = functional.fim_spectral_norm(probe.linearized.logits, probe.linearized.gram)
+        queried = dataclasses.replace(probe, queries=200)
+        estimate = functional.fim_spectral_norm_by_queries(queried.linearized)
+        assert 0.9 <= (estimate.value / exact).median() <= 1.1
+        assert ((estimate.value - exact).abs() <= 2 * estimate.stderr).float().mean() >= 0.8  # of 16
 
 
 def measure(probe: Probe, *metrics: ProbeMetric) -> dict[str, Tensor]:

@@ -24,6 +24,7 @@ from lightning_robust.functional.input_space.jacobian import (
     leaf_and_logits,
     samples_at_once,
 )
+from lightning_robust.functional.input_space.queries import QUERIES_BESIDE
 from lightning_robust.functional.input_space.units import Units
 from lightning_robust.metrics import ProbeMetric
 from lightning_robust.probe import Probe
@@ -53,13 +54,15 @@ def on_cost(
         seconds: How long three forward passes of these samples took, and with them about a backward pass.
     """
     num_classes = outputs.shape[1] if outputs.ndim == 2 else 0
+    linearizations = len({name for metric in metrics for name in metric.linearizations})
+    if probe.queries is not None:
+        return _of_queries(probe, num_samples, seconds / 3 / len(outputs)) if linearizations else []
     if probe.takes_krylov(num_classes):
         passes = _passes_without_all_gradients(metrics)
         expected = passes * seconds / _OF_THREE / len(outputs) * num_samples
         what = f"{num_samples} samples, with about {passes:.0f} forward passes for each"
         without = "measures no gradients of the inputs"
         return [_sentence(expected, 0.0, num_samples, what, without)] if expected > _LONG else []
-    linearizations = len({name for metric in metrics for name in metric.linearizations})
     fewest = probe.reading.likelihood.fewest_outputs
     if not linearizations or num_classes < fewest or not probe.inputs.is_floating_point():
         return []
@@ -80,6 +83,21 @@ def _passes_without_all_gradients(metrics: Sequence[ProbeMetric]) -> float:
     """Forward passes, roughly, that a sample takes where metrics look at the most probable classes alone."""
     names = {name for metric in metrics if not metric.krylov_passes for name in metric.linearizations}
     return sum(metric.krylov_passes for metric in metrics) + _PASSES_OF_TEN_CLASSES * len(names)
+
+
+def _of_queries(probe: Probe, num_samples: int, seconds: float) -> list[str]:
+    """Tell the time of a measurement by queries if it takes long; ``seconds`` is that of one."""
+    assert probe.queries is not None
+    count = 2 * min(probe.queries, probe.inputs[0].numel()) + QUERIES_BESIDE
+    expected = count * num_samples * seconds
+    if expected <= _LONG:
+        return []
+    fewer = max(_FEWEST, 2 ** math.floor(math.log2(num_samples * _LONG / expected)))
+    return [
+        f"The first measurement takes about {_rounded(expected)} s: {num_samples} samples × {count} queries."
+        f" `RobustnessMonitor(max_samples={fewer})` takes about {_rounded(expected * fewer / num_samples)} s,"
+        " `every_n_epochs=5` measures less often, and a probe with fewer `queries` is less certain."
+    ]
 
 
 def _seconds_of_classes(probe: Probe, num_classes: int) -> float:

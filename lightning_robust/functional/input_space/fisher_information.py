@@ -24,6 +24,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from lightning_robust.functional._validation.arguments import check_number
 from lightning_robust.functional._validation.tensors import check_given_logits, check_gram
 from lightning_robust.functional.input_space.float64 import to_float64
 from lightning_robust.functional.input_space.likelihoods import (
@@ -32,6 +33,7 @@ from lightning_robust.functional.input_space.likelihoods import (
     check_temperature,
     likelihood_of,
 )
+from lightning_robust.functional.input_space.query_bias import largest_without_bias
 from lightning_robust.functional.input_space.temperature import TemperatureFit
 
 # Elements of C × C matrices processed at once: 64 MiB. Blocks below 32 MiB stay on the heap of glibc, which then grows
@@ -57,7 +59,12 @@ class CalibratedSpectralNorm:
 
 
 def fim_spectral_norm(
-    logits: Tensor, gram: Tensor, *, temperature: float | Tensor = 1.0, likelihood: LikelihoodName = "categorical"
+    logits: Tensor,
+    gram: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    likelihood: LikelihoodName = "categorical",
+    gram_variance: float = 0.0,
 ) -> Tensor:
     """Largest eigenvalue of each sample's input Fisher information matrix.
 
@@ -68,6 +75,8 @@ def fim_spectral_norm(
         likelihood: What the logits mean: those of classes, ``"categorical"``; of C independent labels,
             ``"bernoulli"``; or predictions of C numbers, ``"gaussian"``, whose errors have the standard deviation
             ``temperature``. For these λ is ‖J‖² / temperature².
+        gram_variance: That of the linearisation, if ``gram`` was estimated along random directions: the bias which this
+            noise gives the largest eigenvalue is then removed.
 
     Returns:
         ``(N,)``, in squared nats per squared input unit; never negative; 0 if the prediction is exactly one-hot.
@@ -79,8 +88,9 @@ def fim_spectral_norm(
     """
     kind = likelihood_of(likelihood)
     check_gram(logits, gram, fewest=kind.fewest_outputs)
-    parts = _chunks(kind.prepared(logits), gram)
-    largest = [torch.linalg.eigvalsh(_information(kind, *part, temperature))[:, -1].clone() for part in parts]
+    variance = check_number("gram_variance", gram_variance, "a number ≥ 0", at_least=0)
+    parts = (_information(kind, *part, temperature) for part in _chunks(kind.prepared(logits), gram))
+    largest = [largest_without_bias(torch.linalg.eigvalsh(part), variance).clone() for part in parts]
     return torch.cat(largest).clamp_min(0).to(logits)
 
 
@@ -129,7 +139,12 @@ def saturated(logits: Tensor, *, likelihood: LikelihoodName = "categorical") -> 
 
 
 def calibrated_fim_spectral_norm(
-    logits: Tensor, gram: Tensor, targets: Tensor, *, likelihood: LikelihoodName = "categorical"
+    logits: Tensor,
+    gram: Tensor,
+    targets: Tensor,
+    *,
+    likelihood: LikelihoodName = "categorical",
+    gram_variance: float = 0.0,
 ) -> CalibratedSpectralNorm:
     """Spectral norms at the temperature that fits these samples, with the standard error of their mean.
 
@@ -144,6 +159,7 @@ def calibrated_fim_spectral_norm(
         targets: ``(N,)``, class indices; ``(N, C)`` with the other likelihoods.
         likelihood: As in :func:`fim_spectral_norm`. With ``"gaussian"`` the temperature is the root mean square
             residual σ, so that the value is ‖J‖² / σ², where :func:`fim_spectral_norm` gives that at σ = 1.
+        gram_variance: As in :func:`fim_spectral_norm`.
 
     Returns:
         A :class:`CalibratedSpectralNorm`.
@@ -159,6 +175,9 @@ def calibrated_fim_spectral_norm(
     fit = kind.fit(logits, targets)
     temperature = fit.temperature
     value, vectors = _largest_eigenpairs(kind, z, wide_gram, temperature)
+    if check_number("gram_variance", gram_variance, "a number ≥ 0", at_least=0) > 0:
+        noise = gram_variance
+        value = fim_spectral_norm(z, wide_gram, temperature=temperature, likelihood=likelihood, gram_variance=noise)
 
     step = 1e-4
     # to first order an eigenvalue changes as the quadratic form of its eigenvector does

@@ -60,11 +60,14 @@ class Linearization:
             where ε is the size of the smallest perturbation within the range that closes the gap, and 0 if none does.
             With likelihood ``"bernoulli"`` or ``"gaussian"`` the gap of output ``k`` is its own, |z_k| or the
             tolerance: ``‖∇z_k‖₁``, or the gap over ε.
+        gram_variance: Relative variance of the diagonal of ``gram``: 0 if it is exact, positive if it was estimated
+            along random directions (see :func:`~lightning_robust.functional.linearize_by_queries`).
     """
 
     logits: Tensor
     gram: Tensor
     gap_l1: Tensor | None
+    gram_variance: float = 0.0
 
 
 def linearize(

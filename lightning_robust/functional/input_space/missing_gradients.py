@@ -70,7 +70,8 @@ def refuse_missing_gradients(network: Callable[[Tensor], Tensor], x: Tensor) -> 
                 "Expected a model whose outputs have gradients with respect to its inputs, but they change without any"
                 f" ({int(moved.sum())} of {len(x)} samples with gradients of 0), and every number would claim perfect"
                 " robustness. Does its forward pass use `torch.no_grad()`, `detach()` or rounding, or"
-                " `torch.autograd.grad` without `create_graph=True` or of a piecewise linear function?"
+                " `torch.autograd.grad` without `create_graph=True` or of a piecewise linear function? A model without"
+                " gradients is measured by its answers: `Probe(predict, inputs, targets, queries=200)`."
             )
 
 

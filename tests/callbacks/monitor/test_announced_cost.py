@@ -63,6 +63,19 @@ def test_a_short_measurement_is_not_told(metric: ProbeMetric, options: dict[str,
     assert told(metric, **options) == []
 
 
+def test_many_queries_are_told() -> None:
+    model = random_linear(0, num_classes=3, num_features=600)
+    probe = Probe(model, random(1, 32, 600), torch.arange(32) % 3, queries=200)
+    metrics, outputs = [FisherSpectralNorm(), LinearizedAccuracy(norm="l2")], probe.outputs(probe.inputs[:8])
+    (found,) = on_cost(metrics, probe, outputs, num_samples=256, seconds=0.024)  # three passes of 8: 1 ms per query
+    assert found == (
+        "The first measurement takes about 110 s: 256 samples × 420 queries. `RobustnessMonitor(max_samples=16)` takes"
+        " about 6.7 s, `every_n_epochs=5` measures less often, and a probe with fewer `queries` is less certain."
+    )
+    assert on_cost(metrics, probe, outputs, num_samples=256, seconds=0.0002) == []
+    assert on_cost([HessianTrace()], probe, outputs, num_samples=256, seconds=10.0) == []
+
+
 def test_much_memory_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(FisherSpectralNorm, "seconds_per_sample", lambda self, outputs: 0.0)
     (found,) = told(FisherSpectralNorm(), num_classes=1000, seconds=1e-6)

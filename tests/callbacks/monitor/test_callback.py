@@ -1,7 +1,9 @@
+import copy
 import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from jsonargparse import ArgumentParser
@@ -476,3 +478,29 @@ def test_a_metric_may_go_from_one_trainer_to_the_next(tmp_path: Path) -> None:
         run = trainer(RobustnessMonitor([metric], max_samples=60), root=tmp_path, max_epochs=1)
         run.fit(classifier(), loader(), loader())
         assert run.callback_metrics["robust/num_samples"] == 60
+
+
+def test_a_model_that_only_answers_is_measured_beside_one_with_gradients(tmp_path: Path) -> None:
+    """The same network as a function of arrays that returns probabilities: equal values, and no warning."""
+    model = classifier()
+    network = copy.deepcopy(model.network).eval()
+
+    def predict(x: np.ndarray) -> np.ndarray:
+        with torch.no_grad():
+            return network(torch.tensor(x)).softmax(dim=1).numpy()
+
+    def probe_fn(module: LightningModule, batch: Any) -> Probe:
+        return Probe(predict, batch[0].numpy(), batch[1].numpy(), queries=100)
+
+    def monitor(prefix: str, **options: Any) -> RobustnessMonitor:
+        metrics = [FisherSpectralNorm(), LinearizedAccuracy([0.05, 0.2], norm="l2")]
+        return RobustnessMonitor(metrics, log_key_prefix=prefix, max_samples=24, on_error="raise", **options)
+
+    run = trainer(monitor("a/"), monitor("b/", probe_fn=probe_fn), root=tmp_path)
+    run.validate(model, loader(), verbose=False)
+    values = {key: float(value) for key, value in run.callback_metrics.items()}
+    keys = [key[2:] for key in values if key.startswith("a/") and key != "a/seconds"]
+    assert len(keys) > 20
+    assert {key: values[f"b/{key}"] for key in keys} == pytest.approx(
+        {key: values[f"a/{key}"] for key in keys}, rel=0.02, abs=1e-4
+    )
