@@ -14,6 +14,7 @@ TREES = {path.relative_to(ROOT).as_posix(): ast.parse(path.read_text()) for path
 # Lowest layer first, with the packages it may import besides torch, the standard library and the layers below it.
 LAYERS: dict[str, set[str]] = {
     "functional": set(),
+    "samples": set(),
     "probe": set(),
     "metrics": {"torchmetrics"},
     "dashboard": {"lightning", "tensorboard", "matplotlib"},

@@ -29,7 +29,8 @@ from lightning_robust.functional.curvature.losses import check_loss_fn
 from lightning_robust.functional.input_space.likelihoods import LikelihoodName, likelihood_of
 from lightning_robust.functional.input_space.units import check_units, check_valid_range
 from lightning_robust.metrics import ProbeMetric
-from lightning_robust.probe import LinearizationName, Probe
+from lightning_robust.probe import Probe
+from lightning_robust.samples import LinearizationName
 
 _UNITS = ("input_std", "input_mean", "valid_range")
 _PROBE_OPTIONS = (*_UNITS, "chunk_size", "loss_fn", "likelihood", "tolerance", "linearization")

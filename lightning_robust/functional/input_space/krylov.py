@@ -67,8 +67,9 @@ class Accuracy(NamedTuple):
     def reached(self, value: Tensor, second: Tensor, residual: Tensor) -> Tensor:
         """Whether Ritz values (n,) are good enough."""
         relative = torch.where(residual > 0, residual / value, 0.0)
-        apart = (value - second) / value
-        return (relative <= self.residual) & (relative.minimum(relative.square() / apart) <= self.error)
+        apart = value - second
+        bound = torch.where(apart > 0, relative.square() * value / apart, torch.inf)
+        return (relative <= self.residual) & (relative.minimum(bound) <= self.error)
 
 
 class Eigenvalues(NamedTuple):
