@@ -23,13 +23,14 @@ from torch import Tensor
 from lightning_robust.functional._isolation.side_effects import watched_once
 from lightning_robust.functional._validation.tensors import check_logits, outputs_of
 
-# In torch's errors about layers that cannot be differentiated twice.
-_MISSING = re.compile("derivative|differentiate|not implemented")
+# In torch's errors about layers that cannot be differentiated twice; the latter two are about backward passes in NumPy,
+# and about those that write to the gradients they are given.
+_MISSING = re.compile("derivative|differentiate|not implemented|requires? grad|modified by an inplace operation")
 _SAME = 1e-3  # relative difference of two numbers that are equal but for rounding
-# Changes of the logits along the steepest direction, in a central difference: large against rounding, small against
-# the changes that curve them.
-_LOGIT_STEP = 0.05
-_INPUT_STEP = 0.01  # at most, relative to the length of the input
+# A central difference is large against the rounding of outputs (in units of it) and of inputs, and else as small as that
+# permits: steps across the kinks of a network with ReLU are wrong in proportion to their length.
+_OUTPUT_STEP, _INPUT_STEP = 3e3, 1e3
+_LONGEST_STEP = 0.01  # relative to the length of the input
 
 
 class JacobianProducts:
@@ -63,14 +64,9 @@ class JacobianProducts:
         self.outputs = self._logits.detach()
         self._first = first(self.outputs).to(self.outputs)
         self._cotangent = self._first.clone().requires_grad_()
-        self._gradient = torch.zeros_like(self._leaf)
-        if self._logits.requires_grad:
-            with watched_once():
-                (self._gradient,) = torch.autograd.grad(
-                    self._logits, self._leaf, self._cotangent, create_graph=True, materialize_grads=True
-                )
-        self.gradient = self._per_unit(self._gradient.detach())
         self._is_exact: bool | None = None  # unknown before the first product
+        self._gradient = self._first_gradient() if self._logits.requires_grad else torch.zeros_like(self._leaf)
+        self.gradient = self._per_unit(self._gradient.detach())
 
     @property
     def is_exact(self) -> bool:
@@ -102,16 +98,19 @@ class JacobianProducts:
     def _per_unit(self, gradient: Tensor) -> Tensor:
         return (gradient if self._std is None else gradient / self._std).reshape(len(self._x), -1)
 
+    def _first_gradient(self) -> Tensor:
+        """The first product, with a graph if the layers allow one."""
+        with watched_once():
+            gradient = _if_differentiable(self._logits, self._leaf, self._cotangent, create_graph=True)
+            if gradient is None:
+                self._is_exact = False
+                (gradient,) = torch.autograd.grad(
+                    self._logits, self._leaf, self._first, retain_graph=True, materialize_grads=True
+                )
+        return gradient
+
     def _second_derivative(self, change: Tensor) -> Tensor | None:
-        try:
-            (product,) = torch.autograd.grad(
-                self._gradient, self._cotangent, change, retain_graph=True, materialize_grads=True
-            )
-        except RuntimeError as error:  # NotImplementedError is one, too
-            if not _MISSING.search(str(error)):
-                raise
-            return None
-        return product
+        return _if_differentiable(self._gradient, self._cotangent, change, retain_graph=True)
 
     def _fits(self, product: Tensor, directions: Tensor) -> bool:
         """Whether ``u · Jv`` equals ``Jᵀu · v``, but for rounding."""
@@ -121,16 +120,29 @@ class JacobianProducts:
 
     def _difference(self, change: Tensor) -> Tensor:
         """``(f(x + h v) − f(x − h v)) / 2h``, (n, C)."""
-        like = (-1, *(1,) * (self._x.ndim - 1))
+        like, eps = (-1, *(1,) * (self._x.ndim - 1)), torch.finfo(self._x.dtype).eps
         steepest, size, length = (
             torch.linalg.vector_norm(values.reshape(len(self._x), -1), dim=1)
             for values in (self._gradient.detach(), self._x, change)
         )
-        most = _INPUT_STEP * torch.where(size > 0, size, 1.0)
-        step = torch.where(steepest > 0, _LOGIT_STEP / steepest, torch.inf).minimum(most)
+        size = torch.where(size > 0, size, 1.0)
+        outputs = self.outputs.masked_fill(self.outputs.isneginf(), 0.0).abs().amax(dim=1).clamp_min(1.0)
+        step = torch.where(steepest > 0, _OUTPUT_STEP * eps * outputs / steepest, torch.inf)
+        step = step.maximum(_INPUT_STEP * eps * size / self._x[0].numel() ** 0.5).minimum(_LONGEST_STEP * size)
         step = torch.where(length > 0, step / length, 0.0)  # of the change as it came
         moves = step.reshape(like) * change
         with torch.no_grad():
             up, down = (outputs_of(self._network, self._x + sign * moves, check=None) for sign in (1, -1))
         difference = (up - down).masked_fill(self.outputs.isneginf(), 0.0)
         return torch.where(step > 0, 0.5 / step, 0.0)[:, None] * difference
+
+
+def _if_differentiable(outputs: Tensor, inputs: Tensor, vectors: Tensor, **options: bool) -> Tensor | None:
+    """A product with a derivative that layers may not have; None if they have not."""
+    try:
+        (product,) = torch.autograd.grad(outputs, inputs, vectors, materialize_grads=True, **options)
+    except RuntimeError as error:  # NotImplementedError is one, too
+        if not _MISSING.search(str(error)):
+            raise
+        return None
+    return product
