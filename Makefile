@@ -9,7 +9,7 @@ MODELS := .venv-models
 SOURCES := lightning_robust recipes tests
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-long test-models test-oldest lint format clean
+.PHONY: help demo test test-long test-models test-oldest test-gpu lint format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -28,6 +28,9 @@ test-models: $(MODELS)/.test  ## measure networks of timm and transformers, in a
 
 test-oldest: $(OLDEST)/.test  ## run the tests with the oldest supported versions
 	$(OLDEST)/bin/python -m pytest $(PARALLEL) $(PYTEST_ARGS)
+
+test-gpu:  ## run the GPU tests with PYTHON as it is, which needs no more than torch, lightning, torchmetrics and pytest
+	PYTHONPATH=. $(PYTHON) -m pytest -c /dev/null --rootdir . -p no:cacheprovider tests/test_gpu.py $(PYTEST_ARGS)
 
 lint: $(VENV)/.test  ## check style and types
 	$(BIN)/ruff check $(SOURCES)

@@ -10,6 +10,7 @@ from lightning_robust import Probe, RobustnessMonitor
 from lightning_robust.functional import (
     class_shielding,
     fim_spectral_norm,
+    fim_spectral_norm_matrix_free,
     hessian_trace,
     linearize,
     linearized_margin,
@@ -79,9 +80,23 @@ def test_curvature_equals_that_of_the_cpu(name: str) -> None:
         assert float(there.layers[key]) == pytest.approx(float(trace), rel=1e-3, abs=4 * error)
 
 
-def test_every_metric_and_the_attack_run_there() -> None:
+@pytest.mark.parametrize("name", NETWORKS)
+def test_krylov_subspaces_hold_the_norms_of_the_cpu(name: str, tf32: bool) -> None:
+    model, inputs, _ = build(name)
+    linearization = linearize(model.double(), inputs.double())
+    model, tolerance = model.float().cuda(), 3e-2 if tf32 else 1e-3
+    there = fim_spectral_norm_matrix_free(model, inputs.cuda(), temperature=[2.0, 1.0], tolerance=tolerance)
+    assert there.value.is_cuda
+    assert there.converged.all()
+    for value, temperature in zip(there.value.cpu().double(), (2.0, 1.0), strict=True):
+        expected = fim_spectral_norm(linearization.logits, linearization.gram, temperature=temperature)
+        torch.testing.assert_close(value, expected, rtol=2 * tolerance, atol=tolerance * float(expected.max()))
+
+
+@pytest.mark.parametrize("linearization", ["exact", "krylov"])
+def test_every_metric_and_the_attack_run_there(linearization: Any) -> None:
     model, inputs, targets = build("cnn_batchnorm", num_samples=20)
-    probe = Probe(model.cuda(), inputs.cuda(), targets.cuda())
+    probe = Probe(model.cuda(), inputs.cuda(), targets.cuda(), linearization=linearization)
     for factory in METRICS.values():
         metric = factory().cuda()
         metric.update(probe)

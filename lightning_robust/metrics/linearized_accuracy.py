@@ -19,11 +19,12 @@ from lightning_robust.functional._validation.arguments import (
 from lightning_robust.functional._validation.scales import are_alone, gaps_below_a_class
 from lightning_robust.functional._validation.tensors import check_finite
 from lightning_robust.functional.input_space.attacks import Norm, check_norm
+from lightning_robust.functional.input_space.linearization import Linearization
 from lightning_robust.functional.input_space.linearized_margin import linearized_margin, linearized_margin_linf
 from lightning_robust.functional.input_space.units import are_images, are_images_of_unknown_scale
 from lightning_robust.metrics.base import ProbeMetric, error_bar_of_mean, error_bar_of_share, joined
 from lightning_robust.metrics.keys import accuracy_key
-from lightning_robust.probe import Probe
+from lightning_robust.probe import NUM_OTHERS, Probe
 
 DEFAULT_EPSILONS = (1 / 255, 2 / 255, 4 / 255, 8 / 255)
 # A caveat says so if the median margin is that many times below or above every ε, and the accuracy that close to 0, or
@@ -31,6 +32,9 @@ DEFAULT_EPSILONS = (1 / 255, 2 / 255, 4 / 255, 8 / 255)
 _FAR, _FAR_FOR_IMAGES = 10, 30
 _NEARLY = 0.05
 _FEW_MARGINS = 10
+# Where boundaries are sought to a few classes, the margins of so many samples are compared with those among so many
+# times more classes, and a fall by more than this share is said.
+_FEW_SAMPLES, _MORE_CLASSES, _NEGLIGIBLE = 2, 4, 0.01
 
 
 class LinearizedAccuracy(ProbeMetric):
@@ -87,6 +91,7 @@ class LinearizedAccuracy(ProbeMetric):
         self.order = int(order)
         self.num_targets = optional(check_positive_integer, "num_targets", num_targets)
         self.linearizations = ("first",) if self.order == 1 else ("first", f"near the boundary in {norm}")
+        self._neglected = 0.0  # see `_fall_among_more_classes`
         self._far: float = _FAR_FOR_IMAGES
         self._quartiles: list[float] = []  # of the margins of correctly classified samples, when last computed
         self.add_configuration(self.epsilons, norm, self.order, num_targets)
@@ -96,8 +101,20 @@ class LinearizedAccuracy(ProbeMetric):
     def _add(self, probe: Probe) -> None:
         probe.reading.check_margins()
         self._far = _far(probe)
-        probe = probe.among_probable_classes(self.num_targets)
-        linearization = probe.linearized if self.order == 1 else probe.relinearized(self.norm)
+        few = probe.among_probable_classes(self.num_targets)
+        linearization = self._linearization(few)
+        margins = self._margins(few, linearization)
+        if few is not probe and not self.margins:
+            self._neglected = self._fall_among_more_classes(probe, margins)
+        others = gaps_below_a_class(linearization.logits) if probe.reading.has_classes else 2 * [margins.new_zeros(())]
+        rows = (margins, *(row.expand(len(margins)) for row in others))
+        for held, row in zip((self.margins, self.gaps, self.spans), rows, strict=True):
+            held.append(row.to(self.device, torch.float64))
+
+    def _linearization(self, probe: Probe) -> Linearization:
+        return probe.linearized if self.order == 1 else probe.relinearized(self.norm)
+
+    def _margins(self, probe: Probe, linearization: Linearization) -> Tensor:
         options: dict[str, Any] = {"likelihood": probe.likelihood, "tolerance": probe.tolerance}
         targets = probe.reading.beside(linearization.logits)
         if self.norm == "l2":
@@ -110,10 +127,16 @@ class LinearizedAccuracy(ProbeMetric):
                 " `LinearizedAccuracy(norm='l2')`."
             )
         check_finite(margins.masked_fill(margins.isposinf(), 0.0), "gradients of the logits")
-        others = gaps_below_a_class(linearization.logits) if probe.reading.has_classes else 2 * [margins.new_zeros(())]
-        rows = (margins, *(row.expand(len(margins)) for row in others))
-        for held, row in zip((self.margins, self.gaps, self.spans), rows, strict=True):
-            held.append(row.to(self.device, torch.float64))
+        return margins
+
+    def _fall_among_more_classes(self, probe: Probe, margins: Tensor) -> float:
+        """By how much the margin of any of the first samples falls at most if four times as many classes count."""
+        probe = probe.rows(slice(_FEW_SAMPLES))
+        more = min(_MORE_CLASSES * (self.num_targets or NUM_OTHERS), probe.own_outputs.shape[1] - 1)
+        many = probe.among_probable_classes(more)
+        before, after = margins[:_FEW_SAMPLES], self._margins(many, self._linearization(many))
+        known = before.isfinite() & (before > 0)
+        return float((1 - after / before)[known].max()) if known.any() else 0.0
 
     def compute(self) -> dict[str, Tensor]:
         """Return the statistics over all samples that the class docstring lists."""
@@ -144,6 +167,13 @@ class LinearizedAccuracy(ProbeMetric):
 
     def caveats(self, values: Mapping[str, float]) -> dict[str, str]:
         """Warn if margins are far from every ε, with ε that fit them (see :meth:`ProbeMetric.caveats`)."""
+        if self._neglected > _NEGLIGIBLE:
+            more = _MORE_CLASSES * (self.num_targets or NUM_OTHERS)
+            return {
+                self._key(0.0): f"and the accuracies beside it count boundaries to the {self.num_targets or NUM_OTHERS}"
+                f" most probable classes of each sample, but among {more} margins are up to {self._neglected:.0%}"
+                f" smaller. `LinearizedAccuracy(num_targets={more})` counts so many."
+            }
         epsilons, clean = [epsilon for epsilon in self.epsilons if epsilon > 0], values.get(self._key(0.0), 0.0)
         if not self._quartiles or not epsilons or not clean > 0:
             return {}
