@@ -50,7 +50,8 @@ class Categorical(Likelihood):
     def information_times(self, z: Tensor, vectors: Tensor) -> Tensor:
         """``p v − p (pᵀ v)``."""
         probs = z.softmax(dim=1)[:, :, None]
-        weighted = probs * vectors
+        # what all classes have in common has no information, but would drown the rest where one has all probability
+        weighted = probs * (vectors - vectors.take_along_dim(_predicted(z)[..., None], dim=1))
         return weighted - probs * weighted.sum(dim=1, keepdim=True)
 
     def transposed_root_times(self, z: Tensor, vectors: Tensor) -> Tensor:

@@ -198,8 +198,10 @@ def largest_eigenvalues(
         value, second, weights = (_at(stage, [part[i] for part in parts]) for i in range(3))
         image = subspace.image(weights)
         cotangent = _at(stage, [information(image) for information in informations])
-        rest = products.transposed(cotangent) - value[:, None].to(subspace.vectors[0]) * subspace.vector(weights)
-        residual = widened(torch.linalg.vector_norm(rest, dim=1))
+        size = torch.where(value > 0, value, 1.0)  # products of single precision would lose what is tiny
+        rest = products.transposed(cotangent / size[:, None])
+        rest = rest - (value / size)[:, None].to(rest) * subspace.vector(weights)
+        residual = size * widened(torch.linalg.vector_norm(rest, dim=1))
         good = accuracy.reached(value, second, residual)
         here = (numbers == stage) & active
         residuals, converged = torch.where(here, residual, residuals), torch.where(here, good, converged)
@@ -222,15 +224,17 @@ def power_iteration(
     """
     found, counts = [], torch.zeros(len(start), dtype=torch.long, device=start.device)
     for information in informations:
-        vector = torch.nn.functional.normalize(start, dim=1)
+        vector = _unit(start)
         active = torch.ones(len(start), dtype=torch.bool, device=start.device)
         state: tuple[Tensor, ...] | None = None
         for _ in range(accuracy.products):
             image = widened(products.times(vector))
             cotangent = information(image)
             value = (image * cotangent).sum(dim=1)
-            product = products.transposed(cotangent)
-            residual = widened(torch.linalg.vector_norm(product - value[:, None].to(product) * vector, dim=1))
+            size = torch.where(value > 0, value, 1.0)  # as above
+            product = products.transposed(cotangent / size[:, None])
+            rest = product - (value / size)[:, None].to(product) * vector
+            residual = size * widened(torch.linalg.vector_norm(rest, dim=1))
             converged = residual <= accuracy.residual * value
             now = (value, residual, converged, image)
             state = now if state is None else tuple(map(partial(_where, active), now, state))
@@ -238,7 +242,7 @@ def power_iteration(
             active = active & ~converged
             if not active.any():
                 break
-            vector = torch.nn.functional.normalize(product, dim=1)
+            vector = _unit(product)
         assert state is not None
         found.append(state)
     return Eigenvalues(*(torch.stack(parts) for parts in zip(*found, strict=True))), counts
@@ -247,6 +251,12 @@ def power_iteration(
 def squared_norms(vectors: Tensor) -> Tensor:
     """``‖v‖²`` (n,) of vectors (n, D), float64."""
     return widened(torch.linalg.vector_norm(vectors, dim=1)).square()
+
+
+def _unit(vectors: Tensor) -> Tensor:
+    """Vectors (n, D) of length 1, but for those of length 0."""
+    length = torch.linalg.vector_norm(vectors, dim=1, keepdim=True)
+    return vectors / torch.where(length > 0, length, 1.0)
 
 
 def _where(chosen: Tensor, one: Tensor, other: Tensor) -> Tensor:

@@ -31,9 +31,7 @@ from lightning_robust.functional._validation.arguments import (
 )
 from lightning_robust.functional._validation.tensors import check_pass
 from lightning_robust.functional.input_space.input_information import Method, input_information
-from lightning_robust.functional.input_space.krylov import (
-    Accuracy,
-)
+from lightning_robust.functional.input_space.krylov import Accuracy
 from lightning_robust.functional.input_space.likelihoods import LikelihoodName, likelihood_of
 
 
@@ -62,7 +60,7 @@ def fim_spectral_norm_matrix_free(
     *,
     temperature: float | Sequence[float] | Tensor = 1.0,
     method: Method = "krylov",
-    tolerance: float = 0.03,
+    tolerance: float = 0.025,
     max_products: int = 30,
     extras: Mapping[str, Tensor] | None = None,
     input_std: float | Sequence[float] | Tensor | None = None,
@@ -83,7 +81,7 @@ def fim_spectral_norm_matrix_free(
         method: ``"krylov"``, or ``"power"``: power iteration, the paper's method and our reference. It takes two to ten
             times as many products.
         tolerance: Largest residual, relative to the value, at which a value counts as converged. ``"krylov"`` asks
-            for a sixth of it as the bound on the relative error, too, which is a stronger demand where the two largest
+            for a third of it as the bound on the relative error, too, which is a stronger demand where the two largest
             eigenvalues are close.
         max_products: Most products with ``J`` for each sample (and temperature, with ``"power"``).
         extras: As in :func:`~lightning_robust.functional.linearize`.
@@ -120,7 +118,7 @@ def fim_spectral_norm_matrix_free(
         inputs,
         temperatures=temperatures,
         method=method,
-        accuracy=Accuracy(tolerance, tolerance / 6, max_products),
+        accuracy=Accuracy(tolerance, tolerance / 3, max_products),
         extras=extras,
         input_std=input_std,
         generator=generator,

@@ -178,8 +178,11 @@ def test_saturated_samples_have_the_small_values_that_exact_ones_have(scale: flo
     expected = exact(lambda x: scale * model(x), inputs, [1.0])[0]
     found = fim_spectral_norm_matrix_free(lambda x: scale * model(x), inputs, method=method)
     assert float(expected.min()) < 1e-30
-    torch.testing.assert_close(found.value, expected, rtol=0.03, atol=1e-300)
+    torch.testing.assert_close(found.value, expected, rtol=0.01, atol=1e-300)
     assert found.converged.all()
+    single = fim_spectral_norm_matrix_free(lambda x: scale * model.float()(x), inputs.float(), tolerance=1e-3)
+    seen = expected > 1e-37
+    torch.testing.assert_close(single.value[seen].double(), expected[seen], rtol=0.02, atol=0)
 
 
 @pytest.mark.parametrize("method", ["krylov", "power"])
@@ -337,12 +340,11 @@ def test_the_trace_is_unbiased_and_most_of_it_is_known() -> None:
     model, inputs = wide(dtype=torch.float64)
     linearization = linearize(model, inputs)
     expected = fim_trace(linearization.logits, linearization.gram)
-    kind, draws = likelihood_of("categorical"), []
-    for seed in range(300):
-        generator = torch.Generator().manual_seed(seed)
-        found = input_information(model, inputs, temperatures=[0.5, 1.0], likelihood=kind, generator=generator)
-        draws.append(found.trace)
-    traces = torch.stack(draws)
+    kind, generator = likelihood_of("categorical"), torch.Generator().manual_seed(0)
+    found = input_information(  # every sample draws signs of its own
+        model, inputs.repeat(300, 1), temperatures=[0.5, 1.0], likelihood=kind, generator=generator
+    )
+    traces = found.trace.view(300, 12)
     stderr = traces.std(dim=0) / len(traces) ** 0.5
     off = (traces.mean(dim=0) - expected) / stderr.clamp_min(1e-9 * expected)
     assert float(off.abs().max()) < 3.5  # of twelve samples
@@ -413,14 +415,14 @@ def test_wrong_inputs_and_outputs_are_refused() -> None:
         fim_spectral_norm_matrix_free(lambda x: model(x)[:, :1], inputs)
     with pytest.raises(ValueError, match="Expected finite logits"):
         fim_spectral_norm_matrix_free(lambda x: model(x) / 0, inputs)
-    with pytest.raises(ValueError, match="gives a sample other"):
-        fim_spectral_norm_matrix_free(lambda x: model(x - x.mean(dim=0)), inputs, chunk_size=5)
+    with pytest.raises(ValueError, match="place"):
+        fim_spectral_norm_matrix_free(lambda x: model(x * torch.arange(len(x))[:, None]), inputs, chunk_size=5)
 
 
 def test_gradients_that_are_not_finite_are_refused() -> None:
     model, inputs = wide()
     with pytest.raises(ValueError, match="Expected finite gradients"):
-        fim_spectral_norm_matrix_free(lambda x: model(x - x.detach()).abs().sqrt() + model(x), 0 * inputs)
+        fim_spectral_norm_matrix_free(lambda x: model(x) + (x - x.detach()).sum(dim=1, keepdim=True).sqrt(), inputs)
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------
@@ -433,6 +435,7 @@ def test_memory_grows_with_the_chunk_size_and_not_with_the_number_of_samples_or_
             fim_spectral_norm_matrix_free(model, inputs, chunk_size=chunk_size, max_products=5)
         return memory.peak
 
-    assert peak(32, 2) < 1.3 * peak(8, 2)
-    assert 1.5 * peak(32, 2) < peak(32, 8)
-    assert peak(8, 2, 400) < 1.5 * peak(8, 2, 40)
+    few = peak(4, 1)
+    assert peak(10, 1) - few < 1.1 * 6 * 2_000 * 7  # while the inputs are checked
+    assert 1.5 * few < peak(4, 4)
+    assert peak(4, 1, 400) < 1.5 * few
