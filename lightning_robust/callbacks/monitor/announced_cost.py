@@ -57,7 +57,7 @@ def on_cost(
     if probe.queries is not None:
         return _of_queries(probe, num_samples, seconds / 3 / len(outputs)) if linearizations else []
     if probe.takes_krylov(num_classes):
-        return _without_all_gradients(metrics, probe, num_samples, seconds / len(outputs))
+        return _by_krylov(metrics, probe, num_classes, num_samples=num_samples, seconds=seconds / len(outputs))
     fewest = probe.reading.likelihood.fewest_outputs
     if not linearizations or num_classes < fewest or not probe.inputs.is_floating_point():
         return []
@@ -74,10 +74,13 @@ def on_cost(
     return [_sentence(expected, memory, num_samples, what, f"leaves the {many} out")]
 
 
-def _without_all_gradients(metrics: Sequence[ProbeMetric], probe: Probe, num_samples: int, seconds: float) -> list[str]:
-    """Tell the time of a measurement of the most probable classes and of Krylov subspaces if it takes long."""
+def _by_krylov(
+    metrics: Sequence[ProbeMetric], probe: Probe, num_outputs: int, *, num_samples: int, seconds: float
+) -> list[str]:
+    """Tell the time of a measurement that finds λ in Krylov subspaces if it takes long."""
     names = {name for metric in metrics if not metric.krylov_passes for name in metric.linearizations}
-    passes = sum(metric.krylov_passes for metric in metrics) + _PASSES_OF_TEN_CLASSES * len(names)
+    each = _PASSES_OF_TEN_CLASSES if probe.reading.has_classes else num_outputs  # margins of labels count them all
+    passes = sum(metric.krylov_passes for metric in metrics) + each * len(names)
     if passes * seconds * num_samples <= _LONG:
         return []
     expected = passes * _seconds_of_classes(probe, _FEW_CLASSES) / _FEW_CLASSES * num_samples
