@@ -78,7 +78,7 @@ ARGUMENTS = [
 
 LARGEST = 2**63 - 1
 OF_OUTPUTS = "RobustnessMonitor Probe linearize relinearize linearized_margin linearized_margin_linf"
-COUNTS = "chunk_size max_probes max_steps num_probes num_targets patience steps"
+COUNTS = "max_products chunk_size max_probes max_steps num_probes num_targets patience steps"
 NO_NUMBER = (True, "0.5", b"1", NAN, 1j, 10**400, {}, float, torch.tensor(True))
 NO_SINGLE = (*NO_NUMBER, [], (0.5,), torch.ones(2), INPUTS)
 NO_INTEGER = (True, 1.0, "1", NAN, [1], Fraction(1), int, torch.tensor(1), INPUTS)
@@ -109,6 +109,15 @@ BAD: list[tuple[str, str, tuple[Any, ...]]] = [
     ("directions", "of shape (N, K, ...) for inputs (4, 3)", (INPUTS, INPUTS[:2, None], torch.ones(4, 2, 2), SINGLE)),
     ("max_distance step", "a positive number", (*NO_SINGLE, 0, -1, INF)),
     ("gram_variance", "a number ≥ 0", (*NO_SINGLE, -0.1, INF)),
+    ("Probe.linearization RobustnessMonitor.linearization", "one of ('exact', 'krylov')", NO_CHOICE),
+    ("method", "one of ('krylov', 'power')", NO_CHOICE),
+    ("Probe.temperature", "a positive number or None", (*NO_SINGLE, 0, -1, INF)),
+    (
+        "fim_spectral_norm_matrix_free.temperature",
+        "positive and finite, as its square must be, or a list of such numbers",
+        (*NO_SINGLE[:1], "1", 0, -1, INF, NAN, [], [0.0], [1.0, -1.0], [1.0, INF]),
+    ),
+    ("fim_spectral_norm_matrix_free.tolerance", "a positive number", (*NO_SINGLE, 0, -1, INF)),
     ("linearization", "a Linearization", (1, LOGITS, functional.Linearization)),
     ("module", "a Module", (1, "m", nn.Linear, object(), torch.ones(2), len)),
     ("paths", "FisherRaoPaths", (1, LOGITS, functional.FisherRaoPaths)),

@@ -153,7 +153,7 @@ class FisherSpectralNorm(ProbeMetric):
         likelihood = cast(LikelihoodName, NAMES[int(self.likelihood) - 1])
         measured = self._measured(c, likelihood)
         calibrated = measured.calibrated
-        self.per_sample = {"fim_spectral_norm": measured.norms}
+        self.per_sample = {"fim_spectral_norm": measured.norms, "fim_trace": measured.traces}
         values = {
             **error_bar_of_mean("fim_spectral_norm", measured.norms),
             "fim_spectral_norm_median": measured.norms.quantile(0.5),

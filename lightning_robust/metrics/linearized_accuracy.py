@@ -32,9 +32,9 @@ DEFAULT_EPSILONS = (1 / 255, 2 / 255, 4 / 255, 8 / 255)
 _FAR, _FAR_FOR_IMAGES = 10, 30
 _NEARLY = 0.05
 _FEW_MARGINS = 10
-# Where boundaries are sought to a few classes, the margins of so many samples are compared with those among so many
-# times more classes, and a fall by more than this share is said.
-_FEW_SAMPLES, _MORE_CLASSES, _NEGLIGIBLE = 2, 4, 0.01
+# Where boundaries are sought to a few classes, the margins of one in so many samples, but not more than so many, are
+# compared with those among so many times more classes. A fall by more than this share is said.
+_ONE_IN, _MOST_COMPARED, _MORE_CLASSES, _NEGLIGIBLE = 16, 4, 4, 0.01
 
 
 class LinearizedAccuracy(ProbeMetric):
@@ -131,10 +131,13 @@ class LinearizedAccuracy(ProbeMetric):
 
     def _fall_among_more_classes(self, probe: Probe, margins: Tensor) -> float:
         """By how much the margin of any of the first samples falls at most if four times as many classes count."""
-        probe = probe.rows(slice(_FEW_SAMPLES))
+        few = min(len(probe) // _ONE_IN, _MOST_COMPARED)
+        if not few:
+            return 0.0
+        probe = probe.rows(slice(few))
         more = min(_MORE_CLASSES * (self.num_targets or NUM_OTHERS), probe.own_outputs.shape[1] - 1)
         many = probe.among_probable_classes(more)
-        before, after = margins[:_FEW_SAMPLES], self._margins(many, self._linearization(many))
+        before, after = margins[:few], self._margins(many, self._linearization(many))
         known = before.isfinite() & (before > 0)
         return float((1 - after / before)[known].max()) if known.any() else 0.0
 

@@ -33,7 +33,6 @@ _LONG = 10.0  # seconds
 _MUCH = 2**30  # bytes
 _FEWEST = 16  # samples that are worth measuring
 _PASSES_OF_TEN_CLASSES = 13  # forward passes that the gradients of eleven classes take, with that which chooses them
-_OF_THREE = 4  # forward passes that those three take that find flaws, with about a backward pass
 _FEW_CLASSES = 4  # whose gradients are timed
 # Multiplications in the inner products that are timed, and entries of these: as many classes and samples as take a
 # moment. A call with few of them takes the time of the call itself, which would be scaled up.
@@ -58,11 +57,7 @@ def on_cost(
     if probe.queries is not None:
         return _of_queries(probe, num_samples, seconds / 3 / len(outputs)) if linearizations else []
     if probe.takes_krylov(num_classes):
-        passes = _passes_without_all_gradients(metrics)
-        expected = passes * seconds / _OF_THREE / len(outputs) * num_samples
-        what = f"{num_samples} samples, with about {passes:.0f} forward passes for each"
-        without = "measures no gradients of the inputs"
-        return [_sentence(expected, 0.0, num_samples, what, without)] if expected > _LONG else []
+        return _by_krylov(metrics, probe, num_classes, num_samples=num_samples, seconds=seconds / len(outputs))
     fewest = probe.reading.likelihood.fewest_outputs
     if not linearizations or num_classes < fewest or not probe.inputs.is_floating_point():
         return []
@@ -79,10 +74,19 @@ def on_cost(
     return [_sentence(expected, memory, num_samples, what, f"leaves the {many} out")]
 
 
-def _passes_without_all_gradients(metrics: Sequence[ProbeMetric]) -> float:
-    """Forward passes, roughly, that a sample takes where metrics look at the most probable classes alone."""
+def _by_krylov(
+    metrics: Sequence[ProbeMetric], probe: Probe, num_outputs: int, *, num_samples: int, seconds: float
+) -> list[str]:
+    """Tell the time of a measurement that finds λ in Krylov subspaces if it takes long."""
     names = {name for metric in metrics if not metric.krylov_passes for name in metric.linearizations}
-    return sum(metric.krylov_passes for metric in metrics) + _PASSES_OF_TEN_CLASSES * len(names)
+    each = _PASSES_OF_TEN_CLASSES if probe.reading.has_classes else num_outputs  # margins of labels count them all
+    passes = sum(metric.krylov_passes for metric in metrics) + each * len(names)
+    if passes * seconds * num_samples <= _LONG:
+        return []
+    expected = passes * _seconds_of_classes(probe, _FEW_CLASSES) / _FEW_CLASSES * num_samples
+    what = f"{num_samples} samples, with about {passes:.0f} forward passes for each"
+    without = "measures no gradients of the inputs"
+    return [_sentence(expected, 0.0, num_samples, what, without)] if expected > _LONG else []
 
 
 def _of_queries(probe: Probe, num_samples: int, seconds: float) -> list[str]:

@@ -13,6 +13,7 @@ for a trained network, ten at the beginning of training).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import get_args
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from lightning_robust.functional._validation.arguments import (
+    as_number,
     as_numbers,
     check_choice,
     check_kind,
@@ -103,12 +105,10 @@ def fim_spectral_norm_matrix_free(
     """
     check_pass(model, inputs, chunk_size=chunk_size)
     several = as_numbers(temperature)
-    temperatures = [
-        check_number("temperature", one, "a positive number or a list of such numbers", above=0)
-        for one in ([temperature] if several is None else several)
-    ]
-    if not temperatures:
-        raise ValueError(expected_but_got("temperature", "a positive number or a list of such numbers", temperature))
+    temperatures = [as_number(temperature)] if several is None else several
+    if not temperatures or not all(0 < one < math.inf and 0 < one * one < math.inf for one in temperatures):
+        expected = "positive and finite, as its square must be, or a list of such numbers"
+        raise ValueError(expected_but_got("temperature", expected, temperature))
     check_choice("method", method, get_args(Method))
     tolerance = check_number("tolerance", tolerance, "a positive number", above=0)
     check_positive_integer("max_products", max_products)

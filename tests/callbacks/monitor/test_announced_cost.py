@@ -18,9 +18,15 @@ from tests.helpers.networks import random, random_linear
 from tests.helpers.training import Classifier, classifier, loader, robustness_warnings, trainer
 
 
-def told(*metrics: ProbeMetric, num_classes: int = 10, num_samples: int = 256, seconds: float = 0.0) -> list[str]:
+def told(
+    *metrics: ProbeMetric,
+    num_classes: int = 10,
+    num_samples: int = 256,
+    seconds: float = 0.0,
+    linearization: Any = "exact",
+) -> list[str]:
     model = random_linear(0, num_classes=num_classes, num_features=6)
-    probe = Probe(model, random(1, 32, 6), torch.arange(32) % num_classes)
+    probe = Probe(model, random(1, 32, 6), torch.arange(32) % num_classes, linearization=linearization)
     return on_cost(metrics, probe, probe.outputs(probe.inputs[:8]), num_samples=num_samples, seconds=seconds)
 
 
@@ -61,6 +67,28 @@ def test_a_long_measurement_is_told_with_the_line_that_shortens_it(metrics: list
 )
 def test_a_short_measurement_is_not_told(metric: ProbeMetric, options: dict[str, Any]) -> None:
     assert told(metric, **options) == []
+
+
+@pytest.mark.usefixtures("slow")
+@pytest.mark.parametrize(
+    ("metrics", "sentence"),
+    [
+        (
+            [FisherSpectralNorm(), LinearizedAccuracy(), HessianTrace()],
+            "The first measurement takes about 95 s: 256 samples, with about 37 forward passes for each."
+            " `RobustnessMonitor(max_samples=16)` takes about 5.9 s, `every_n_epochs=5` measures less often, and"
+            ' `RobustnessMonitor(["hessian_trace", "weight_curvature_index"])` measures no gradients of the inputs.',
+        ),
+        ([FisherSpectralNorm()], "about 61 s: 256 samples, with about 24 forward passes"),
+        ([LinearizedAccuracy(order=2)], "about 67 s: 256 samples, with about 26 forward passes"),
+    ],
+    ids=["default", "spectral norms", "second order"],
+)
+def test_with_many_classes_passes_are_told(metrics: list[ProbeMetric], sentence: str) -> None:
+    (found,) = told(*metrics, num_classes=100, seconds=10.0, linearization=None)
+    assert sentence in found
+    assert told(*metrics, num_classes=100, seconds=0.005, linearization=None) == []
+    assert told(*metrics, num_classes=100, seconds=10.0, num_samples=8, linearization=None) == []
 
 
 def test_many_queries_are_told() -> None:
@@ -124,7 +152,7 @@ def test_the_time_that_is_told_is_the_time_that_it_takes(tmp_path: Path, monkeyp
 def test_many_classes_of_a_small_network_are_told_within_a_factor(num_classes: int, num_features: int) -> None:
     x, y = random(0, 16, num_features, dtype=torch.float32), torch.arange(16) % num_classes
     model = nn.Sequential(nn.Linear(num_features, 32), nn.GELU(), nn.Linear(32, num_classes))
-    probe = Probe(model, x, y)
+    probe = Probe(model, x, y, linearization="exact")
     assert on_cost([LinearizedAccuracy()], probe, probe.outputs(x), num_samples=16, seconds=1000.0) == []
     expected = min(announced_cost._seconds_of_classes(probe, num_classes) for _ in range(2)) * len(x)
 

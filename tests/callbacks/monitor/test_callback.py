@@ -37,6 +37,7 @@ from tests.helpers.training import (
 BARS = [
     "fim_spectral_norm",
     "fim_spectral_norm_calibrated",
+    "fim_trace",
     *(f"linearized_accuracy_linf_{eps}" for eps in ("0.003922", "0.007843", "0.01569", "0.03137", "0")),
     "linearized_margin_linf",
     "linearized_margin_linf_clipped",
@@ -47,7 +48,7 @@ PARAMETERS = ["0.weight", "0.bias", "1.weight", "1.bias", "5.weight", "5.bias"]
 DOCUMENTED = {
     *(f"robust/{key}{suffix}" for key in BARS for suffix in ("", "_stderr", "_lower", "_upper")),
     *(f"robust/fim_spectral_norm_{statistic}" for statistic in ("median", "p95", "max")),
-    *(f"robust/{key}" for key in ("fim_trace", "temperature", "saturated", "num_samples", "seconds", "overhead")),
+    *(f"robust/{key}" for key in ("temperature", "saturated", "num_samples", "seconds", "overhead")),
     *(f"robust/{key}_stderr_probes" for key in ("hessian_trace", "wci")),
     *(f"robust/hessian_trace_per_layer/network.{name}" for name in PARAMETERS),
     *(f"robust/wci_per_layer/network.{name}" for name in ("0.weight", "5.weight")),
