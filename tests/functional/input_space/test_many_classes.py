@@ -1,0 +1,157 @@
+"""Networks of many classes, trained on noisy clusters: as right as exact gradients, at the cost of a few passes."""
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from functools import cache
+from typing import Any, Literal
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_robust import LinearizedAccuracy, Probe
+from lightning_robust.functional import fim_spectral_norm, fit_temperature
+from lightning_robust.functional.input_space import input_information as input_information_module
+from lightning_robust.functional.input_space.jacobian_products import JacobianProducts
+
+MOST_PASSES = 30
+RANGE = (-8.0, 8.0)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A network, its data, and when it is looked at: after how many steps, and how accurate it is then."""
+
+    num_classes: int
+    side: int
+    width: int
+    num_samples: int
+    accuracy: dict[int, tuple[float, float]] = field(hash=False)
+    noise: float = 2.0
+    batch: int = 256
+
+
+HUNDRED = Setting(100, 8, 12, 96, {0: (0, 0.05), 20: (0, 0.1), 60: (0.1, 0.4), 150: (0.4, 0.7)}, noise=1.2, batch=128)
+THOUSAND = Setting(1000, 16, 32, 64, {0: (0, 0.01), 20: (0, 0.05), 100: (0.05, 0.4), 300: (0.4, 0.9)})
+SETTINGS = [
+    pytest.param(setting, steps, id=f"{setting.num_classes} classes, {steps} steps", marks=marks)
+    for setting, marks in ((HUNDRED, ()), (THOUSAND, pytest.mark.long))
+    for steps in setting.accuracy
+]
+every_stage = pytest.mark.parametrize(("setting", "steps"), SETTINGS)
+
+
+def batches(setting: Setting, num_samples: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Images of clusters under noise."""
+    c, generator = setting.num_classes, torch.Generator().manual_seed(seed)
+    centres = torch.randn(c, 3, setting.side // 2, setting.side // 2, generator=torch.Generator().manual_seed(0))
+    centres = 0.5 * F.interpolate(centres, scale_factor=2, mode="bilinear")
+    while True:
+        y = torch.randint(c, (num_samples,), generator=generator)
+        noise = torch.randn(num_samples, 3, setting.side, setting.side, generator=generator)
+        yield (centres[y] + setting.noise * noise).clamp(*RANGE), y
+
+
+@cache
+def stages(setting: Setting) -> dict[int, Probe]:
+    """Probes of the network after so many steps."""
+    width, head = setting.width, 4 * setting.width * (setting.side // 4) ** 2
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = nn.Sequential(
+            nn.Conv2d(3, width, 3, padding=1),
+            nn.GELU(),
+            nn.Conv2d(width, 2 * width, 3, stride=2, padding=1),
+            nn.BatchNorm2d(2 * width),
+            nn.GELU(),
+            nn.Conv2d(2 * width, 4 * width, 3, stride=2, padding=1),
+            nn.BatchNorm2d(4 * width),
+            nn.GELU(),
+            nn.Flatten(),
+            nn.Linear(head, setting.num_classes),
+        )
+    optimiser, found = torch.optim.Adam(network.parameters(), 1e-3), {}
+    x, y = next(batches(setting, setting.num_samples, seed=5))
+    training = batches(setting, setting.batch, seed=1)
+    for step in range(max(setting.accuracy) + 1):
+        if step in setting.accuracy:
+            found[step] = Probe(copy.deepcopy(network), x, y, valid_range=RANGE, input_std=1.0, input_mean=0.0)
+        images, labels = next(training)
+        loss = F.cross_entropy(network(images), labels)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    return found
+
+
+
+@cache
+def exact(setting: Setting, steps: int) -> Probe:
+    """The probe that takes the gradients of all classes."""
+    return replace(stages(setting)[steps], linearization="exact")
+
+
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
+    """Passes of one sample, on average: forward passes, backward passes and products count 1 each."""
+    counted = dict.fromkeys(("forward", "backward", "products"), 0.0)
+
+    class Counted(JacobianProducts):
+        def __init__(self, network: Any, x: Tensor, *args: Any, **options: Any) -> None:
+            counted["forward"] += len(x)
+            counted["backward"] += len(x)
+            super().__init__(network, x, *args, **options)
+
+        def transposed(self, vectors: Tensor) -> Tensor:
+            counted["backward"] += len(vectors)
+            return super().transposed(vectors)
+
+        def times(self, directions: Tensor) -> Tensor:
+            counted["products"] += len(directions)
+            return super().times(directions)
+
+    monkeypatch.setattr(input_information_module, "JacobianProducts", Counted)
+    return counted
+
+
+@every_stage
+def test_spectral_norms_are_those_of_exact_gradients_at_a_few_passes(
+    setting: Setting, steps: int, passes: dict[str, float]
+) -> None:
+    probe, linearized = stages(setting)[steps], exact(setting, steps).linearized
+    least, most = setting.accuracy[steps]
+    assert least <= float((linearized.logits.argmax(dim=1) == probe.targets).double().mean()) <= most
+    information = replace(probe).information
+    fitted = float(fit_temperature(linearized.logits, probe.targets))
+    assert information.temperatures == (pytest.approx(fitted, rel=1e-3), 1.0)
+    for value, temperature in zip(information.value, information.temperatures, strict=True):
+        expected = fim_spectral_norm(linearized.logits, linearized.gram, temperature=temperature)
+        shares = value / expected
+        assert float(shares.max()) < 1 + 1e-3
+        assert float(shares.median()) > 0.99
+        assert float(shares.quantile(0.05)) > 0.97
+        assert float(value.mean() / expected.mean()) > 0.98
+    assert information.converged.all()
+    assert sum(passes.values()) / len(probe) <= MOST_PASSES
+
+
+MARGINS: list[tuple[Literal["l2", "linf"], Literal[1, 2]]] = [("l2", 1), ("l2", 2), ("linf", 1), ("linf", 2)]
+
+
+@every_stage
+@pytest.mark.parametrize(("norm", "order"), MARGINS, ids=str)
+def test_margins_to_ten_classes_are_those_to_all(setting: Setting, steps: int, norm: Any, order: Any) -> None:
+    """Of the predicted classes, so that no margin is 0; L∞ margins stay within the valid range."""
+    probe = stages(setting)[steps].rows(slice(48))
+    predicted, margins = exact(setting, steps).linearized.logits[:48].argmax(dim=1), []
+    for linearization in ("exact", None):
+        probe = replace(probe, targets=predicted, linearization=linearization)
+        metric = LinearizedAccuracy([0.1], norm, order)
+        metric.update(probe)
+        margins.append(torch.cat(metric.margins))
+    everywhere, among_ten = margins
+    assert (everywhere > 0).all()
+    equal = (among_ten - everywhere).abs() <= 1e-4 * everywhere
+    assert float(equal.double().mean()) >= 0.99
