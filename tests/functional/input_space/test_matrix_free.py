@@ -158,9 +158,7 @@ def test_two_classes_have_information_of_rank_one_which_one_product_finds(method
 def test_a_single_output_has_information_of_rank_one() -> None:
     model, inputs = wide(1)
     found = fim_spectral_norm_matrix_free(model, inputs, likelihood="gaussian")
-    torch.testing.assert_close(
-        found.value, exact(model, inputs, [1.0], likelihood="gaussian")[0], rtol=1e-5, atol=0
-    )
+    torch.testing.assert_close(found.value, exact(model, inputs, [1.0], likelihood="gaussian")[0], rtol=1e-5, atol=0)
     assert found.converged.all()
 
 
@@ -377,11 +375,11 @@ def test_outputs_that_change_without_gradients_are_refused(name: str, method: An
 @pytest.mark.parametrize(
     ("options", "error", "words"),
     [
-        ({"temperature": 0.0}, ValueError, "`temperature` to be a positive number or a list of such numbers"),
-        ({"temperature": [1.0, -1.0]}, ValueError, "`temperature` to be a positive number or a list"),
-        ({"temperature": []}, ValueError, r"`temperature` to be a positive number.*but got \[\]"),
-        ({"temperature": "1"}, ValueError, "`temperature` to be a positive number"),
-        ({"temperature": float("nan")}, ValueError, "`temperature` to be a positive number"),
+        ({"temperature": 0.0}, ValueError, "`temperature` to be positive and finite"),
+        ({"temperature": [1.0, -1.0]}, ValueError, "`temperature` to be positive and finite"),
+        ({"temperature": []}, ValueError, r"`temperature` to be positive and finite.*but got \[\]"),
+        ({"temperature": "1"}, ValueError, "`temperature` to be positive and finite"),
+        ({"temperature": float("nan")}, ValueError, "`temperature` to be positive and finite"),
         ({"method": "lanczos"}, ValueError, "`method` to be .*'krylov'.*'power'.* but got 'lanczos'"),
         ({"tolerance": 0}, ValueError, "`tolerance` to be a positive number"),
         ({"max_products": 0}, ValueError, "`max_products` to be a positive integer, but got 0"),
