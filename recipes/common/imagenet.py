@@ -34,20 +34,22 @@ def efficientnet_lite0() -> nn.Module:
     return model.eval().requires_grad_(False)
 
 
-def photographs() -> Tensor:
-    """Photographs (N, 3, 224, 224) in [0, 1]: those of the data folder, or else the two that scikit-learn brings.
+def photographs() -> tuple[Tensor, Tensor | None]:
+    """Photographs (N, 3, 224, 224) in [0, 1] and their classes: those of the data folder.
+
+    Without them, the two that scikit-learn brings, without classes.
 
     Raises:
         FileNotFoundError: If neither is there.
     """
     if (DATA / PHOTOGRAPHS).exists():
         with np.load(DATA / PHOTOGRAPHS) as file:
-            return torch.from_numpy(file["x"]).permute(0, 3, 1, 2).float() / 255
+            return torch.from_numpy(file["x"]).permute(0, 3, 1, 2).float() / 255, torch.from_numpy(file["y"])
     try:
         images = importlib.import_module("sklearn.datasets").load_sample_images().images
     except ImportError as error:
         raise FileNotFoundError(f"Expected {PHOTOGRAPHS} in {DATA}, or scikit-learn with its photographs.") from error
-    return torch.cat([_cropped(torch.from_numpy(image).permute(2, 0, 1).float() / 255) for image in images])
+    return torch.cat([_cropped(torch.tensor(image).permute(2, 0, 1).float() / 255) for image in images]), None
 
 
 def normalised(images: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ from lightning_robust.probe import Probe
 _LONG = 10.0  # seconds
 _MUCH = 2**30  # bytes
 _FEWEST = 16  # samples that are worth measuring
-_PASSES_OF_TEN_CLASSES = 13  # forward passes that the gradients of eleven classes take, with that which chooses them
+_PASSES_OF_TEN_CLASSES = 16  # forward passes that the gradients of eleven classes take, with that which chooses them
 _FEW_CLASSES = 4  # whose gradients are timed
 # Multiplications in the inner products that are timed, and entries of these: as many classes and samples as take a
 # moment. A call with few of them takes the time of the call itself, which would be scaled up.

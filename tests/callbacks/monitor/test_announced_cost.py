@@ -75,12 +75,12 @@ def test_a_short_measurement_is_not_told(metric: ProbeMetric, options: dict[str,
     [
         (
             [FisherSpectralNorm(), LinearizedAccuracy(), HessianTrace()],
-            "The first measurement takes about 95 s: 256 samples, with about 37 forward passes for each."
-            " `RobustnessMonitor(max_samples=16)` takes about 5.9 s, `every_n_epochs=5` measures less often, and"
+            "The first measurement takes about 120 s: 256 samples, with about 48 forward passes for each."
+            " `RobustnessMonitor(max_samples=16)` takes about 7.7 s, `every_n_epochs=5` measures less often, and"
             ' `RobustnessMonitor(["hessian_trace", "weight_curvature_index"])` measures no gradients of the inputs.',
         ),
-        ([FisherSpectralNorm()], "about 61 s: 256 samples, with about 24 forward passes"),
-        ([LinearizedAccuracy(order=2)], "about 67 s: 256 samples, with about 26 forward passes"),
+        ([FisherSpectralNorm()], "about 82 s: 256 samples, with about 32 forward passes"),
+        ([LinearizedAccuracy(order=2)], "about 82 s: 256 samples, with about 32 forward passes"),
     ],
     ids=["default", "spectral norms", "second order"],
 )
