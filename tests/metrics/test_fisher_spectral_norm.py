@@ -1,4 +1,3 @@
-import math
 from typing import Any
 
 import pytest
@@ -126,8 +125,8 @@ def test_statistics_from_krylov_subspaces_are_close_to_the_exact_ones() -> None:
         if not trace:
             assert found[key] == pytest.approx(value, rel=2e-2), key
     assert found["temperature"] == pytest.approx(exact["temperature"], rel=1e-6)
-    error = math.hypot(found["fim_trace_stderr"], exact["fim_trace_stderr"])
-    assert abs(found["fim_trace"] - exact["fim_trace"]) < error  # the samples are the same
+    assert abs(found["fim_trace"] - exact["fim_trace"]) < 3 * found["fim_trace_stderr"]
+    assert found["fim_trace_stderr"] < 2 * exact["fim_trace_stderr"]
 
 
 @pytest.mark.parametrize("linearization", ["krylov", "exact"])

@@ -40,7 +40,7 @@ from lightning_robust.functional.input_space.missing_gradients import refuse_mis
 from lightning_robust.functional.input_space.units import Units
 
 Method = Literal["krylov", "power"]
-DEFAULT_ACCURACY = Accuracy(residual=0.025, error=0.025 / 3, products=30)
+DEFAULT_ACCURACY = Accuracy(residual=0.03, error=0.0075, products=30)
 _HELD_VECTORS = 32  # of the size of an input, for each sample of a chunk: its basis and a graph
 _SLOPE_STEP = 1e-3  # of log T
 _PER_SAMPLE = ("logits", "trace", "num_products")  # the other results come per temperature first

@@ -33,8 +33,6 @@ from lightning_robust.functional.input_space.float64 import widened
 
 # A vector whose part outside the subspace is this small, relative to the whole, is inside: the rest is rounding.
 _INSIDE = 1e-5
-# A residual this small, relative to the value, hardly helps with another matrix.
-_WORTHWHILE = 1e-3
 Information = Callable[[Tensor], Tensor]
 """Maps ``w`` (n, C), float64, to ``A w`` for the matrices ``A`` of n samples."""
 
@@ -207,13 +205,10 @@ def largest_eigenvalues(
         good = accuracy.reached(value, second, residual)
         here = (numbers == stage) & active
         residuals, converged = torch.where(here, residual, residuals), torch.where(here, good, converged)
-        # One more vector where a sample turns to the next matrix: what is left serves it, too, at no product that the
-        # samples beside it do not take anyway.
-        turns = (stage < len(projections) - 1) & (residual > _WORTHWHILE * value)
-        grows = active & (~good | turns) & (subspace.size < accuracy.products)
-        if grows.any():
-            grows = subspace.add(rest, grows)
-        stage = stage + (active & (good | ~grows))
+        stays = active & ~good & (subspace.size < accuracy.products)
+        if stays.any():
+            stays = subspace.add(rest, stays)
+        stage = stage + (active & ~stays)
     parts = [projection.ritz_values() for projection in projections]
     images = [subspace.image(weights) for _, _, weights in parts]
     return Eigenvalues(torch.stack([value for value, _, _ in parts]), residuals, converged, torch.stack(images))
