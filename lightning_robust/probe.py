@@ -28,7 +28,7 @@ from lightning_robust.functional.input_space.queries import linearize_by_queries
 from lightning_robust.samples import Samples
 
 _MOST_OUTPUTS = 32  # of which all gradients are taken, unless a probe says otherwise
-NUM_OTHERS = 10  # classes to which boundaries are sought where there are more outputs
+_NUM_OTHERS = 10  # classes to which boundaries are sought where there are more outputs
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ class Probe(Samples):
         if num_others is not None and num_others > most:
             expected = f"at most the {most} other classes of the model"
             raise ValueError(expected_but_got("num_targets", expected, num_others))
-        classes = logits.topk(1 + min(num_others or NUM_OTHERS, most), dim=1).indices
+        classes = logits.topk(1 + min(num_others or _NUM_OTHERS, most), dim=1).indices
         labels = self.reading.beside(logits).to(classes.device)
         places = (classes == labels[:, None]).int().argmax(dim=1)
         among = classes.gather(1, places[:, None])[:, 0] == labels

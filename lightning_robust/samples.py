@@ -178,7 +178,7 @@ class Samples:
                 self._done[key] = compute()
         return cast(T, self._done[key])
 
-    def rows(self, rows: slice) -> Self:
+    def rows(self, rows: slice | Tensor) -> Self:
         """Return a probe of some of the samples, without copying them."""
         extras = None if self.extras is None else {name: extra[rows] for name, extra in self.extras.items()}
         return replace(self, inputs=self.inputs[rows], targets=self.targets[rows], extras=extras)

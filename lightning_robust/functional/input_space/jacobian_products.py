@@ -27,8 +27,8 @@ from lightning_robust.functional._validation.tensors import check_logits, output
 # and about those that write to the gradients they are given.
 _MISSING = re.compile("derivative|differentiate|not implemented|requires? grad|modified by an inplace operation")
 _SAME = 1e-3  # relative difference of two numbers that are equal but for rounding
-# A central difference is large against the rounding of outputs (in units of it) and of inputs, and else as small as that
-# permits: steps across the kinks of a network with ReLU are wrong in proportion to their length.
+# A central difference is large against the rounding of outputs (in units of it) and of inputs, and else as small as
+# that permits: steps across the kinks of a network with ReLU are wrong in proportion to their length.
 _OUTPUT_STEP, _INPUT_STEP = 3e3, 1e3
 _LONGEST_STEP = 0.01  # relative to the length of the input
 
