@@ -154,7 +154,7 @@ class _Polynomials:
 
     def beta(self, place: Tensor) -> Tensor:
         """β at a place, 0-d."""
-        return torch.pow(2.0, self._octave + place)
+        return ((place + self._octave) * _STEP).exp()
 
     def derivatives(self, place: Tensor) -> tuple[Tensor, Tensor]:
         """``dℓ/d log β`` and ``d²ℓ/d(log β)²`` of each curve, (n,)."""
@@ -164,7 +164,8 @@ class _Polynomials:
 
     def place_of_minimum(self) -> Tensor:
         """Where the derivative of the sum changes its sign, by bisection."""
-        low, high = self._coefficients[0].new_tensor([0.0, 1.0])
+        low: Tensor = self._coefficients[0].new_zeros(())
+        high = torch.ones_like(low)
         for _ in range(_BISECTIONS):
             middle = (low + high) / 2
             rising = self.derivatives(middle)[0].sum() > 0

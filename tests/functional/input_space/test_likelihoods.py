@@ -471,7 +471,9 @@ def test_targets_that_contradict_the_likelihood_are_refused(
 
 
 def test_unknown_likelihoods_and_tolerances_that_say_nothing_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"`likelihood` to be one of \('categorical', 'bernoulli', 'gaussian', 'token'\)"):
+    with pytest.raises(
+        ValueError, match=r"`likelihood` to be one of \('categorical', 'bernoulli', 'gaussian', 'token'\)"
+    ):
         likelihood_of("poisson")
     for tolerance in (0, -1, math.nan, math.inf, "1"):
         with pytest.raises(ValueError, match="`tolerance` to be a positive number"):
