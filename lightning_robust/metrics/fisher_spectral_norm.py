@@ -35,7 +35,7 @@ from lightning_robust.metrics.base import ProbeMetric, error_bar, error_bar_of_m
 from lightning_robust.probe import Probe
 
 _MANY_CLASSES = 200  # fewer take milliseconds per sample
-_OF_LOSS_CURVES = 9.0  # of whose time is the algebra that a sequence takes
+_OF_LOSS_CURVES = 10.0  # of whose time is the algebra that a sequence takes
 _UNCONVERGED = "fim_spectral_norm_unconverged"
 
 

@@ -52,7 +52,7 @@ def texts(count: int, length: int, num_words: int, *, seed: int) -> tuple[Tensor
     which = torch.randint(4, (count, length), generator=generator)
     for t in range(length):
         ids[:, t + 1] = torch.where(follows[:, t], followers[ids[:, t], which[:, t]], ids[:, t + 1])
-    return ids[:, :-1], ids[:, 1:]
+    return ids[:, :-1].clone(), ids[:, 1:].clone()
 
 
 def train(model: LanguageModel, steps: int, *, length: int, num_words: int) -> None:
