@@ -30,6 +30,7 @@ from lightning_robust.functional.input_space.temperature import TemperatureFit
 # A sample counts as saturated if what it predicts is more probable than this. Its λ is then at least 250 times smaller
 # than the same gradients would give at even odds.
 SATURATED_ABOVE = 0.999
+_SLOPE_STEP = 1e-3  # of log T
 
 
 @dataclass(frozen=True)
@@ -118,6 +119,18 @@ class Likelihood(ABC):
         Meant for many products at one temperature.
         """
         return lambda w: self.information_times(z / temperature, w[..., None])[..., 0] / temperature**2
+
+    def slope(self, z: Tensor, temperature: float, image: Tensor) -> Tensor:
+        """Derivative (N,) of ``log wᵀ A w / T²`` in ``log T``, for ``w`` (N, ...).
+
+        To first order an eigenvalue changes as its eigenvector's form does.
+        """
+        up, down = (
+            (image * self.information_at(z, temperature * (1 + step))(image)).sum(dim=1)
+            for step in (_SLOPE_STEP, -_SLOPE_STEP)
+        )
+        middle = (up + down) / 2
+        return torch.where(middle > 0, (up - down) / (2 * _SLOPE_STEP * middle), 0.0)
 
     # ---- temperature -------------------------------------------------------------------------------------------------
 

@@ -18,7 +18,7 @@ from lightning_robust.functional._validation.arguments import check_kind, class_
 from lightning_robust.functional._validation.outputs import IGNORED
 from lightning_robust.functional._validation.tensors import check_finite, check_finite_or_masked
 from lightning_robust.functional.input_space._likelihood import Likelihood
-from lightning_robust.functional.input_space.float64 import working
+from lightning_robust.functional.input_space.float64 import widened, working
 from lightning_robust.functional.input_space.loss_curves import SIZE, fit_curves, loss_curves
 from lightning_robust.functional.input_space.softmax_root import softmax_root_of_many
 from lightning_robust.functional.input_space.temperature import TemperatureFit
@@ -85,6 +85,18 @@ class Token(Likelihood):
             return (w - mean).mul_(probs).div_(temperature**2)
 
         return times
+
+    def slope(self, z: Tensor, temperature: float, image: Tensor) -> Tensor:
+        """``−2 − E_p[(z/T − E_p z/T) (w − E_p w)²] / Var_p w``, with sums over positions above and below.
+
+        Single precision would not do for the difference of two forms.
+        """
+        y = z.masked_fill(z.isneginf(), 0.0) / temperature
+        probs = (z / temperature).softmax(dim=2)
+        squares = (image - (probs * image).sum(dim=2, keepdim=True)).square_().mul_(probs)
+        variance = widened(squares.flatten(1).sum(dim=1))
+        moved = widened((y - (probs * y).sum(dim=2, keepdim=True)).mul_(squares).flatten(1).sum(dim=1))
+        return torch.where(variance > 0, -2 - moved / variance, 0.0)
 
     def information_times(self, z: Tensor, vectors: Tensor) -> Tensor:
         """``p v − p (pᵀ v)`` at each position."""

@@ -30,7 +30,6 @@ from lightning_robust.functional.input_space.krylov import (
     Accuracy,
     Projection,
     Subspace,
-    dots,
     largest_eigenvalues,
     power_iteration,
     squared_norms,
@@ -45,7 +44,6 @@ ACCURACY = Accuracy(residual=0.03, error=0.005, products=30)
 # whatever there is in others, long before a Ritz value is the largest eigenvalue.
 ACCURACY_OF_POSITIONS = Accuracy(residual=0.003, error=0.005, products=40)
 _HELD_VECTORS = 32  # of the size of an input, for each sample of a chunk: its basis and a graph
-_SLOPE_STEP = 1e-3  # of log T
 _HELD_IMAGES = 2**26  # elements, where samples have outputs at several positions: 256 MiB
 _PER_SAMPLE = ("logits", "trace", "num_products")  # the other results come per temperature first
 
@@ -202,19 +200,7 @@ class _Chunk:
             found.value,
             found.residual,
             found.converged,
-            _slopes(kind, z, found.image, temperatures),
+            torch.stack([kind.slope(z, t, image) for t, image in zip(temperatures, found.image, strict=True)]),
             inside + squared_norms(subspace.outside(score)),
             products,
         )
-
-
-def _slopes(kind: Likelihood, z: Tensor, images: Tensor, temperatures: Sequence[float]) -> Tensor:
-    """Derivatives (S, n) of log λ in log T: to first order an eigenvalue changes as its eigenvector's form does."""
-    slopes = []
-    for image, temperature in zip(images, temperatures, strict=True):
-        up, down = (
-            dots(image, kind.information_at(z, temperature * (1 + step))(image)) for step in (_SLOPE_STEP, -_SLOPE_STEP)
-        )
-        middle = (up + down) / 2
-        slopes.append(torch.where(middle > 0, (up - down) / (2 * _SLOPE_STEP * middle), 0.0))
-    return torch.stack(slopes)
