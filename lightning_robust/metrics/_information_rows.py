@@ -28,14 +28,12 @@ class Measured(NamedTuple):
     """What is known of all samples.
 
     Attributes:
-        logits: ``(N, C)``.
         norms: ``(N,)``.
         calibrated: Norms at the fitted temperature.
         traces: ``(N,)``.
         converged: ``(N,)``, whether norms are final; None if all are exact.
     """
 
-    logits: Tensor
     norms: Tensor
     calibrated: CalibratedSpectralNorm
     traces: Tensor
@@ -64,7 +62,6 @@ def from_triangles(
         matrix[i, j] = triangle
         matrix[j, i] = triangle
     return Measured(
-        logits,
         fim_spectral_norm(logits, gram, likelihood=likelihood, gram_variance=gram_variance),
         calibrated_fim_spectral_norm(logits, gram, targets, likelihood=likelihood, gram_variance=gram_variance),
         fim_trace(logits, gram, likelihood=likelihood),
@@ -80,14 +77,14 @@ def summaries(information: InputInformation) -> Tensor:
     return torch.stack([norm, calibrated, slope, log_temperature, information.trace.to(norm), converged], dim=1)
 
 
-def from_summaries(logits: Tensor, targets: Tensor, numbers: Tensor, likelihood: LikelihoodName) -> Measured:
-    """Results from the summaries ``(N, 6)`` of all samples.
+def from_summaries(evidence: Tensor, numbers: Tensor, likelihood: LikelihoodName) -> Measured:
+    """Results from the evidence ``(N, E)`` of the temperature and the summaries ``(N, 6)`` of all samples.
 
     The temperature that fits all is the one that a sample was measured at, if it was told that; else λ follows by its
     derivative.
     """
     norms, calibrated, slopes, log_temperatures, traces, converged = numbers.unbind(dim=1)
-    fit = likelihood_of(likelihood).fit(logits, targets)
+    fit = likelihood_of(likelihood).fit_evidence(evidence)
     values = calibrated * (slopes * (fit.temperature.log() - log_temperatures)).exp()
     derivatives = -slopes * values * fit.temperature  # with respect to 1/T
-    return Measured(logits, norms, with_error_of_temperature(values, derivatives, fit), traces, converged)
+    return Measured(norms, with_error_of_temperature(values, derivatives, fit), traces, converged)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lightning_robust.functional._validation.tensors import check_finite
 from lightning_robust.functional.input_space.attacks import Norm
+from lightning_robust.functional.input_space.likelihoods import column_likelihood_of
 from lightning_robust.functional.input_space.linearization import Linearization
 from lightning_robust.functional.input_space.linearized_margin import linearized_margin, linearized_margin_linf
 from lightning_robust.probe import Probe
@@ -80,8 +81,10 @@ def _nearest_beyond(probe: Probe, few: Probe, linearization: Linearization, norm
         return torch.full_like(outputs[:, 0], torch.inf)
     top = outputs.topk(count + 1, dim=1).values
     if norm == "l2":
-        slopes = few.reading.likelihood.slopes_l2(linearization.logits, linearization.gram).to(outputs)
+        kind = column_likelihood_of(few.likelihood, few.tolerance)
+        slopes = kind.slopes_l2(linearization.logits, linearization.gram).to(outputs)
     else:
         assert linearization.gap_l1 is not None
         slopes = linearization.gap_l1
-    return (top[:, 0] - top[:, count]) / (_STEEPER * slopes.amax(dim=1))
+    distances: Tensor = (top[:, 0] - top[:, count]) / (_STEEPER * slopes.amax(dim=1))
+    return distances

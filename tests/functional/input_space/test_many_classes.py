@@ -87,7 +87,6 @@ def stages(setting: Setting) -> dict[int, Probe]:
     return found
 
 
-
 @cache
 def exact(setting: Setting, steps: int) -> Probe:
     """The probe that takes the gradients of all classes."""

@@ -158,9 +158,7 @@ def test_two_classes_have_information_of_rank_one_which_one_product_finds(method
 def test_a_single_output_has_information_of_rank_one() -> None:
     model, inputs = wide(1)
     found = fim_spectral_norm_matrix_free(model, inputs, likelihood="gaussian")
-    torch.testing.assert_close(
-        found.value, exact(model, inputs, [1.0], likelihood="gaussian")[0], rtol=1e-5, atol=0
-    )
+    torch.testing.assert_close(found.value, exact(model, inputs, [1.0], likelihood="gaussian")[0], rtol=1e-5, atol=0)
     assert found.converged.all()
 
 
