@@ -81,7 +81,7 @@ class FisherSpectralNorm(ProbeMetric):
     higher_is_better = False
     best_untrained = True
     linearizations = ("first",)
-    krylov_passes = 24.0
+    krylov_passes = 32.0
     rows: list[Tensor]
     summaries: list[Tensor]
     num_classes: Tensor

@@ -5,10 +5,14 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
+
+from lightning_robust.functional.input_space import input_information
+from lightning_robust.functional.input_space.jacobian_products import JacobianProducts
 
 
 class Record:
@@ -111,3 +115,24 @@ class Traffic(TorchDispatchMode):
             sent = args[1] if "gather" in name else args[0]  # gathering collectives take the output first
             self.bytes_sent[name] += sum(tensor.nbytes for tensor in tree_leaves(sent) if isinstance(tensor, Tensor))
         return func(*args, **(kwargs or {}))
+
+
+def counted_passes(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """Count passes of single samples from now on: forward and backward passes, and products with Jacobians."""
+    counts: Counter[str] = Counter()
+
+    class Counted(JacobianProducts):
+        def __init__(self, network: Any, x: Tensor, *args: Any, **options: Any) -> None:
+            counts.update(forward=len(x), backward=len(x))
+            super().__init__(network, x, *args, **options)
+
+        def transposed(self, vectors: Tensor) -> Tensor:
+            counts.update(backward=len(vectors))
+            return super().transposed(vectors)
+
+        def times(self, directions: Tensor) -> Tensor:
+            counts.update(products=len(directions))
+            return super().times(directions)
+
+    monkeypatch.setattr(input_information, "JacobianProducts", Counted)
+    return counts

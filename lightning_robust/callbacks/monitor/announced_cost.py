@@ -33,7 +33,7 @@ from lightning_robust.probe import Probe
 _LONG = 10.0  # seconds
 _MUCH = 2**30  # bytes
 _FEWEST = 16  # samples that are worth measuring
-_PASSES_OF_TEN_CLASSES = 13  # forward passes that the gradients of eleven classes take, with that which chooses them
+_PASSES_OF_TEN_CLASSES = 16  # forward passes that the gradients of eleven classes take, with that which chooses them
 _PASSES_OF_POSITIONS = 2.0  # times those of other samples, which take half as many products
 _MANY_LOGITS = 2**23  # of all sequences: the algebra of fewer takes a few seconds
 _OF_THREE = 4  # forward passes that those three take that find flaws, with about a backward pass

@@ -90,8 +90,9 @@ def fim_spectral_norm_matrix_free(
         method: ``"krylov"``, or ``"power"``: power iteration, the paper's method and our reference. It takes two to ten
             times as many products.
         tolerance: Largest residual, relative to the value, at which a value counts as converged. ``"krylov"`` asks
-            for a quarter of it as the bound on the relative error, too, which is a stronger demand where the two largest
-            eigenvalues are close. By default 0.03, and 0.003 for sequences, whose positions hide from each other.
+            for a quarter of it as the bound on the relative error, too, which is a stronger demand where the two
+            largest eigenvalues are close. By default 0.03, and 0.003 for sequences, whose positions hide from each
+            other.
         max_products: Most products with ``J`` for each sample (and temperature, with ``"power"``); by default 30, and
             40 for sequences.
         extras: As in :func:`~lightning_robust.functional.linearize`.

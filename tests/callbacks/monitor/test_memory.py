@@ -59,7 +59,9 @@ class Small(Classifier):
         return super().forward(x)
 
 
-def fit(root: Path, room: int, error: Exception = CUDA) -> tuple[list[dict[str, float]], list[str], list[list[int]]]:
+def fit(
+    root: Path, room: int, error: Exception = CUDA, **options: Any
+) -> tuple[list[dict[str, float]], list[str], list[list[int]]]:
     """Return the logged rows, the warnings, and how many samples each measurement tried at once."""
     model = Small(classifier().network)
     model.room, model.error = room, error
@@ -73,7 +75,7 @@ def fit(root: Path, room: int, error: Exception = CUDA) -> tuple[list[dict[str, 
     history = Tried()
     torch.manual_seed(0)
     with robustness_warnings() as messages:
-        run = trainer(RobustnessMonitor(metrics()), history, root=root, num_sanity_val_steps=0)
+        run = trainer(RobustnessMonitor(metrics(), **options), history, root=root, num_sanity_val_steps=0)
         run.fit(model, loader(), loader(batch_size=32))
     return history.rows, messages, tried
 
@@ -107,6 +109,15 @@ def test_the_numbers_are_those_of_a_larger_memory_and_the_size_is_remembered(
     assert len(rows) == 2
     for row, reference in zip(rows, expected, strict=True):
         assert without_time(row) == pytest.approx(reference, rel=1e-4, abs=1e-5)
+
+
+def test_krylov_subspaces_of_fewer_samples_at_once_have_the_same_numbers(tmp_path: Path) -> None:
+    (expected, said, _), (rows, messages, tried) = (fit(tmp_path, room, linearization="krylov") for room in (10**9, 12))
+    assert said == []
+    assert len(messages) == 1
+    assert max(tried[1]) == 8
+    for row, reference in zip(rows, expected, strict=True):
+        assert without_time(row) == pytest.approx(without_time(reference), rel=1e-4, abs=1e-5)
 
 
 @pytest.mark.parametrize("error", [CUDA, CPU, MPS, ONEDNN, MemoryError()], ids=str)

@@ -308,6 +308,7 @@ class Setting:
 
     model: Callable[[], Classifier] = Classifier
     options: dict[str, Any] = field(default_factory=dict)
+    measured: dict[str, Any] = field(default_factory=dict)  # options of the monitor
     callbacks: Callable[[], list[Callback]] = list
     script: Callable[[Trainer, LightningModule], None] = fit
     says: str = "(?!)"  # warnings of the monitor
@@ -320,7 +321,8 @@ class Setting:
         random.seed(7)
         np.random.seed(7)  # noqa: NPY002
         model, witness = self.model(), Witness()
-        monitors = [RobustnessMonitor(everything(), max_samples=20, on_error="raise")] if monitored else []
+        options = {"max_samples": 20, "on_error": "raise"} | self.measured
+        monitors = [RobustnessMonitor(everything(), **options)] if monitored else []
         with robustness_warnings() as messages, warnings.catch_warnings():
             warnings.filterwarnings("ignore", self.warns)
             run = trainer(*monitors, *self.callbacks(), witness, root=root, **self.options)
@@ -334,6 +336,7 @@ class Setting:
         return witness.testimony
 
 
+KRYLOV = {"linearization": "krylov"}
 SETTINGS = {
     "plain": Setting(),
     "a BatchNorm frozen at the start of every epoch": Setting(FrozenNorm, warns="Found 1 module"),
@@ -374,6 +377,12 @@ SETTINGS = {
     "metrics inside the module": Setting(WithMetrics),
     "validation before and after": Setting(script=validate_fit_validate),
     "sanity checking": Setting(options={"num_sanity_val_steps": 2}),
+    "Krylov subspaces": Setting(measured=KRYLOV, script=validate_fit_validate),
+    "Krylov subspaces of attention": Setting(
+        on_network(attention), measured=KRYLOV, may_say="is mostly noise of its random probes"
+    ),
+    "Krylov subspaces of parametrised weights": Setting(on_network(parametrised), measured=KRYLOV),
+    "Krylov subspaces of checkpointed layers": Setting(on_network(Checkpointed), measured=KRYLOV),
     "no inference mode": Setting(options={"inference_mode": False}, script=validate_fit_validate),
 }
 

@@ -5,7 +5,6 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import Any
 
 import pytest
 import torch
@@ -14,10 +13,9 @@ from torch.nn import functional as F
 
 from lightning_robust import LinearizedAccuracy, Probe
 from lightning_robust.functional import fim_spectral_norm, fit_temperature
-from lightning_robust.functional.input_space import input_information as input_information_module
-from lightning_robust.functional.input_space.jacobian_products import JacobianProducts
+from tests.helpers.recording import counted_passes
 
-MOST_PASSES = 30
+MOST_PASSES = 30  # forward and backward passes, and products with Jacobians, per sample
 RANGE = (-8.0, 8.0)
 
 
@@ -93,36 +91,14 @@ def exact(setting: Setting, steps: int) -> Probe:
     return replace(stages(setting)[steps], linearization="exact")
 
 
-@pytest.fixture
-def passes(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
-    """Passes of one sample, on average: forward passes, backward passes and products count 1 each."""
-    counted = dict.fromkeys(("forward", "backward", "products"), 0.0)
-
-    class Counted(JacobianProducts):
-        def __init__(self, network: Any, x: Tensor, *args: Any, **options: Any) -> None:
-            counted["forward"] += len(x)
-            counted["backward"] += len(x)
-            super().__init__(network, x, *args, **options)
-
-        def transposed(self, vectors: Tensor) -> Tensor:
-            counted["backward"] += len(vectors)
-            return super().transposed(vectors)
-
-        def times(self, directions: Tensor) -> Tensor:
-            counted["products"] += len(directions)
-            return super().times(directions)
-
-    monkeypatch.setattr(input_information_module, "JacobianProducts", Counted)
-    return counted
-
-
 @every_stage
 def test_spectral_norms_are_those_of_exact_gradients_at_a_few_passes(
-    setting: Setting, steps: int, passes: dict[str, float]
+    setting: Setting, steps: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     probe, linearized = stages(setting)[steps], exact(setting, steps).linearized
     least, most = setting.accuracy[steps]
     assert least <= float((linearized.logits.argmax(dim=1) == probe.targets).double().mean()) <= most
+    passes = counted_passes(monkeypatch)
     information = replace(probe).information
     fitted = float(fit_temperature(linearized.logits, probe.targets))
     assert information.temperatures == (pytest.approx(fitted, rel=1e-3), 1.0)
@@ -134,7 +110,7 @@ def test_spectral_norms_are_those_of_exact_gradients_at_a_few_passes(
         assert float(shares.quantile(0.05)) > 0.97
         assert float(value.mean() / expected.mean()) > 0.98
     assert information.converged.all()
-    assert sum(passes.values()) / len(probe) <= MOST_PASSES
+    assert passes.total() / len(probe) <= MOST_PASSES
 
 
 @every_stage

@@ -375,11 +375,11 @@ def test_outputs_that_change_without_gradients_are_refused(name: str, method: An
 @pytest.mark.parametrize(
     ("options", "error", "words"),
     [
-        ({"temperature": 0.0}, ValueError, "`temperature` to be a positive number or a list of such numbers"),
-        ({"temperature": [1.0, -1.0]}, ValueError, "`temperature` to be a positive number or a list"),
-        ({"temperature": []}, ValueError, r"`temperature` to be a positive number.*but got \[\]"),
-        ({"temperature": "1"}, ValueError, "`temperature` to be a positive number"),
-        ({"temperature": float("nan")}, ValueError, "`temperature` to be a positive number"),
+        ({"temperature": 0.0}, ValueError, "`temperature` to be positive and finite"),
+        ({"temperature": [1.0, -1.0]}, ValueError, "`temperature` to be positive and finite"),
+        ({"temperature": []}, ValueError, r"`temperature` to be positive and finite.*but got \[\]"),
+        ({"temperature": "1"}, ValueError, "`temperature` to be positive and finite"),
+        ({"temperature": float("nan")}, ValueError, "`temperature` to be positive and finite"),
         ({"method": "lanczos"}, ValueError, "`method` to be .*'krylov'.*'power'.* but got 'lanczos'"),
         ({"tolerance": 0}, ValueError, "`tolerance` to be a positive number"),
         ({"max_products": 0}, ValueError, "`max_products` to be a positive integer, but got 0"),
