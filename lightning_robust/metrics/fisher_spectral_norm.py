@@ -60,7 +60,8 @@ class FisherSpectralNorm(ProbeMetric):
 
     With more than 32 outputs λ is found in a Krylov subspace, to within 1 % for nearly all samples, and the trace is
     estimated (see :func:`~lightning_robust.functional.fim_spectral_norm_matrix_free`). The calibrated values are then
-    those at the temperature of the probe; they follow the one that fits all samples by their derivatives.
+    those at the temperature of the probe; where another one fits all samples, they follow from values and derivatives
+    there and at 1.
 
     With likelihood ``"token"`` a sample is a sequence, and its information is summed over the positions that count.
     Sequences without any are left out, and there is no ``saturated``.
@@ -71,7 +72,7 @@ class FisherSpectralNorm(ProbeMetric):
     Units: squared nats per squared input unit, un-normalised if the probe has ``input_std``.
 
     State: targets and outputs of each sample, because the temperature is fitted to all samples of all processes, and
-    the upper triangle of its Gram matrix: ``1 + C + C(C + 1)/2`` numbers. With more than 32 outputs six numbers take
+    the upper triangle of its Gram matrix: ``1 + C + C(C + 1)/2`` numbers. With more than 32 outputs seven numbers take
     the place of the Gram matrix. With ``"bernoulli"`` and ``"gaussian"`` there is a target for each output. Of a
     sequence there are 60 numbers.
 
