@@ -107,9 +107,9 @@ class Samples:
         """Raise a ``ValueError`` if the model is only queried; ``what`` needs gradients."""
         if self.queries is not None:
             raise ValueError(
-                f"Expected a model with gradients for {what}, but it is only queried (`queries={self.queries}`):"
-                ' measure `FisherSpectralNorm()` and `LinearizedAccuracy(norm="l2")`, or give the network itself'
-                " without `queries`."
+                f"Expected a model with gradients for {what}, but it is only queried (`queries={self.queries}`)."
+                ' Of queried classifiers, `FisherSpectralNorm()` and `LinearizedAccuracy(norm="l2")` can be measured;'
+                " for anything else give the network itself, without `queries`."
             )
 
     @property

@@ -36,7 +36,7 @@ HUNDRED = Setting(100, 8, 12, 96, {0: (0, 0.05), 20: (0, 0.1), 60: (0.1, 0.4), 1
 THOUSAND = Setting(1000, 16, 32, 64, {0: (0, 0.01), 20: (0, 0.05), 100: (0.05, 0.4), 300: (0.4, 0.9)})
 SETTINGS = [
     pytest.param(setting, steps, id=f"{setting.num_classes} classes, {steps} steps", marks=marks)
-    for setting, marks in ((HUNDRED, ()), (THOUSAND, pytest.mark.long))
+    for setting, marks in ((HUNDRED, ()), (THOUSAND, (pytest.mark.long, pytest.mark.timeout(900))))
     for steps in setting.accuracy
 ]
 every_stage = pytest.mark.parametrize(("setting", "steps"), SETTINGS)
