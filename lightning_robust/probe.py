@@ -28,7 +28,7 @@ from lightning_robust.functional.input_space.queries import linearize_by_queries
 from lightning_robust.samples import Samples
 
 _MOST_OUTPUTS = 32  # of which all gradients are taken, unless a probe says otherwise
-NUM_OTHERS = 10  # classes to which boundaries are sought where there are more outputs
+_NUM_OTHERS = 10  # classes to which boundaries are sought where there are more outputs
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,9 @@ class Probe(Samples):
             curvature is about its weights.
         likelihood: What the outputs mean: logits of classes, ``"categorical"``; logits of several labels per sample
             with targets 0 or 1, ``"bernoulli"``; or numbers, ``"gaussian"``. Of the last two, every output ``(N, ...)``
-            has a target.
+            has a target. With ``"token"`` they are logits ``(N, T, V)`` of words at T positions, such as those of a
+            language model, and targets ``(N, T)`` are the words at those positions. A position does not count where the
+            target is −100, or the ``ignore_index`` of ``loss_fn``.
         linearization: ``"exact"`` takes the gradients of all outputs; ``"krylov"`` finds spectral norms in a Krylov
             subspace, and margins among the most probable classes. By default the number of outputs decides: up to 32,
             all gradients are taken.
@@ -107,13 +109,14 @@ class Probe(Samples):
     @property
     def linearized_if_few(self) -> Linearization | None:
         """The same; None if there are more than 32 outputs, unless :attr:`linearization` says otherwise."""
-        if self.linearization == "krylov":
+        if self.linearization == "krylov" or self.reading.likelihood.has_positions:
             return None
         return self._linearized(_MOST_OUTPUTS if self.linearization is None else None)
 
     def takes_krylov(self, num_outputs: int) -> bool:
         """Whether spectral norms of so many outputs are found in Krylov subspaces."""
-        return self.linearization == "krylov" or (self.linearization is None and num_outputs > _MOST_OUTPUTS)
+        alone = self.linearization == "krylov" or self.reading.likelihood.has_positions
+        return alone or (self.linearization is None and num_outputs > _MOST_OUTPUTS)
 
     def _linearized(self, most_outputs: int | None) -> Linearization | None:
         if self.queries is not None:
@@ -167,7 +170,7 @@ class Probe(Samples):
         if num_others is not None and num_others > most:
             expected = f"at most the {most} other classes of the model"
             raise ValueError(expected_but_got("num_targets", expected, num_others))
-        classes = logits.topk(1 + min(num_others or NUM_OTHERS, most), dim=1).indices
+        classes = logits.topk(1 + min(num_others or _NUM_OTHERS, most), dim=1).indices
         labels = self.reading.beside(logits).to(classes.device)
         places = (classes == labels[:, None]).int().argmax(dim=1)
         among = classes.gather(1, places[:, None])[:, 0] == labels
@@ -187,13 +190,18 @@ class Probe(Samples):
         return self._once(("information",), self._information)
 
     def _information(self) -> InputInformation:
-        kind, outputs = likelihood_of(self.likelihood, self.tolerance), self.own_outputs
+        kind = likelihood_of(self.likelihood, self.tolerance)
         temperature = self.temperature
         if temperature is None:
-            temperature = float(kind.fit(outputs, self.reading.beside(outputs)).temperature)
-        options: dict[str, Any] = {"extras": self.extras, "input_std": self.input_std, "chunk_size": self.chunk_size}
+            temperature = float(kind.fit_evidence(self.evidence).temperature)
         return input_information(
-            self.classifier, self.inputs, temperatures=[temperature, 1.0], likelihood=kind, **options
+            self.classifier,
+            self.inputs,
+            temperatures=[temperature, 1.0],
+            likelihood=kind,
+            extras=self.network_extras,
+            input_std=self.input_std,
+            chunk_size=self.chunk_size,
         )
 
     def attacked(self, attack: Attack) -> Tensor:

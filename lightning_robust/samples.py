@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any, Literal, Self, TypeVar, cast, get_args
@@ -26,7 +26,12 @@ from lightning_robust.functional._validation.independence import check_place, pl
 from lightning_robust.functional._validation.samples import check_samples, completed
 from lightning_robust.functional._validation.tensors import check_logits, outputs_of
 from lightning_robust.functional.curvature.losses import LossFn, check_loss_fn
-from lightning_robust.functional.input_space.likelihoods import LikelihoodName, likelihood_of
+from lightning_robust.functional.input_space.likelihoods import (
+    Likelihood,
+    LikelihoodName,
+    column_likelihood_of,
+    likelihood_of,
+)
 from lightning_robust.functional.input_space.query_answers import answering_logits, as_tensor, given_tensors, is_array
 from lightning_robust.functional.input_space.reading import Reading
 from lightning_robust.functional.input_space.units import Units, check_units, check_valid_range
@@ -72,6 +77,8 @@ class Samples:
         if self.queries is not None and (kind.name != "categorical" or self.linearization == "krylov"):
             what = f"likelihood {kind.name!r}" if kind.name != "categorical" else "linearization 'krylov'"
             self._refuse_queries(what)
+        if kind.has_positions and self.linearization == "exact":
+            column_likelihood_of(kind.name)  # raises
         any_targets = options.pop("loss_fn") is not None or kind.name != "categorical"
         check_samples(self.inputs, self.targets, any_targets=any_targets)
         check_extras(self.extras, len(self.inputs))
@@ -100,9 +107,9 @@ class Samples:
         """Raise a ``ValueError`` if the model is only queried; ``what`` needs gradients."""
         if self.queries is not None:
             raise ValueError(
-                f"Expected a model with gradients for {what}, but it is only queried (`queries={self.queries}`):"
-                ' measure `FisherSpectralNorm()` and `LinearizedAccuracy(norm="l2")`, or give the network itself'
-                " without `queries`."
+                f"Expected a model with gradients for {what}, but it is only queried (`queries={self.queries}`)."
+                ' Of queried classifiers, `FisherSpectralNorm()` and `LinearizedAccuracy(norm="l2")` can be measured;'
+                " for anything else give the network itself, without `queries`."
             )
 
     @property
@@ -111,17 +118,46 @@ class Samples:
         return self._once(("outputs",), self._own_outputs)
 
     def _own_outputs(self) -> Tensor:
-        kind, x = likelihood_of(self.likelihood, self.tolerance), full_precision(self.inputs)
-        size = self.chunk_size or max(1, _FORWARD_ELEMENTS // max(1, x[0].numel()))
-        chunks = torch.split(torch.arange(len(x)), size)
+        size = self.chunk_size or max(1, _FORWARD_ELEMENTS // max(1, self.inputs[0].numel()))
         with differentiable(self.model, self.module), torch.no_grad():
-            parts = [outputs_of(self.network.on(rows), x[rows], check=kind.check_outputs) for rows in chunks]
-        return torch.cat(parts)
+            return torch.cat([self._outputs_of(rows) for rows in torch.split(torch.arange(len(self)), size)])
+
+    def _outputs_of(self, rows: Tensor) -> Tensor:
+        check = likelihood_of(self.likelihood, self.tolerance).check_outputs
+        return outputs_of(self.network.on(rows), full_precision(self.inputs[rows]), check=check)
+
+    @property
+    def evidence(self) -> Tensor:
+        """All that the temperature depends on, ``(N, E)`` (see :meth:`Likelihood.evidence`)."""
+        return self._once(("evidence",), self._evidence)
+
+    def _evidence(self) -> Tensor:
+        kind = likelihood_of(self.likelihood, self.tolerance)
+        if not kind.has_positions:
+            return kind.evidence(self.own_outputs, self.reading.beside(self.own_outputs))
+        with differentiable(self.model, self.module), torch.no_grad():
+            return torch.cat(list(self._evidence_of_parts(kind)))
+
+    def _evidence_of_parts(self, kind: Likelihood) -> Iterator[Tensor]:
+        """The same where the outputs of all samples are too many to keep."""
+        start, at_once = 0, 1  # until the number of outputs is known
+        while start < len(self):
+            rows = torch.arange(start, min(start + at_once, len(self)))
+            outputs = self._outputs_of(rows)
+            yield kind.evidence(outputs, self.reading._replace(targets=self.targets[rows]).beside(outputs))
+            start += len(rows)
+            at_once = self.chunk_size or max(1, _FORWARD_ELEMENTS // max(outputs[0].numel(), self.inputs[0].numel()))
+
+    @property
+    def network_extras(self) -> dict[str, Tensor]:
+        """The extras of :attr:`classifier`: those of the samples, and what it needs to know of their targets."""
+        return {**(self.extras or {}), **self.reading.own_extras}
 
     @property
     def _options(self) -> dict[str, Any]:
         """The options that all estimators on the inputs take."""
-        return {name: getattr(self, name) for name in ("extras", "input_std", "input_mean", "valid_range")}
+        options = {name: getattr(self, name) for name in ("input_std", "input_mean", "valid_range")}
+        return {"extras": self.network_extras, **options}
 
     @property
     def _meaning(self) -> dict[str, Any]:
@@ -151,7 +187,7 @@ class Samples:
     @property
     def network(self) -> SampleModel:
         """The classifier, with the extras of these samples."""
-        return SampleModel(self.classifier, self.extras, num_samples=len(self))
+        return SampleModel(self.classifier, self.network_extras, num_samples=len(self))
 
     @property
     def unnormalised_inputs(self) -> Tensor:
@@ -178,7 +214,7 @@ class Samples:
                 self._done[key] = compute()
         return cast(T, self._done[key])
 
-    def rows(self, rows: slice) -> Self:
+    def rows(self, rows: slice | Tensor) -> Self:
         """Return a probe of some of the samples, without copying them."""
         extras = None if self.extras is None else {name: extra[rows] for name, extra in self.extras.items()}
         return replace(self, inputs=self.inputs[rows], targets=self.targets[rows], extras=extras)

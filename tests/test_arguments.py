@@ -148,7 +148,7 @@ BAD: list[tuple[str, str, tuple[Any, ...]]] = [
     ("combine RobustnessDriftStopping.combine", "one of ('any', 'all')", NO_CHOICE),
     ("RobustnessDriftStopping.combine", "'any', since `monitor` is one key", ("all",)),
     ("estimator", "one of ('auto', 'hutchinson', 'gauss_newton')", NO_CHOICE),
-    ("likelihood", "one of ('categorical', 'bernoulli', 'gaussian')", NO_CHOICE),
+    ("likelihood", "one of ('categorical', 'bernoulli', 'gaussian', 'token')", NO_CHOICE),
     ("loss", "one of ('cross_entropy', 'dlr')", NO_CHOICE),
     ("mode", "one of ('path', 'unit_steps')", NO_CHOICE),
     ("RobustnessDriftStopping.mode", "one of ('min', 'max')", NO_CHOICE),

@@ -32,10 +32,13 @@ def misconfiguration() -> Iterator[None]:
         raise MisconfigurationException(str(error)) from error
 
 
-def as_metrics(metrics: Sequence[str | ProbeMetric] | str | ProbeMetric | None) -> list[ProbeMetric]:
+def as_metrics(
+    metrics: Sequence[str | ProbeMetric] | str | ProbeMetric | None, *, with_margins: bool = True
+) -> list[ProbeMetric]:
     """Return metrics for a metric or a name, or several; the defaults for None; or raise a ``ValueError``."""
     if metrics is None:
-        return [FisherSpectralNorm(), LinearizedAccuracy(), HessianTrace(), WeightCurvatureIndex()]
+        margins = [LinearizedAccuracy()] if with_margins else []
+        return [FisherSpectralNorm(), *margins, HessianTrace(), WeightCurvatureIndex()]
     entries = [metrics] if isinstance(metrics, str | ProbeMetric) else as_sequence(metrics)
     if not entries:
         raise ValueError(expected_but_got("metrics", "a non-empty list of metrics or their names", metrics))

@@ -16,7 +16,13 @@ from lightning_robust.functional.input_space.fisher_information import (
     fim_trace,
     saturated,
 )
-from lightning_robust.functional.input_space.likelihoods import NAMES, LikelihoodName
+from lightning_robust.functional.input_space.likelihoods import (
+    NAMES,
+    LikelihoodName,
+    column_likelihood_of,
+    likelihood_of,
+)
+from lightning_robust.functional.input_space.loss_curves import loss_curves, num_positions
 from lightning_robust.metrics._information_rows import (
     NUM_SUMMARIES,
     Measured,
@@ -29,6 +35,7 @@ from lightning_robust.metrics.base import ProbeMetric, error_bar, error_bar_of_m
 from lightning_robust.probe import Probe
 
 _MANY_CLASSES = 200  # fewer take milliseconds per sample
+_OF_LOSS_CURVES = 10.0  # of whose time is the algebra that a sequence takes
 _UNCONVERGED = "fim_spectral_norm_unconverged"
 
 
@@ -53,7 +60,11 @@ class FisherSpectralNorm(ProbeMetric):
 
     With more than 32 outputs λ is found in a Krylov subspace, to within 1 % for nearly all samples, and the trace is
     estimated (see :func:`~lightning_robust.functional.fim_spectral_norm_matrix_free`). The calibrated values are then
-    those at the temperature of the probe; they follow the one that fits all samples by their derivatives.
+    those at the temperature of the probe; where another one fits all samples, they follow from values and derivatives
+    there and at 1.
+
+    With likelihood ``"token"`` a sample is a sequence, and its information is summed over the positions that count.
+    Sequences without any are left out, and there is no ``saturated``.
 
     With queries, the bias that their noise gives λ is removed (see
     :func:`~lightning_robust.functional.fim_spectral_norm_by_queries`).
@@ -61,8 +72,9 @@ class FisherSpectralNorm(ProbeMetric):
     Units: squared nats per squared input unit, un-normalised if the probe has ``input_std``.
 
     State: targets and outputs of each sample, because the temperature is fitted to all samples of all processes, and
-    the upper triangle of its Gram matrix: ``1 + C + C(C + 1)/2`` numbers. With more than 32 outputs six numbers take
-    the place of the Gram matrix. With other likelihoods than ``"categorical"`` there is a target for each output.
+    the upper triangle of its Gram matrix: ``1 + C + C(C + 1)/2`` numbers. With more than 32 outputs seven numbers take
+    the place of the Gram matrix. With ``"bernoulli"`` and ``"gaussian"`` there is a target for each output. Of a
+    sequence there are 60 numbers.
 
     Source: arXiv 2606.04767; the calibration is ours.
     """
@@ -96,19 +108,20 @@ class FisherSpectralNorm(ProbeMetric):
             self.rows.append(self._rows_of(probe, linearization.logits, upper_triangles(linearization.gram)))
             self.gram_variance = variance
 
-    def _rows_of(self, probe: Probe, logits: Tensor, numbers: Tensor) -> Tensor:
-        """Targets, logits and numbers (N, K) of samples, flat."""
-        c = logits.shape[1]
+    def _rows_of(self, probe: Probe, logits: Tensor | None, numbers: Tensor) -> Tensor:
+        """Evidence of the temperature, and numbers (N, K) of samples, flat."""
+        kind = probe.reading.likelihood
+        evidence = probe.evidence if logits is None else kind.evidence(logits, probe.reading.beside(logits))
+        c = evidence.shape[1] if logits is None else logits.shape[1]
         if self.num_classes not in (0, c):
             raise ValueError(f"Expected logits of {int(self.num_classes)} classes, as before, but got {c}.")
-        kind = 1 + NAMES.index(probe.likelihood)
-        if self.likelihood not in (0, kind):
+        number = 1 + NAMES.index(probe.likelihood)
+        if self.likelihood not in (0, number):
             before = NAMES[int(self.likelihood) - 1]
             raise ValueError(f"Expected likelihood {before!r}, as before, but got {probe.likelihood!r}.")
-        targets = probe.reading.beside(logits).reshape(len(probe), -1)
-        rows = torch.cat([part.to(self.num_classes) for part in (targets, logits, numbers)], dim=1)
+        rows = torch.cat([part.to(self.num_classes) for part in (evidence, numbers)], dim=1)
         self.num_classes = torch.full_like(self.num_classes, c)
-        self.likelihood = torch.full_like(self.likelihood, kind)
+        self.likelihood = torch.full_like(self.likelihood, number)
         return rows.flatten()
 
     def direction(self, key: str) -> bool | None:
@@ -126,7 +139,11 @@ class FisherSpectralNorm(ProbeMetric):
         }
 
     def seconds_per_sample(self, outputs: Tensor) -> float:
-        """Time the eigenvalue problems of one sample, where they are large."""
+        """Time the eigenvalue problems of one sample, where they are large; or the algebra of a sequence."""
+        if outputs.ndim > 2:
+            start = time.perf_counter()
+            loss_curves(outputs[:1], outputs[:1].argmax(dim=2)).sum().item()
+            return _OF_LOSS_CURVES * (time.perf_counter() - start)
         c = outputs.shape[1]
         if c < _MANY_CLASSES:
             return 0.0
@@ -151,7 +168,10 @@ class FisherSpectralNorm(ProbeMetric):
         if c == 0:
             return {}
         likelihood = cast(LikelihoodName, NAMES[int(self.likelihood) - 1])
-        measured = self._measured(c, likelihood)
+        evidence, numbers = self._parts(c, likelihood)
+        if not len(evidence):
+            return {}
+        measured = self._measured(evidence, numbers, likelihood)
         calibrated = measured.calibrated
         self.per_sample = {"fim_spectral_norm": measured.norms, "fim_trace": measured.traces}
         values = {
@@ -165,21 +185,30 @@ class FisherSpectralNorm(ProbeMetric):
         }
         if measured.converged is not None:
             values[_UNCONVERGED] = 1 - measured.converged.double().mean()
-        if likelihood != "gaussian":
-            values["saturated"] = saturated(measured.logits, likelihood=likelihood).double().mean()
+        if likelihood in ("categorical", "bernoulli"):
+            logits = column_likelihood_of(likelihood).apart(evidence)[0]
+            values["saturated"] = saturated(logits, likelihood=likelihood).double().mean()
         return values
 
-    def _measured(self, c: int, likelihood: LikelihoodName) -> Measured:
-        summed, num_targets = joined(self.summaries), 1 if likelihood == "categorical" else c
+    def _parts(self, c: int, likelihood: LikelihoodName) -> tuple[Tensor, list[Tensor]]:
+        """Evidence ``(N, E)`` of the temperature, and the other numbers of samples, in parts.
+
+        Sequences without any position that counts are left out.
+        """
+        summed, kind = joined(self.summaries), likelihood_of(likelihood)
         if len(summed) and len(self.rows) and len(joined(self.rows)):
             raise ValueError("Expected one way to linearise for all samples, but got both 'exact' and 'krylov'.")
         held: list[Tensor] | Tensor = summed if len(summed) else self.rows  # a tensor, once torchmetrics has gathered
-        width = num_targets + c + (NUM_SUMMARIES if len(summed) else c * (c + 1) // 2)
+        size = kind.evidence_size(c)
+        width = size + (NUM_SUMMARIES if len(summed) else c * (c + 1) // 2)
         parts = [part.view(-1, width) for part in ([held] if isinstance(held, Tensor) else held)]
-        ends = (slice(num_targets), slice(num_targets, num_targets + c))
-        targets, logits = (torch.cat([part[:, columns] for part in parts]) for columns in ends)
-        targets = targets[:, 0].long() if likelihood == "categorical" else targets
-        if len(summed):
-            return from_summaries(logits, targets, parts[0][:, num_targets + c :], likelihood)
-        triangles = (row[num_targets + c :] for row in chain.from_iterable(parts))
+        if kind.has_positions:
+            parts = [part[num_positions(part[:, :size]) > 0] for part in parts]
+        return torch.cat([part[:, :size] for part in parts]), [part[:, size:] for part in parts]
+
+    def _measured(self, evidence: Tensor, numbers: list[Tensor], likelihood: LikelihoodName) -> Measured:
+        if len(joined(self.summaries)):
+            return from_summaries(evidence, torch.cat(numbers), likelihood)
+        logits, targets = column_likelihood_of(likelihood).apart(evidence)
+        triangles = chain.from_iterable(numbers)
         return from_triangles(logits, targets, triangles, likelihood, gram_variance=float(self.gram_variance))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -17,14 +17,12 @@ from lightning_robust.functional._validation.arguments import (
     optional,
 )
 from lightning_robust.functional._validation.scales import are_alone, gaps_below_a_class
-from lightning_robust.functional._validation.tensors import check_finite
 from lightning_robust.functional.input_space.attacks import Norm, check_norm
-from lightning_robust.functional.input_space.linearization import Linearization
-from lightning_robust.functional.input_space.linearized_margin import linearized_margin, linearized_margin_linf
 from lightning_robust.functional.input_space.units import are_images, are_images_of_unknown_scale
+from lightning_robust.metrics._nearest_boundaries import MORE_OTHERS, margins_of
 from lightning_robust.metrics.base import ProbeMetric, error_bar_of_mean, error_bar_of_share, joined
 from lightning_robust.metrics.keys import accuracy_key
-from lightning_robust.probe import NUM_OTHERS, Probe
+from lightning_robust.probe import Probe
 
 DEFAULT_EPSILONS = (1 / 255, 2 / 255, 4 / 255, 8 / 255)
 # A caveat says so if the median margin is that many times below or above every ε, and the accuracy that close to 0, or
@@ -32,9 +30,8 @@ DEFAULT_EPSILONS = (1 / 255, 2 / 255, 4 / 255, 8 / 255)
 _FAR, _FAR_FOR_IMAGES = 10, 30
 _NEARLY = 0.05
 _FEW_MARGINS = 10
-# Where boundaries are sought to a few classes, the margins of one in so many samples, but not more than so many, are
-# compared with those among so many times more classes. A fall by more than this share is said.
-_ONE_IN, _MOST_COMPARED, _MORE_CLASSES, _NEGLIGIBLE = 16, 4, 4, 0.01
+# Share of the samples for which classes that were not looked at may be nearer, above which that is said.
+_NEGLIGIBLE = 0.05
 
 
 class LinearizedAccuracy(ProbeMetric):
@@ -59,7 +56,7 @@ class LinearizedAccuracy(ProbeMetric):
             :func:`~lightning_robust.functional.relinearize`), and logs ``linearized_order2_accuracy…`` and
             ``linearized_order2_margin…``. On deep standard networks these are closer to the results of attacks.
         num_targets: To how many of the most probable other classes of each sample boundaries are sought. By default to
-            all of up to 31, and to 10 of more.
+            all of up to 31. Of more, to 10, and to 40 for samples where a class beyond these may be nearer.
 
     Raises:
         ValueError: If ``epsilons`` is empty, holds a negative number or two that agree in their first four digits,
@@ -91,7 +88,7 @@ class LinearizedAccuracy(ProbeMetric):
         self.order = int(order)
         self.num_targets = optional(check_positive_integer, "num_targets", num_targets)
         self.linearizations = ("first",) if self.order == 1 else ("first", f"near the boundary in {norm}")
-        self._neglected = 0.0  # see `_fall_among_more_classes`
+        self._doubtful = 0  # samples for which a class that was not looked at may be nearer
         self._far: float = _FAR_FOR_IMAGES
         self._quartiles: list[float] = []  # of the margins of correctly classified samples, when last computed
         self.add_configuration(self.epsilons, norm, self.order, num_targets)
@@ -101,45 +98,18 @@ class LinearizedAccuracy(ProbeMetric):
     def _add(self, probe: Probe) -> None:
         probe.reading.check_margins()
         self._far = _far(probe)
-        few = probe.among_probable_classes(self.num_targets)
-        linearization = self._linearization(few)
-        margins = self._margins(few, linearization)
-        if few is not probe and not self.margins:
-            self._neglected = self._fall_among_more_classes(probe, margins)
-        others = gaps_below_a_class(linearization.logits) if probe.reading.has_classes else 2 * [margins.new_zeros(())]
+        found = margins_of(probe, self.norm, order=self.order, num_targets=self.num_targets)
+        margins = found.values
+        self._doubtful += int(found.doubtful.sum())
+        others = gaps_below_a_class(found.logits) if probe.reading.has_classes else 2 * [margins.new_zeros(())]
         rows = (margins, *(row.expand(len(margins)) for row in others))
         for held, row in zip((self.margins, self.gaps, self.spans), rows, strict=True):
             held.append(row.to(self.device, torch.float64))
 
-    def _linearization(self, probe: Probe) -> Linearization:
-        return probe.linearized if self.order == 1 else probe.relinearized(self.norm)
-
-    def _margins(self, probe: Probe, linearization: Linearization) -> Tensor:
-        options: dict[str, Any] = {"likelihood": probe.likelihood, "tolerance": probe.tolerance}
-        targets = probe.reading.beside(linearization.logits)
-        if self.norm == "l2":
-            margins = linearized_margin(linearization.logits, linearization.gram, targets, **options)
-        elif linearization.gap_l1 is not None:
-            margins = linearized_margin_linf(linearization.logits, linearization.gap_l1, targets, **options)
-        else:
-            raise ValueError(
-                "Expected a linearisation with `gap_l1` for norm 'linf', but it has none, as those by queries: use"
-                " `LinearizedAccuracy(norm='l2')`."
-            )
-        check_finite(margins.masked_fill(margins.isposinf(), 0.0), "gradients of the logits")
-        return margins
-
-    def _fall_among_more_classes(self, probe: Probe, margins: Tensor) -> float:
-        """By how much the margin of any of the first samples falls at most if four times as many classes count."""
-        few = min(len(probe) // _ONE_IN, _MOST_COMPARED)
-        if not few:
-            return 0.0
-        probe = probe.rows(slice(few))
-        more = min(_MORE_CLASSES * (self.num_targets or NUM_OTHERS), probe.own_outputs.shape[1] - 1)
-        many = probe.among_probable_classes(more)
-        before, after = margins[:few], self._margins(many, self._linearization(many))
-        known = before.isfinite() & (before > 0)
-        return float((1 - after / before)[known].max()) if known.any() else 0.0
+    def reset(self) -> None:
+        """Forget all samples."""
+        super().reset()
+        self._doubtful = 0
 
     def compute(self) -> dict[str, Tensor]:
         """Return the statistics over all samples that the class docstring lists."""
@@ -170,14 +140,14 @@ class LinearizedAccuracy(ProbeMetric):
 
     def caveats(self, values: Mapping[str, float]) -> dict[str, str]:
         """Warn if margins are far from every ε, with ε that fit them (see :meth:`ProbeMetric.caveats`)."""
-        if self._neglected > _NEGLIGIBLE:
-            more = _MORE_CLASSES * (self.num_targets or NUM_OTHERS)
-            return {
-                self._key(0.0): f"and the accuracies beside it count boundaries to the {self.num_targets or NUM_OTHERS}"
-                f" most probable classes of each sample, but among {more} margins are up to {self._neglected:.0%}"
-                f" smaller. `LinearizedAccuracy(num_targets={more})` counts so many."
-            }
         epsilons, clean = [epsilon for epsilon in self.epsilons if epsilon > 0], values.get(self._key(0.0), 0.0)
+        if self._doubtful > _NEGLIGIBLE * values.get("num_samples", 1.0):
+            looked_at = self.num_targets or MORE_OTHERS
+            return {
+                f"{self._kind}_margin_{self.norm}_clipped": f"and the accuracies may be too high: for {self._doubtful}"
+                f" samples a class beyond the {looked_at} most probable ones may be nearer."
+                f" `LinearizedAccuracy(num_targets={4 * looked_at})` looks at more of them, at their cost."
+            }
         if not self._quartiles or not epsilons or not clean > 0:
             return {}
         smallest, median, largest = min(epsilons), self._quartiles[1], max(epsilons)

@@ -1,10 +1,13 @@
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 
 from lightning_robust import AdversarialAccuracy, LinearizedAccuracy, Probe
 from lightning_robust.functional import linearized_margin, linearized_margin_linf
-from tests.helpers.networks import build
+from tests.helpers.networks import Linear, build
 
 
 def test_linearized_accuracy_counts_margins_above_epsilon() -> None:
@@ -155,3 +158,40 @@ def test_bad_arguments_are_named(cls: type, options: dict, sentence: str) -> Non
 def test_an_attack_without_steps_is_refused() -> None:
     with pytest.raises(ValueError, match="`steps` to be a positive integer, but got 0"):
         AdversarialAccuracy(steps=0)
+
+
+def of_rank(rank: int) -> Probe:
+    """A linear network of nearly equal gaps, in which a class of this rank by probability has the nearest boundary."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(100, 16, generator=generator, dtype=torch.float64)
+    x = torch.ones(1, 16, dtype=torch.float64)
+    weight[rank] *= 3
+    logits = -1 - 1e-3 * torch.arange(100.0, dtype=torch.float64)
+    logits[0] = 0.0
+    return Probe(Linear(weight, logits - weight @ x[0]), x, torch.tensor([0]))
+
+
+@pytest.mark.parametrize("norm", ["l2", "linf"])
+@pytest.mark.parametrize(("rank", "num_targets", "is_found"), [(5, 10, True), (25, 10, False), (25, None, True)])
+def test_more_classes_are_looked_at_where_ten_leave_doubt(
+    norm: Any, rank: int, num_targets: int | None, is_found: bool
+) -> None:
+    probe = of_rank(rank)
+    exact, found = LinearizedAccuracy([0.1], norm), LinearizedAccuracy([0.1], norm, num_targets=num_targets)
+    exact.update(replace(probe, linearization="exact"))
+    found.update(probe)
+    expected, margin = (float(torch.cat(metric.margins)) for metric in (exact, found))
+    assert (margin == pytest.approx(expected)) is is_found
+    assert margin >= expected * (1 - 1e-9)
+
+
+def test_doubt_that_is_left_is_said() -> None:
+    metric = LinearizedAccuracy([0.1], "l2", num_targets=3)
+    metric.update(of_rank(50))
+    (sentence,) = metric.caveats({"num_samples": 1.0}).values()
+    assert "for 1 samples a class beyond the 3 most probable ones may be nearer" in sentence
+    assert "`LinearizedAccuracy(num_targets=12)`" in sentence
+    metric.reset()
+    spread = Linear(torch.eye(40, dtype=torch.float64), -torch.arange(40.0, dtype=torch.float64))
+    metric.update(Probe(spread, torch.zeros(1, 40, dtype=torch.float64), torch.tensor([0])))
+    assert metric.caveats({"num_samples": 1.0}) == {}

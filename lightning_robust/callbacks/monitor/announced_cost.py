@@ -24,6 +24,7 @@ from lightning_robust.functional.input_space.jacobian import (
     leaf_and_logits,
     samples_at_once,
 )
+from lightning_robust.functional.input_space.likelihoods import column_likelihood_of
 from lightning_robust.functional.input_space.queries import QUERIES_BESIDE
 from lightning_robust.functional.input_space.units import Units
 from lightning_robust.metrics import ProbeMetric
@@ -33,6 +34,9 @@ _LONG = 10.0  # seconds
 _MUCH = 2**30  # bytes
 _FEWEST = 16  # samples that are worth measuring
 _PASSES_OF_TEN_CLASSES = 16  # forward passes that the gradients of eleven classes take, with that which chooses them
+_PASSES_OF_POSITIONS = 2.0  # times those of other samples, which take half as many products
+_MANY_LOGITS = 2**23  # of all sequences: the algebra of fewer takes a few seconds
+_OF_THREE = 4  # forward passes that those three take that find flaws, with about a backward pass
 _FEW_CLASSES = 4  # whose gradients are timed
 # Multiplications in the inner products that are timed, and entries of these: as many classes and samples as take a
 # moment. A call with few of them takes the time of the call itself, which would be scaled up.
@@ -57,8 +61,8 @@ def on_cost(
     if probe.queries is not None:
         return _of_queries(probe, num_samples, seconds / 3 / len(outputs)) if linearizations else []
     if probe.takes_krylov(num_classes):
-        return _by_krylov(metrics, probe, num_classes, num_samples=num_samples, seconds=seconds / len(outputs))
-    fewest = probe.reading.likelihood.fewest_outputs
+        return _by_krylov(metrics, probe, outputs, num_samples=num_samples, seconds=seconds / len(outputs))
+    fewest = column_likelihood_of(probe.likelihood, probe.tolerance).fewest_outputs
     if not linearizations or num_classes < fewest or not probe.inputs.is_floating_point():
         return []
     each = sum(metric.seconds_per_sample(outputs) for metric in metrics)
@@ -75,16 +79,23 @@ def on_cost(
 
 
 def _by_krylov(
-    metrics: Sequence[ProbeMetric], probe: Probe, num_outputs: int, *, num_samples: int, seconds: float
+    metrics: Sequence[ProbeMetric], probe: Probe, outputs: Tensor, *, num_samples: int, seconds: float
 ) -> list[str]:
     """Tell the time of a measurement that finds λ in Krylov subspaces if it takes long."""
+    at_positions, passes = probe.reading.likelihood.has_positions, sum(metric.krylov_passes for metric in metrics)
     names = {name for metric in metrics if not metric.krylov_passes for name in metric.linearizations}
-    each = _PASSES_OF_TEN_CLASSES if probe.reading.has_classes else num_outputs  # margins of labels count them all
-    passes = sum(metric.krylov_passes for metric in metrics) + each * len(names)
-    if passes * seconds * num_samples <= _LONG:
+    if at_positions:
+        passes *= _PASSES_OF_POSITIONS
+    else:  # margins of labels and numbers look at all of them
+        passes += (_PASSES_OF_TEN_CLASSES if probe.reading.has_classes else outputs.shape[1]) * len(names)
+    are_many = at_positions and outputs[0].numel() * num_samples > _MANY_LOGITS
+    algebra = sum(metric.seconds_per_sample(outputs) for metric in metrics) if are_many else 0.0
+    if (passes * seconds + algebra) * num_samples <= _LONG:
         return []
-    expected = passes * _seconds_of_classes(probe, _FEW_CLASSES) / _FEW_CLASSES * num_samples
+    of_pass = seconds / _OF_THREE if at_positions else _seconds_of_classes(probe, _FEW_CLASSES) / _FEW_CLASSES
+    expected = (passes * of_pass + algebra) * num_samples
     what = f"{num_samples} samples, with about {passes:.0f} forward passes for each"
+    what += ", and the algebra of its logits" if are_many else ""
     without = "measures no gradients of the inputs"
     return [_sentence(expected, 0.0, num_samples, what, without)] if expected > _LONG else []
 
@@ -112,7 +123,7 @@ def _seconds_of_classes(probe: Probe, num_classes: int) -> float:
         rows = slice(samples_at_once(x, probe.chunk_size, num_classes=num_classes))
         units = Units.of(x, std=probe.input_std, mean=probe.input_mean, valid_range=probe.valid_range)
         box = BoxConstraint.of(x[rows], units)
-        kind = probe.reading.likelihood
+        kind = column_likelihood_of(probe.likelihood, probe.tolerance)
         leaf, logits = leaf_and_logits(probe.network.on(rows), x[rows], check=kind.check_outputs)
 
         def gradients_of_few() -> Tensor:

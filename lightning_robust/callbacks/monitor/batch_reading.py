@@ -18,6 +18,7 @@ from lightning_robust.callbacks.monitor.forward_arguments import Arguments, ByKe
 from lightning_robust.callbacks.monitor.muted_logging import muted_logging
 from lightning_robust.callbacks.monitor.probe_code import ProbeCode, code_of_unread
 from lightning_robust.callbacks.monitor.token_embeddings import MASK, FromEmbeddings, embeddings_of
+from lightning_robust.callbacks.monitor.token_targets import words_to_predict
 from lightning_robust.functional._isolation.context import differentiable, owner_of
 from lightning_robust.functional._isolation.sharding import is_distributed
 from lightning_robust.functional._isolation.side_effects import side_effects_reverted
@@ -96,6 +97,8 @@ def _read(pl_module: LightningModule, batch: object, defaults: Mapping[str, Any]
     takes = Arguments.of(network)
     samples = _samples(batch, takes)
     inputs, targets = samples.inputs, samples.targets
+    if defaults.get("likelihood") == "token":
+        targets = words_to_predict(inputs, targets, samples.entries.get(MASK))
     extras = _extras(samples, takes)
     model = takes.call(network, samples.key)
     options: dict[str, Any] = {"model": model, "module": pl_module, **defaults}
@@ -165,7 +168,9 @@ def _remedy_of_many(targets: Tensor) -> str:
         return ' Here, if each is a label of its own: `RobustnessMonitor(likelihood="bernoulli")`.'
     if targets.ndim > 1 and not targets.is_floating_point():
         return (
-            " If every pixel or token has a class of its own:"
+            " If these are words at the positions of a text, with logits (N, T, V):"
+            ' `RobustnessMonitor(likelihood="token")`.'
+            " If every pixel has a class of its own:"
             ' `RobustnessMonitor(["hessian_trace", "weight_curvature_index"], loss_fn=nn.CrossEntropyLoss())`.'
         )
     return ""

@@ -17,20 +17,18 @@ from lightning_robust.probe import Probe
 
 
 class CalibrationSamples(NamedTuple):
-    """Outputs ``(N, C)`` and targets of samples, on the CPU, for other processes."""
+    """What of samples the temperature depends on, ``(N, E)``, on the CPU, for other processes."""
 
-    outputs: Tensor
-    targets: Tensor
+    evidence: Tensor
     likelihood: LikelihoodName
 
     @classmethod
     def of(cls, probe: Probe) -> CalibrationSamples:
         """Call the network on the samples of a probe."""
-        outputs = probe.own_outputs
-        return cls(outputs.cpu(), probe.reading.beside(outputs).cpu(), probe.likelihood)
+        return cls(probe.evidence.cpu(), probe.likelihood)
 
 
 def temperature_of(parts: Sequence[CalibrationSamples]) -> float:
     """Fit the temperature to samples of one likelihood."""
-    outputs, targets = (torch.cat([getattr(part, name) for part in parts]) for name in ("outputs", "targets"))
-    return float(likelihood_of(parts[0].likelihood).fit(outputs, targets).temperature)
+    evidence = torch.cat([part.evidence for part in parts])
+    return float(likelihood_of(parts[0].likelihood).fit_evidence(evidence).temperature)

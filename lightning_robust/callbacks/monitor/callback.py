@@ -26,7 +26,7 @@ from lightning_robust.functional._validation.arguments import (
     optional,
 )
 from lightning_robust.functional.curvature.losses import check_loss_fn
-from lightning_robust.functional.input_space.likelihoods import LikelihoodName, likelihood_of
+from lightning_robust.functional.input_space.likelihoods import LikelihoodName, column_likelihood_of, likelihood_of
 from lightning_robust.functional.input_space.units import check_units, check_valid_range
 from lightning_robust.metrics import ProbeMetric
 from lightning_robust.probe import Probe
@@ -63,7 +63,8 @@ class RobustnessMonitor(Callback):
 
     Args:
         metrics: Metrics to measure, by object or by name, or a single one; by default ``fisher_spectral_norm``,
-            ``linearized_accuracy``, ``hessian_trace`` and ``weight_curvature_index``.
+            ``linearized_accuracy``, ``hessian_trace`` and ``weight_curvature_index``. With likelihood ``"token"`` there
+            are no margins, and ``linearized_accuracy`` is left out of these.
         every_n_epochs: Epochs from one measurement to the next.
         max_samples: Size of the subset, over all processes.
         overhead_budget: Share of the wall time of ``fit``, e.g. 0.05, that measuring may take. Measurements are skipped
@@ -82,7 +83,8 @@ class RobustnessMonitor(Callback):
         loss_fn: Maps logits and targets to the loss whose curvature is measured, e.g.
             ``nn.CrossEntropyLoss(label_smoothing=0.1)``; by default that of the likelihood: cross-entropy, BCE or MSE.
         likelihood: What outputs mean: ``"categorical"``, logits of classes; ``"bernoulli"``, logits of several labels
-            per sample; ``"gaussian"``, numbers (regression).
+            per sample; ``"gaussian"``, numbers (regression); ``"token"``, logits ``(N, T, V)`` of words at T positions
+            (language models), with targets ``(N, T)`` that are −100 where a position does not count.
         linearization: ``"exact"`` takes the gradients of all outputs; ``"krylov"`` finds spectral norms in Krylov
             subspaces, and margins among the most probable classes. By default the number of outputs decides: up to 32,
             all gradients are taken.
@@ -128,7 +130,8 @@ class RobustnessMonitor(Callback):
     ) -> None:
         super().__init__()
         with misconfiguration():
-            self.metrics = as_metrics(metrics)
+            kind = likelihood_of(likelihood, tolerance)
+            self.metrics = as_metrics(metrics, with_margins=not kind.has_positions)
             self.every_n_epochs = check_integer("every_n_epochs", every_n_epochs, at_least=1)
             self.max_samples = check_integer("max_samples", max_samples, at_least=1)
             self.overhead_budget = check_budget(overhead_budget)
@@ -144,8 +147,10 @@ class RobustnessMonitor(Callback):
             self.probe_fn = probe_fn
             check_loss_fn(loss_fn)
             self.loss_fn = loss_fn
-            self.likelihood, self.tolerance = likelihood, likelihood_of(likelihood, tolerance).tolerance
+            self.likelihood, self.tolerance = likelihood, kind.tolerance
             optional(check_choice, "linearization", linearization, get_args(LinearizationName))
+            if linearization == "exact":
+                column_likelihood_of(likelihood, tolerance)
             self.linearization = linearization
             self.chunk_size = None if chunk_size is None else check_integer("chunk_size", chunk_size, at_least=1)
             self.dataloader_idx = check_integer("dataloader_idx", dataloader_idx, at_least=0)

@@ -230,6 +230,12 @@ def _about_model(probe: Probe, x: Tensor, outputs: Tensor, again: Tensor, *, squ
             " likelihood 'bernoulli': a sigmoid would be applied twice and every number is wrong. Return the values"
             " before it."
         )
+    if probe.likelihood == "token" and outputs.ndim == 3 and _are_probabilities(outputs):
+        flaws.append(
+            "The model returns probabilities (non-negative numbers that sum to 1 at each position), but logits are"
+            " expected with likelihood 'token': softmax would be applied twice and every number is wrong. Return the"
+            " values before softmax."
+        )
     if are_logits and outputs.min() >= 0 and torch.allclose(outputs.sum(dim=1), outputs.new_ones(()), atol=1e-3):
         flaws.append(
             "The model returns probabilities (non-negative rows that sum to 1), but logits are expected: softmax would"
@@ -246,6 +252,14 @@ def _about_model(probe: Probe, x: Tensor, outputs: Tensor, again: Tensor, *, squ
     with differentiable(probe.model):
         dependent = dependence(probe.network, x, outputs)
     return flaws if dependent is None else [*flaws, dependent]
+
+
+def _are_probabilities(logits: Tensor) -> bool:
+    """Whether logits (n, T, V) are probabilities at all positions that count; the others have logits of −∞."""
+    counted = logits[logits.isfinite().all(dim=2)]
+    if not len(counted) or bool(counted.min() < 0):
+        return False
+    return torch.allclose(counted.sum(dim=1), counted.new_ones(()), atol=1e-3)
 
 
 def _ends_in_probabilities(outputs: Tensor) -> bool:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import chain
 
-import torch
-
 from lightning_robust.callbacks.monitor.batches import Batch
 from lightning_robust.callbacks.monitor.sample_selection import LoaderShare, ReservoirSelection, StratifiedSelection
 from lightning_robust.functional._isolation.stand_ins import full_precision
@@ -103,8 +101,7 @@ class SampleCollector:
 
     def targets(self) -> list[int]:
         """Targets of the samples, in order. If they change, so have the samples."""
-        rows = [batch.targets for batch in self._chosen() if len(batch)]
-        return torch.cat(rows).tolist() if rows else []
+        return list(chain.from_iterable(batch.targets.tolist() for batch in self._chosen()))  # of any shapes
 
     def callables(self) -> list[object]:
         """Every model, module and loss that takes part, once each."""

@@ -25,6 +25,8 @@ _ASIDE = frozenset(  # single numbers per sample beside the logits
     | {"weights", "value", "values", "length", "lengths", "mask", "energy", "variance"}
 )
 Entries = Mapping[Any, Tensor]
+IGNORED = -100  # target of a position that does not count, as torch's losses have it
+COUNTED = "counted_positions"  # name of an extra
 
 
 def logits_in(outputs: object, *, num_samples: int, binary: bool | None = None) -> Any:
@@ -155,9 +157,25 @@ def as_restricted(model: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return types.MethodType(_restricted, model)
 
 
+def as_positions(model: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A model with logits (N, T, V) as one that is certain where the extra ``counted_positions`` (N, T) is False.
+
+    Whatever the model returns there, the logits are 0 for word 0 and −∞ for all others: a probability of exactly 1 at
+    any temperature, without derivatives.
+    """
+    return types.MethodType(_certain_elsewhere, model)
+
+
+def as_dense_classes(model: Callable[..., Tensor], num_positions: int) -> Callable[..., Tensor]:
+    """A model with logits (N, T, V) as one with (N, V, T), as torch's losses of classes take them."""
+    return types.MethodType(_DenseClasses(num_positions), model)
+
+
 def unwrapped(model: object) -> object:
     """The user's own model behind those that these functions return."""
-    while isinstance(model, types.MethodType) and (model.__func__ in _OWN or isinstance(model.__func__, _Columns)):
+    while isinstance(model, types.MethodType) and (
+        model.__func__ in _OWN or isinstance(model.__func__, _Columns | _DenseClasses)
+    ):
         model = model.__self__
     return model
 
@@ -206,6 +224,49 @@ def _two_classes(model: Callable[..., Tensor], x: Tensor, **extras: Tensor) -> T
     return torch.stack([torch.zeros_like(logit), logit], dim=1)
 
 
+def _certain_elsewhere(model: Callable[..., Tensor], x: Tensor, *, counted_positions: Tensor, **extras: Tensor) -> Any:
+    logits = _logits_of_positions(model(x, **extras), *counted_positions.shape)
+    if not isinstance(logits, Tensor) or logits.ndim != 3:
+        return logits
+    certain = logits.new_full(logits.shape[2:], -torch.inf)
+    certain[:1] = 0
+    return torch.where(counted_positions[..., None], logits, certain)
+
+
+@dataclass(frozen=True)
+class _DenseClasses:
+    num_positions: int
+
+    def __call__(self, model: Callable[..., Tensor], x: Tensor, **extras: Tensor) -> Any:
+        logits = _logits_of_positions(model(x, **extras), len(x), self.num_positions)
+        return logits.movedim(2, 1) if isinstance(logits, Tensor) and logits.ndim == 3 else logits
+
+
+def _logits_of_positions(outputs: object, num_samples: int, num_positions: int) -> Any:
+    """Logits (N, T, V): of several tensors the entry ``logits``, or the only one with a row per position, by its name.
+
+    Raises:
+        ValueError: If several could be it, or the only one has another number of positions.
+    """
+    logits: object = outputs
+    if not isinstance(outputs, Tensor):
+        entries = _entries(outputs)
+        rows = _with_a_row_each(entries, num_samples)
+        fitting = {n: e for n, e in rows.items() if e.ndim == 3 and e.shape[1] == num_positions}
+        found = _by_name(fitting, _LOGITS[0]) or {n: e for n, e in fitting.items() if not _words(n) & _FEATURES}
+        if "logits" not in entries and len(found) > 1:
+            raise ValueError(_choice(outputs, found).replace("(N, C)", "(N, T, V)"))
+        logits = entries["logits"] if "logits" in entries else next(iter(found.values()), outputs)
+    if isinstance(logits, Tensor) and logits.ndim == 3 and logits.shape[1] != num_positions:
+        last = " Words belong into the last dimension." if logits.shape[2] == num_positions else ""
+        raise ValueError(
+            f"Expected the model to return logits (N, {num_positions}, V) for targets (N, {num_positions}), of words at"
+            f" each position, but it returned shape {tuple(logits.shape)}.{last} Pass a model and targets of the same"
+            " positions, in a callback through `probe_fn`."
+        )
+    return logits
+
+
 @dataclass(frozen=True)
 class _Columns:
     """Outputs (N, C): of several tensors the entry ``logits``, or the only one with C numbers per sample, if any is."""
@@ -232,4 +293,4 @@ class _Columns:
         return next(iter(found.values())) if found else logits_in(outputs, num_samples=num_samples)
 
 
-_OWN = (_two_classes, _one_logit, _several_classes, _zero_and_one, _restricted)
+_OWN = (_two_classes, _one_logit, _several_classes, _zero_and_one, _restricted, _certain_elsewhere)

@@ -127,9 +127,12 @@ def check_outputs(outputs: object, *, num_samples: int, are_logits: bool = False
         )
     if outputs.ndim == 0 or len(outputs) != num_samples or (are_logits and outputs.ndim != 2):
         raise ValueError(f"{error} {_WRAP}")
-    may_be_logits = outputs.ndim > 1 and outputs.shape[1] > 1
+    may_be_logits = outputs.ndim > 1 and max(outputs.shape[1], outputs.shape[-1]) > 1
+    # classes come first, as in (N, C, L), unless all positions mask the same ones: then they come last, as in (N, T, V)
+    last = outputs.ndim == 3 and bool(outputs.detach().isneginf().all(dim=1).any())
+    by_class = outputs.movedim(2, 1) if last else outputs
     try:
-        (check_finite_or_masked if may_be_logits else check_finite)(outputs, "logits" if are_logits else "outputs")
+        (check_finite_or_masked if may_be_logits else check_finite)(by_class, "logits" if are_logits else "outputs")
     except ValueError:
         if inputs is not None:
             check_finite(inputs, "inputs")

@@ -88,6 +88,11 @@ class SampleLoss:
         return self.is_cross_entropy or _is_exactly(self._function, nn.NLLLoss)
 
     @property
+    def ignore_index(self) -> int | None:
+        """Class index of what it leaves out, if it is one of torch's losses of class indices."""
+        return cast(ClassLoss, self._function).ignore_index if self.takes_classes else None
+
+    @property
     def _averages(self) -> bool:
         """Whether the loss of a sample is the mean over its outputs, rather than their sum."""
         of_positions = self.takes_classes and self._reduction == "mean"

@@ -14,14 +14,14 @@ from torch import Tensor, nn
 
 from lightning_robust.functional._validation.scales import masked_classes
 from lightning_robust.functional._validation.tensors import check_logits, check_targets
-from lightning_robust.functional.input_space._likelihood import SATURATED_ABOVE, Likelihood
+from lightning_robust.functional.input_space._likelihood import SATURATED_ABOVE, ColumnLikelihood
 from lightning_robust.functional.input_space.float64 import to_float64
 from lightning_robust.functional.input_space.softmax_root import softmax_root
 from lightning_robust.functional.input_space.temperature import TemperatureFit, with_masks
 
 
 @dataclass(frozen=True)
-class Categorical(Likelihood):
+class Categorical(ColumnLikelihood):
     """Targets are class indices ``(N,)``. Logits of −∞, or far below all others, mask classes."""
 
     name: ClassVar[str] = "categorical"
@@ -41,7 +41,7 @@ class Categorical(Likelihood):
         return with_masks(outputs)
 
     def information(self, z: Tensor, gram: Tensor) -> Tensor:
-        """See :meth:`Likelihood.information`."""
+        """See :meth:`ColumnLikelihood.information`."""
         probs = z.softmax(dim=1)
         identity = torch.eye(z.shape[1], dtype=probs.dtype, device=probs.device)
         factor = probs.sqrt()[:, :, None] * (identity - probs[:, None, :])
@@ -69,6 +69,14 @@ class Categorical(Likelihood):
         top = z.topk(2, dim=1).indices
         return torch.zeros_like(z).scatter(1, top, z.new_tensor([[1.0, -1.0]]).expand(len(z), -1))
 
+    def evidence_size(self, num_outputs: int) -> int:
+        """A class index beside the logits."""
+        return 1 + num_outputs
+
+    def apart(self, evidence: Tensor) -> tuple[Tensor, Tensor]:
+        """See :meth:`ColumnLikelihood.apart`."""
+        return evidence[:, 1:], evidence[:, 0].long()
+
     def fit(self, outputs: Tensor, targets: Tensor) -> TemperatureFit:
         """See :func:`~lightning_robust.functional.fit_temperature`."""
         z = self.prepared(outputs)
@@ -83,7 +91,7 @@ class Categorical(Likelihood):
         return outputs.gather(1, _predicted(outputs)) - outputs
 
     def gap_gradients(self, outputs: Tensor, rows: Tensor) -> Iterator[tuple[Tensor, ...]]:
-        """See :meth:`Likelihood.gap_gradients`."""
+        """See :meth:`ColumnLikelihood.gap_gradients`."""
         top = rows.take_along_dim(_predicted(outputs)[..., None], dim=1)[:, 0]
         for c in range(rows.shape[1]):
             yield (top - rows[:, c],)
@@ -97,11 +105,11 @@ class Categorical(Likelihood):
         return distances.clamp_min(0).sqrt()
 
     def closing(self, outputs: Tensor, before: Tensor, which: Tensor) -> tuple[Tensor, ...]:
-        """See :meth:`Likelihood.closing`."""
+        """See :meth:`ColumnLikelihood.closing`."""
         return ((outputs.gather(1, which[:, None]) - outputs.gather(1, _predicted(before)))[:, 0],)
 
     def distances(self, outputs: Tensor, slopes: Tensor) -> Tensor:
-        """See :meth:`Likelihood.distances`. No boundary leads to the predicted class, or to a masked one."""
+        """See :meth:`ColumnLikelihood.distances`. No boundary leads to the predicted class, or to a masked one."""
         ratios = (self.gaps(outputs) / slopes).scatter(1, _predicted(outputs), torch.inf)
         return ratios.nan_to_num(nan=torch.inf, posinf=torch.inf).masked_fill(masked_classes(outputs), torch.inf)
 

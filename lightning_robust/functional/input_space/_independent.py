@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from lightning_robust.functional._validation.arguments import check_kind
 from lightning_robust.functional._validation.scales import ordinary
 from lightning_robust.functional._validation.tensors import check_columns, check_finite
-from lightning_robust.functional.input_space._likelihood import SATURATED_ABOVE, Likelihood
+from lightning_robust.functional.input_space._likelihood import SATURATED_ABOVE, ColumnLikelihood
 from lightning_robust.functional.input_space.float64 import float64_dtype, to_float64
 from lightning_robust.functional.input_space.temperature import TemperatureFit
 
 
 @dataclass(frozen=True)
-class Independent(Likelihood):
+class Independent(ColumnLikelihood):
     """Outputs ``(N, C)``, each with a target of its own: ``A = diag(w²)``."""
 
     def check_outputs(self, outputs: object, *, num_samples: int, inputs: Tensor | None = None) -> None:
@@ -73,6 +73,15 @@ class Independent(Likelihood):
         """The outputs that weigh most."""
         root = self._root(z)
         return torch.where(root == root.amax(dim=1, keepdim=True), 1.0, 0.0).to(z)
+
+    def evidence_size(self, num_outputs: int) -> int:
+        """A target for each output."""
+        return 2 * num_outputs
+
+    def apart(self, evidence: Tensor) -> tuple[Tensor, Tensor]:
+        """See :meth:`ColumnLikelihood.apart`."""
+        targets, outputs = evidence.chunk(2, dim=1)
+        return outputs, targets
 
     def slopes_l2(self, outputs: Tensor, gram: Tensor) -> Tensor:
         """``‖∇f_k‖₂ = √K_kk``."""
@@ -130,13 +139,13 @@ class Bernoulli(Independent):
         return outputs.abs()
 
     def gap_gradients(self, outputs: Tensor, rows: Tensor) -> Iterator[tuple[Tensor, ...]]:
-        """See :meth:`Likelihood.gap_gradients`."""
+        """See :meth:`ColumnLikelihood.gap_gradients`."""
         signs = _signs(outputs).to(rows)
         for c in range(rows.shape[1]):
             yield (signs[:, c, None] * rows[:, c],)
 
     def closing(self, outputs: Tensor, before: Tensor, which: Tensor) -> tuple[Tensor, ...]:
-        """See :meth:`Likelihood.closing`."""
+        """See :meth:`ColumnLikelihood.closing`."""
         return ((-_signs(before) * outputs).gather(1, which[:, None])[:, 0],)
 
     def margins(self, outputs: Tensor, slopes: Tensor, targets: Tensor) -> Tensor:
@@ -204,7 +213,7 @@ class Gaussian(Independent):
             yield rows[:, c], -rows[:, c]
 
     def closing(self, outputs: Tensor, before: Tensor, which: Tensor) -> tuple[Tensor, ...]:
-        """See :meth:`Likelihood.closing`."""
+        """See :meth:`ColumnLikelihood.closing`."""
         moving = outputs.gather(1, which[:, None])[:, 0]
         return -moving, moving
 

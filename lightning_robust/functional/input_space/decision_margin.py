@@ -103,7 +103,7 @@ def decision_margin(
         right = (predicted == labels).nonzero()[:, 0]
         ways = _Ways(search, x, predicted, count, directions, direction_keys(x, generator))
         margins, nearest = torch.zeros(len(x), dtype=torch.float64), x.clone()
-        for rows in torch.split(right, max(1, at_once // count)):
+        for rows in torch.split(right, max(1, at_once // count)) if len(right) else ():
             margins[rows], nearest[rows] = search.shortest(x[rows], labels[rows], ways.of(rows, labels[rows]))
         found = right[margins[right].isfinite()]
         if len(found) and bool((search.labels(nearest[found]) == labels[found]).any()):

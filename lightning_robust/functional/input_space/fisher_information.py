@@ -28,10 +28,10 @@ from lightning_robust.functional._validation.arguments import check_number
 from lightning_robust.functional._validation.tensors import check_given_logits, check_gram
 from lightning_robust.functional.input_space.float64 import to_float64
 from lightning_robust.functional.input_space.likelihoods import (
-    Likelihood,
+    ColumnLikelihood,
     LikelihoodName,
     check_temperature,
-    likelihood_of,
+    column_likelihood_of,
 )
 from lightning_robust.functional.input_space.query_bias import largest_without_bias
 from lightning_robust.functional.input_space.temperature import TemperatureFit
@@ -86,7 +86,7 @@ def fim_spectral_norm(
 
     Source: arXiv 2606.04767; the reduction to C × C is ours.
     """
-    kind = likelihood_of(likelihood)
+    kind = column_likelihood_of(likelihood)
     check_gram(logits, gram, fewest=kind.fewest_outputs)
     variance = check_number("gram_variance", gram_variance, "a number ≥ 0", at_least=0)
     parts = (_information(kind, *part, temperature) for part in _chunks(kind.prepared(logits), gram))
@@ -107,7 +107,7 @@ def fim_trace(
 
     Source: arXiv 2606.04767, which estimates it; here it is exact.
     """
-    kind = likelihood_of(likelihood)
+    kind = column_likelihood_of(likelihood)
     check_gram(logits, gram, fewest=kind.fewest_outputs)
     matrices = (_information(kind, *part, temperature) for part in _chunks(kind.prepared(logits), gram))
     traces = [matrix.diagonal(dim1=1, dim2=2).sum(dim=1) for matrix in matrices]
@@ -130,7 +130,7 @@ def saturated(logits: Tensor, *, likelihood: LikelihoodName = "categorical") -> 
 
     Source: ours.
     """
-    kind = likelihood_of(likelihood)
+    kind = column_likelihood_of(likelihood)
     check_given_logits(logits, fewest=kind.fewest_outputs)
     marked = kind.saturated(logits)
     if marked is None:
@@ -169,7 +169,7 @@ def calibrated_fim_spectral_norm(
 
     Source: ours.
     """
-    kind = likelihood_of(likelihood)
+    kind = column_likelihood_of(likelihood)
     check_gram(logits, gram, fewest=kind.fewest_outputs)
     z, wide_gram = kind.prepared(logits), to_float64(gram)
     fit = kind.fit(logits, targets)
@@ -201,13 +201,13 @@ def with_error_of_temperature(value: Tensor, derivative: Tensor, fit: Temperatur
     return CalibratedSpectralNorm(value, value.mean(), stderr, fit.temperature)
 
 
-def _information(kind: Likelihood, outputs: Tensor, gram: Tensor, temperature: float | Tensor) -> Tensor:
+def _information(kind: ColumnLikelihood, outputs: Tensor, gram: Tensor, temperature: float | Tensor) -> Tensor:
     """``F K Fᵀ / T²``, (N, C, C) in float64."""
     scale = check_temperature(temperature)
     return kind.information(outputs / scale, to_float64(gram)) / scale**2
 
 
-def _largest_eigenpairs(kind: Likelihood, z: Tensor, gram: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
+def _largest_eigenpairs(kind: ColumnLikelihood, z: Tensor, gram: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
     """Largest eigenvalue (N,) of each information matrix, with its eigenvector (N, C)."""
     values, vectors = [], []
     for part, part_gram in _chunks(z, gram):
@@ -217,7 +217,7 @@ def _largest_eigenpairs(kind: Likelihood, z: Tensor, gram: Tensor, temperature: 
     return torch.cat(values), torch.cat(vectors)
 
 
-def _rayleigh(kind: Likelihood, z: Tensor, gram: Tensor, temperature: Tensor, vectors: Tensor) -> Tensor:
+def _rayleigh(kind: ColumnLikelihood, z: Tensor, gram: Tensor, temperature: Tensor, vectors: Tensor) -> Tensor:
     """``vᵀ F K Fᵀ v / T²``, (N,), without forming the matrix."""
     projected = kind.transposed_root_times(z / temperature, vectors[:, :, None])[:, :, 0]
     return torch.einsum("nc,ncd,nd->n", projected, gram, projected) / temperature**2

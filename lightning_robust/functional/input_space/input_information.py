@@ -1,9 +1,9 @@
 """Spectral norm and trace of the input Fisher information of samples, chunk by chunk, from products with Jacobians.
 
-The subspace of a sample begins with the gradient of the gap between the two most probable classes, which is nearly the
-eigenvector of a trained network, and with ``Jᵀ R u`` for random signs u, in which every eigenvector takes part in
-proportion to its eigenvalue. Other signs estimate the trace: of the part within the subspace it is known, so that only
-the part outside is random (Hutch++, Meyer et al. 2021).
+The subspace of a sample begins with the gradient of the gap between the two most probable classes (summed over
+positions, if it has several), which is nearly the eigenvector of a trained network; and with ``Jᵀ R u`` for random
+signs u, in which every eigenvector takes part in proportion to its eigenvalue. Other signs estimate the trace: of the
+part within the subspace it is known, so that only the part outside is random (Hutch++, Meyer et al. 2021).
 
 Source: ours, but for the trace.
 Cost: as in :mod:`~lightning_robust.functional.input_space.matrix_free`.
@@ -12,7 +12,6 @@ Cost: as in :mod:`~lightning_robust.functional.input_space.matrix_free`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -40,9 +39,12 @@ from lightning_robust.functional.input_space.missing_gradients import refuse_mis
 from lightning_robust.functional.input_space.units import Units
 
 Method = Literal["krylov", "power"]
-DEFAULT_ACCURACY = Accuracy(residual=0.03, error=0.0075, products=30)
+ACCURACY = Accuracy(residual=0.03, error=0.0075, products=30)
+# Words of one position hardly depend on what moves those of another. A residual is then small within a few positions,
+# whatever there is in others, long before a Ritz value is the largest eigenvalue.
+ACCURACY_OF_POSITIONS = Accuracy(residual=0.003, error=0.005, products=40)
 _HELD_VECTORS = 32  # of the size of an input, for each sample of a chunk: its basis and a graph
-_SLOPE_STEP = 1e-3  # of log T
+_HELD_IMAGES = 2**26  # elements, where samples have outputs at several positions: 256 MiB
 _PER_SAMPLE = ("logits", "trace", "num_products")  # the other results come per temperature first
 
 
@@ -51,7 +53,7 @@ class InputInformation(NamedTuple):
 
     Attributes:
         temperatures: S numbers.
-        logits: ``(N, C)``, the outputs.
+        logits: ``(N, C)``, the outputs; None if samples have outputs at several positions, which are too many to keep.
         value: ``(S, N)``, spectral norms, float64.
         residual: ``(S, N)``, see :class:`SpectralNormEstimate`.
         converged: ``(S, N)``, bool.
@@ -61,7 +63,7 @@ class InputInformation(NamedTuple):
     """
 
     temperatures: tuple[float, ...]
-    logits: Tensor
+    logits: Tensor | None
     value: Tensor
     residual: Tensor
     converged: Tensor
@@ -76,7 +78,7 @@ def input_information(
     *,
     temperatures: Sequence[float],
     method: Method = "krylov",
-    accuracy: Accuracy = DEFAULT_ACCURACY,
+    accuracy: Accuracy | None = None,
     extras: Mapping[str, Tensor] | None = None,
     input_std: float | Sequence[float] | Tensor | None = None,
     generator: torch.Generator | None = None,
@@ -84,23 +86,32 @@ def input_information(
     likelihood: Likelihood,
 ) -> InputInformation:
     """See :func:`fim_spectral_norm_matrix_free`, which checks the arguments."""
+    usual = ACCURACY_OF_POSITIONS if likelihood.has_positions else ACCURACY
     network = SampleModel(model, extras, num_samples=len(inputs))
     units = Units.of(inputs, std=input_std, mean=None)
     seeds = ProbeSeeds.from_contents(inputs) if generator is None else ProbeSeeds.random(len(inputs), generator)
     with differentiable(model, twice=True), TwiceDifferentiable():
         x = full_precision(inputs)
         size = min(len(x), largest_chunk(x, chunk_size, num_rows=_HELD_VECTORS))
-        if size < len(x):
+        start, at_once = 0, 1 if likelihood.has_positions else size  # until the number of outputs is known
+        if at_once < len(x):
             check_place(network, x)
-        parts = []
-        for rows in torch.split(torch.arange(len(x)), size):
+        parts: list[InputInformation] = []
+        while start < len(x):
+            rows = torch.arange(start, min(start + at_once, len(x)))
             chunk = _Chunk(network, x, rows, units.std, [seeds.keys[row] for row in rows], likelihood)
-            parts.append(chunk.information(temperatures, accuracy, method))
+            parts.append(chunk.information(temperatures, accuracy or usual, method))
+            start += len(rows)
+            num_outputs = chunk.num_outputs
+            del chunk  # its graph, before the next is built
+            if likelihood.has_positions:
+                at_once = min(size, chunk_size or max(1, _HELD_IMAGES // (num_outputs * _HELD_VECTORS)))
     joined = {
         name: torch.cat([getattr(part, name) for part in parts], dim=0 if name in _PER_SAMPLE else 1)
         for name in InputInformation._fields[1:]
+        if getattr(parts[0], name) is not None
     }
-    return InputInformation(tuple(temperatures), **joined)
+    return InputInformation(tuple(temperatures), logits=joined.pop("logits", None), **joined)
 
 
 class _Chunk:
@@ -119,6 +130,11 @@ class _Chunk:
         self._keys, self._likelihood = keys, likelihood
         self._here = torch.arange(len(rows))  # places among these samples
         self._products = self._linearised()
+
+    @property
+    def num_outputs(self) -> int:
+        """Of each sample."""
+        return self._products.outputs[0].numel()
 
     def _linearised(self) -> JacobianProducts:
         rows = self._rows[self._here]
@@ -158,8 +174,8 @@ class _Chunk:
     def information(self, temperatures: Sequence[float], accuracy: Accuracy, method: Method) -> InputInformation:
         """Measure the samples."""
         outputs, first, kind = self._products.outputs, self._products.gradient, self._likelihood
-        z, (n, c) = kind.prepared(outputs), outputs.shape
-        signs = sample_signs(self._keys, range(2), [c] * n, width=c).to(z.device)
+        z, size = kind.prepared(outputs), outputs[0].numel()
+        signs = sample_signs(self._keys, range(2), [size] * len(z), width=size).to(z.device).view(2, *z.shape)
         start = self.transposed(kind.root_times(z / temperatures[0], signs[0]))
         # by other signs than those with which the subspace begins: the part outside would be biased
         score = self.transposed(kind.root_times(z, signs[1]))
@@ -168,7 +184,7 @@ class _Chunk:
         if len(flat := (~(first.any(dim=1) | start.any(dim=1) | score.any(dim=1))).nonzero()[:, 0].cpu()):
             refuse_missing_gradients(self._network.on(self._rows[flat]), self._x[self._rows[flat]])
 
-        informations = [partial(_information, kind, z, temperature) for temperature in temperatures]
+        informations = [kind.information_at(z, temperature) for temperature in temperatures]
         subspace = Subspace(self)
         subspace.add(first)
         if method == "power":
@@ -177,32 +193,14 @@ class _Chunk:
             subspace.add(start)
             found = largest_eigenvalues(subspace, self, informations, accuracy)
             products = subspace.size
-        inside = Projection(subspace, partial(_information, kind, z, 1.0)).trace()
+        inside = Projection(subspace, kind.information_at(z, 1.0)).trace()
         return InputInformation(
             tuple(temperatures),
-            outputs,
+            None if kind.has_positions else outputs,
             found.value,
             found.residual,
             found.converged,
-            _slopes(kind, z, found.image, temperatures),
+            torch.stack([kind.slope(z, t, image) for t, image in zip(temperatures, found.image, strict=True)]),
             inside + squared_norms(subspace.outside(score)),
             products,
         )
-
-
-def _information(kind: Likelihood, z: Tensor, temperature: float, vectors: Tensor) -> Tensor:
-    """``A w / T²`` (n, C), for ``w`` (n, C), float64, and the information ``A`` at outputs ``z / T``."""
-    return kind.information_times(z / temperature, vectors[:, :, None])[:, :, 0] / temperature**2
-
-
-def _slopes(kind: Likelihood, z: Tensor, images: Tensor, temperatures: Sequence[float]) -> Tensor:
-    """Derivatives (S, n) of log λ in log T: to first order an eigenvalue changes as its eigenvector's form does."""
-    slopes = []
-    for image, temperature in zip(images, temperatures, strict=True):
-        up, down = (
-            (image * _information(kind, z, temperature * (1 + step), image)).sum(dim=1)
-            for step in (_SLOPE_STEP, -_SLOPE_STEP)
-        )
-        middle = (up + down) / 2
-        slopes.append(torch.where(middle > 0, (up - down) / (2 * _SLOPE_STEP * middle), 0.0))
-    return torch.stack(slopes)

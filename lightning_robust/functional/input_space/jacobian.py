@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_robust.functional._isolation.side_effects import watched_once
 from lightning_robust.functional._validation.tensors import check_logits, outputs_of
 from lightning_robust.functional.input_space._categorical import CATEGORICAL
-from lightning_robust.functional.input_space._likelihood import Likelihood
+from lightning_robust.functional.input_space._likelihood import ColumnLikelihood
 from lightning_robust.functional.input_space.float64 import float64_dtype
 from lightning_robust.functional.input_space.units import Units, changes_within
 
@@ -63,7 +63,7 @@ def gram_and_gaps(
     std: Tensor | None,
     box: BoxConstraint | None,
     *,
-    likelihood: Likelihood = CATEGORICAL,
+    likelihood: ColumnLikelihood = CATEGORICAL,
     logits_before: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Logits, Gram matrices and L1 gaps of a chunk (see :class:`Linearization`).

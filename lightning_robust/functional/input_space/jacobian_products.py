@@ -37,7 +37,8 @@ class JacobianProducts:
     """Products with ``J`` (C, D) and ``Jᵀ`` of each of n samples. To be used inside :func:`differentiable`.
 
     Args:
-        network: Maps inputs ``(n, ...)`` to logits ``(n, C)``, sample by sample.
+        network: Maps inputs ``(n, ...)`` to logits ``(n, C)``, or ``(n, ...)``, sample by sample. In what follows, C
+            stands for any shape.
         x: ``(n, ...)``, normalised inputs.
         std: What an un-normalised change is divided by, in a shape that broadcasts against ``x``; None for 1. ``J`` is
             in logits per unit of un-normalised input.
@@ -114,7 +115,7 @@ class JacobianProducts:
 
     def _fits(self, product: Tensor, directions: Tensor) -> bool:
         """Whether ``u · Jv`` equals ``Jᵀu · v``, but for rounding."""
-        one, other = (self._first * product).sum(dim=1), (self.gradient * directions).sum(dim=1)
+        one, other = (self._first * product).flatten(1).sum(dim=1), (self.gradient * directions).sum(dim=1)
         size = torch.linalg.vector_norm(self.gradient, dim=1) * torch.linalg.vector_norm(directions, dim=1)
         return bool(((one - other).abs() <= _SAME * size).all())
 
@@ -134,7 +135,7 @@ class JacobianProducts:
         with torch.no_grad():
             up, down = (outputs_of(self._network, self._x + sign * moves, check=None) for sign in (1, -1))
         difference = (up - down).masked_fill(self.outputs.isneginf(), 0.0)
-        return torch.where(step > 0, 0.5 / step, 0.0)[:, None] * difference
+        return torch.where(step > 0, 0.5 / step, 0.0).view(-1, *(1,) * (difference.ndim - 1)) * difference
 
 
 def _if_differentiable(outputs: Tensor, inputs: Tensor, vectors: Tensor, **options: bool) -> Tensor | None:

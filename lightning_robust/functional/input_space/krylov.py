@@ -1,6 +1,7 @@
 """Largest eigenvalues of ``G = Jᵀ A J`` from products with ``J`` and ``Jᵀ``, by Rayleigh–Ritz in a growing subspace.
 
 Each of n samples has an orthonormal basis ``Q`` (D, m) of its own, and the images ``L = J Q`` (C, m) of its vectors.
+Outputs may have any shape, such as (T, V) in place of C.
 The largest eigenvalue θ of the small matrix ``Lᵀ A L``, with eigenvector y, never exceeds that of ``G``. The residual
 
     r = Jᵀ A L y − θ Q y
@@ -29,12 +30,12 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from lightning_robust.functional.input_space.float64 import widened
+from lightning_robust.functional.input_space.float64 import float64_dtype, widened, working
 
 # A vector whose part outside the subspace is this small, relative to the whole, is inside: the rest is rounding.
 _INSIDE = 1e-5
 Information = Callable[[Tensor], Tensor]
-"""Maps ``w`` (n, C), float64, to ``A w`` for the matrices ``A`` of n samples."""
+"""Maps ``w`` (n, C), float64, to ``A w`` for the matrices ``A`` of n samples; (n, ...) in their own precision."""
 
 
 class Products(Protocol):
@@ -79,7 +80,7 @@ class Eigenvalues(NamedTuple):
         value: ``(S, n)``, never above the eigenvalues.
         residual: ``(S, n)``, ``‖r‖``: an eigenvalue lies within this distance.
         converged: ``(S, n)``, bool.
-        image: ``(S, n, C)``, ``J q`` of the unit Ritz vectors q, float64.
+        image: ``(S, n, C)``, ``J q`` of the unit Ritz vectors q, float64; or ``(S, n, ...)``.
     """
 
     value: Tensor
@@ -95,7 +96,7 @@ class Subspace:
 
     Attributes:
         vectors: ``(n, D)`` each.
-        images: ``(n, C)`` each.
+        images: ``(n, C)``, or ``(n, ...)``, each.
         size: ``(n,)``, number of vectors of each sample.
     """
 
@@ -134,8 +135,8 @@ class Subspace:
         return _combined(self.vectors, weights.to(self.vectors[0]))
 
     def image(self, weights: Tensor) -> Tensor:
-        """``L y`` (n, C), float64, for weights y (n, m)."""
-        return _combined(self.images, weights)
+        """``L y`` (n, C), float64, for weights y (n, m); (n, ...) in their own precision."""
+        return _combined(self.images, weights.to(working(self.images[0])))
 
 
 class Projection:
@@ -147,6 +148,9 @@ class Projection:
 
     def trace(self) -> Tensor:
         """Trace (n,) of ``A`` on the subspace."""
+        images = self._subspace.images
+        if images[0].ndim > 2:  # large ones, of which the diagonal is enough
+            return torch.stack([dots(image, self._information(working(image))) for image in images]).sum(dim=0)
         self.ritz_values()
         return self.matrix.diagonal(dim1=1, dim2=2).sum(dim=1)
 
@@ -154,14 +158,13 @@ class Projection:
         """The two largest Ritz values of each sample, (n,), and the eigenvector (n, m) of the first."""
         images = self._subspace.images
         done, m = self.matrix.shape[-1], len(images)
-        first = widened(images[0])
-        matrix = first.new_zeros(len(first), m, m)
+        matrix = images[0].new_zeros(len(images[0]), m, m, dtype=float64_dtype(images[0]))
         if done:
             matrix[:, :done, :done] = self.matrix
         for new in range(done, m):
-            changed = self._information(widened(images[new]))
+            changed = self._information(working(images[new]))
             for other in range(new + 1):
-                matrix[:, new, other] = matrix[:, other, new] = (images[other] * changed).sum(dim=1)
+                matrix[:, new, other] = matrix[:, other, new] = dots(images[other], changed)
         self.matrix = matrix
         values, vectors = torch.linalg.eigh(matrix)
         values = values.clamp_min(0)
@@ -187,7 +190,7 @@ def largest_eigenvalues(
         :class:`Eigenvalues`; the residual of a matrix is that of the moment when the sample turned to the next.
     """
     projections = [Projection(subspace, information) for information in informations]
-    like = widened(subspace.images[0][:, 0])
+    like = widened(subspace.images[0].flatten(1)[:, 0])
     numbers = torch.arange(len(projections), device=like.device)[:, None]
     stage = torch.zeros_like(like, dtype=torch.long)
     residuals = like.new_zeros(len(projections), len(like))
@@ -197,9 +200,9 @@ def largest_eigenvalues(
         parts = [projection.ritz_values() for projection in projections]
         value, second, weights = (_at(stage, [part[i] for part in parts]) for i in range(3))
         image = subspace.image(weights)
-        cotangent = _at(stage, [information(image) for information in informations])
+        cotangent = _of_stage(stage, informations, image)
         size = torch.where(value > 0, value, 1.0)  # products of single precision would lose what is tiny
-        rest = products.transposed(cotangent / size[:, None])
+        rest = products.transposed(cotangent / size.view(-1, *(1,) * (cotangent.ndim - 1)))
         rest = rest - (value / size)[:, None].to(rest) * subspace.vector(weights)
         residual = size * widened(torch.linalg.vector_norm(rest, dim=1))
         good = accuracy.reached(value, second, residual)
@@ -228,11 +231,11 @@ def power_iteration(
         active = torch.ones(len(start), dtype=torch.bool, device=start.device)
         state: tuple[Tensor, ...] | None = None
         for _ in range(accuracy.products):
-            image = widened(products.times(vector))
+            image = working(products.times(vector))
             cotangent = information(image)
-            value = (image * cotangent).sum(dim=1)
+            value = dots(image, cotangent)
             size = torch.where(value > 0, value, 1.0)  # as above
-            product = products.transposed(cotangent / size[:, None])
+            product = products.transposed(cotangent / size.view(-1, *(1,) * (cotangent.ndim - 1)))
             rest = product - (value / size)[:, None].to(product) * vector
             residual = size * widened(torch.linalg.vector_norm(rest, dim=1))
             converged = residual <= accuracy.residual * value
@@ -246,6 +249,14 @@ def power_iteration(
         assert state is not None
         found.append(state)
     return Eigenvalues(*(torch.stack(parts) for parts in zip(*found, strict=True))), counts
+
+
+def dots(one: Tensor, other: Tensor) -> Tensor:
+    """Inner products (n,) of (n, ...) and (n, ...), float64."""
+    if one.ndim > 2 and one.device.type == "cpu":  # products that are large leave the caches
+        pairs = zip(one.flatten(1), other.to(one).flatten(1), strict=True)
+        return widened(torch.stack([torch.dot(a, b) for a, b in pairs]))
+    return widened((one * other).flatten(1).sum(dim=1))
 
 
 def squared_norms(vectors: Tensor) -> Tensor:
@@ -271,9 +282,18 @@ def _at(stage: Tensor, parts: Sequence[Tensor]) -> Tensor:
     return stacked.take_along_dim(last, dim=0)[0]
 
 
+def _of_stage(stage: Tensor, informations: Sequence[Information], image: Tensor) -> Tensor:
+    """``A w`` of the stage (n,) of each sample; those that are through may have any."""
+    present = [number for number in range(len(informations)) if (stage == number).any()]
+    if len(present) == 1:  # an image can be large
+        return informations[present[0]](image)
+    return _at(stage, [information(image) for information in informations])
+
+
 def _combined(parts: Sequence[Tensor], weights: Tensor) -> Tensor:
     """``Σ_i y_i part_i`` (n, ...) for weights y (n, m)."""
-    total = weights[:, :1] * parts[0]
-    for number, part in enumerate(parts[1:], start=1):
-        total = total + weights[:, number, None] * part
+    columns = weights.view(*weights.shape, *(1,) * (parts[0].ndim - 1)).unbind(dim=1)
+    total = columns[0] * parts[0]
+    for column, part in zip(columns[1:], parts[1:], strict=True):
+        total = total + column * part if part.ndim == 2 else total.addcmul_(column, part)
     return total

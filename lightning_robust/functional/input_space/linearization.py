@@ -41,7 +41,7 @@ from lightning_robust.functional.input_space.jacobian import (
     leaf_and_logits,
     samples_at_once,
 )
-from lightning_robust.functional.input_space.likelihoods import Likelihood, LikelihoodName, likelihood_of
+from lightning_robust.functional.input_space.likelihoods import ColumnLikelihood, LikelihoodName, column_likelihood_of
 from lightning_robust.functional.input_space.missing_gradients import refuse_missing_gradients
 from lightning_robust.functional.input_space.units import Units
 
@@ -155,7 +155,7 @@ def linearize_up_to(
     check_pass(model, inputs, chunk_size=chunk_size)
     network = SampleModel(model, extras, num_samples=len(inputs))
     units = Units.of(inputs, std=input_std, mean=input_mean, valid_range=valid_range)
-    kind = likelihood_of(likelihood, tolerance)
+    kind = column_likelihood_of(likelihood, tolerance)
     with differentiable(model):
         x = full_precision(inputs)
         chunks, start = [], 0
@@ -246,7 +246,7 @@ def relinearize(
         raise ValueError("Expected a linearisation with `gap_l1` for norm 'linf', but it has none.")
     network = SampleModel(model, extras, num_samples=len(inputs))
     units = Units.of(inputs, std=input_std, mean=input_mean, valid_range=valid_range)
-    kind = likelihood_of(likelihood, tolerance)
+    kind = column_likelihood_of(likelihood, tolerance)
     with differentiable(model):
         x = full_precision(inputs)
         size = samples_at_once(x, chunk_size, num_classes=linearization.logits.shape[1])
@@ -297,7 +297,7 @@ def _near_boundary(
     units: Units,
     norm: Norm,
     box: BoxConstraint | None,
-    likelihood: Likelihood,
+    likelihood: ColumnLikelihood,
     *,
     fraction: float,
 ) -> Tensor:

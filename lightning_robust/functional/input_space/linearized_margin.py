@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lightning_robust.functional._validation.arguments import as_numbers, check_floating, expected_but_got
 from lightning_robust.functional._validation.tensors import check_gap_l1, check_gram
-from lightning_robust.functional.input_space.likelihoods import LikelihoodName, likelihood_of
+from lightning_robust.functional.input_space.likelihoods import LikelihoodName, column_likelihood_of
 
 
 def linearized_margin(
@@ -54,7 +54,7 @@ def linearized_margin(
 
     Source: arXiv 1511.04599; for other likelihoods than ``"categorical"`` ours.
     """
-    kind = likelihood_of(likelihood, tolerance)
+    kind = column_likelihood_of(likelihood, tolerance)
     check_gram(logits, gram, fewest=kind.fewest_outputs)
     y = kind.check(logits, targets).to(logits.device)
     return kind.margins(logits, kind.slopes_l2(logits, gram).to(logits), y)
@@ -81,7 +81,7 @@ def linearized_margin_linf(
 
     Source: arXiv 1511.04599, arXiv 1705.08475.
     """
-    kind = likelihood_of(likelihood, tolerance)
+    kind = column_likelihood_of(likelihood, tolerance)
     check_gap_l1(logits, gap_l1, fewest=kind.fewest_outputs)
     y = kind.check(logits, targets).to(logits.device)
     return kind.margins(logits, gap_l1, y)

@@ -21,6 +21,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
+from lightning_robust.functional._isolation.stand_ins import full_precision
 from lightning_robust.functional._validation.arguments import (
     as_number,
     as_numbers,
@@ -32,7 +33,12 @@ from lightning_robust.functional._validation.arguments import (
     optional,
 )
 from lightning_robust.functional._validation.tensors import check_pass
-from lightning_robust.functional.input_space.input_information import Method, input_information
+from lightning_robust.functional.input_space.input_information import (
+    ACCURACY,
+    ACCURACY_OF_POSITIONS,
+    Method,
+    input_information,
+)
 from lightning_robust.functional.input_space.krylov import Accuracy
 from lightning_robust.functional.input_space.likelihoods import LikelihoodName, likelihood_of
 
@@ -62,8 +68,8 @@ def fim_spectral_norm_matrix_free(
     *,
     temperature: float | Sequence[float] | Tensor = 1.0,
     method: Method = "krylov",
-    tolerance: float = 0.03,
-    max_products: int = 30,
+    tolerance: float | None = None,
+    max_products: int | None = None,
     extras: Mapping[str, Tensor] | None = None,
     input_std: float | Sequence[float] | Tensor | None = None,
     generator: torch.Generator | None = None,
@@ -76,7 +82,8 @@ def fim_spectral_norm_matrix_free(
     model runs as there.
 
     Args:
-        model: Maps inputs ``(N, ...)`` to logits ``(N, C)``, sample by sample.
+        model: Maps inputs ``(N, ...)`` to logits ``(N, C)``, sample by sample; to ``(N, T, V)`` with likelihood
+            ``"token"``.
         inputs: ``(N, ...)``, floating point.
         temperature: Divides the logits; or several, one after the other on the same subspace, which is cheaper than
             one by one. The cheapest order begins with the one that fits best.
@@ -84,14 +91,18 @@ def fim_spectral_norm_matrix_free(
             times as many products.
         tolerance: Largest residual, relative to the value, at which a value counts as converged. ``"krylov"`` asks
             for a quarter of it as the bound on the relative error, too, which is a stronger demand where the two
-            largest eigenvalues are close.
-        max_products: Most products with ``J`` for each sample (and temperature, with ``"power"``).
+            largest eigenvalues are close. By default 0.03, and 0.003 for sequences, whose positions hide from each
+            other.
+        max_products: Most products with ``J`` for each sample (and temperature, with ``"power"``); by default 30, and
+            40 for sequences.
         extras: As in :func:`~lightning_robust.functional.linearize`.
         input_std: As in :func:`~lightning_robust.functional.linearize`.
         generator: Draws the random signs with which the subspace begins. By default those of a sample are a function of
             its contents, so that the same samples give the same values in any batch.
         chunk_size: Largest number of samples that pass through the network together.
-        likelihood: What the outputs mean, as in :func:`~lightning_robust.functional.fim_spectral_norm`.
+        likelihood: What the outputs mean, as in :func:`~lightning_robust.functional.fim_spectral_norm`; or ``"token"``:
+            logits of V words at each of T positions of a sequence, whose information is summed. A position does not
+            count if all its logits but one are −∞.
 
     Returns:
         A :class:`SpectralNormEstimate` of N samples.
@@ -110,21 +121,25 @@ def fim_spectral_norm_matrix_free(
         expected = "positive and finite, as its square must be, or a list of such numbers"
         raise ValueError(expected_but_got("temperature", expected, temperature))
     check_choice("method", method, get_args(Method))
-    tolerance = check_number("tolerance", tolerance, "a positive number", above=0)
-    check_positive_integer("max_products", max_products)
+    kind = likelihood_of(likelihood)
+    usual = ACCURACY_OF_POSITIONS if kind.has_positions else ACCURACY
+    residual = optional(check_number, "tolerance", tolerance, "a positive number or None", above=0)
+    products = optional(check_positive_integer, "max_products", max_products) or usual.products
+    accuracy = usual._replace(products=products) if residual is None else Accuracy(residual, residual / 4, products)
     optional(check_kind, "generator", generator, torch.Generator)
     found = input_information(
         model,
         inputs,
         temperatures=temperatures,
         method=method,
-        accuracy=Accuracy(tolerance, tolerance / 4, max_products),
+        accuracy=accuracy,
         extras=extras,
         input_std=input_std,
         generator=generator,
         chunk_size=chunk_size,
-        likelihood=likelihood_of(likelihood),
+        likelihood=kind,
     )
     parts = (found.value, found.residual, found.converged)
-    value, residual, converged = (part if several is not None else part[0] for part in parts)
-    return SpectralNormEstimate(value.to(found.logits), residual.to(found.logits), converged, found.num_products)
+    value, residuals, converged = (part if several is not None else part[0] for part in parts)
+    like = full_precision(inputs) if found.logits is None else found.logits
+    return SpectralNormEstimate(value.to(like), residuals.to(like), converged, found.num_products)

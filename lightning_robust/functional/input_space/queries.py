@@ -42,7 +42,12 @@ from lightning_robust.functional.input_space.fisher_information import fim_spect
 from lightning_robust.functional.input_space.float64 import float64_dtype
 from lightning_robust.functional.input_space.jacobian import largest_chunk
 from lightning_robust.functional.input_space.linearization import Linearization
-from lightning_robust.functional.input_space.query_answers import Answers, are_probabilities, given_tensors
+from lightning_robust.functional.input_space.query_answers import (
+    Answers,
+    are_probabilities,
+    given_tensors,
+    refuse_unnormalised,
+)
 from lightning_robust.functional.input_space.query_bias import relative_variance
 from lightning_robust.functional.input_space.query_directions import direction_keys, orthonormal_directions
 from lightning_robust.functional.input_space.query_reading import QueryReading
@@ -132,6 +137,8 @@ def linearize_by_queries(
         first = answers(x, everyone)
         _refuse_memory(answers, x, first)
         from_probabilities = are_probabilities(first)
+        if not from_probabilities:
+            refuse_unnormalised(first)
         together = max(1, min(at_once // (2 * count), _DIRECTION_ELEMENTS // (count * num_features)))
         logits, gram = [], []
         for rows in torch.split(everyone, together):

@@ -24,6 +24,8 @@ from lightning_robust.functional._validation.tensors import outputs_of
 
 Predict = Callable[..., Any]
 _SUM = 1e-5  # how far from 1 probabilities in float32 add up to
+# Rows of numbers between 0 and 1 that sum to 1 up to this are probabilities that something has spoilt, not logits.
+_NEAR = 0.2
 _MOST_DIGITS = {torch.float32: 5, torch.float64: 8}  # at which rounding can be told from chance
 _FEWEST_VALUES = 4  # that tell
 _LABELS = (
@@ -86,7 +88,27 @@ def answering_logits(predict: Predict) -> Callable[..., Any]:
 def _logits(answer: Callable[..., Any], x: Tensor, **extras: Tensor) -> Any:
     outputs = SampleModel(answer, None, num_samples=len(x))(x, **extras)
     is_matrix = isinstance(outputs, Tensor) and outputs.ndim == 2 and outputs.is_floating_point()
-    return outputs.log() if is_matrix and are_probabilities(outputs) else outputs
+    if not is_matrix:
+        return outputs
+    if are_probabilities(outputs):
+        return outputs.log()
+    refuse_unnormalised(outputs)
+    return outputs
+
+
+def refuse_unnormalised(outputs: Tensor) -> None:
+    """Raise a ``ValueError`` if outputs (n, C) are probabilities in all but that their rows do not sum to one."""
+    sums = outputs.double().sum(dim=1)
+    low, high = float(sums.min()), float(sums.max())
+    if bool((outputs < 0).any()) or not low > 0:
+        return
+    near_one = bool((outputs <= 1).all()) and low > 1 - _NEAR and high < 1 + _NEAR
+    if near_one or (len(outputs) > 1 and outputs.shape[1] > 1 and high - low <= _SUM * high):
+        raise ValueError(
+            "Expected the predict function to return logits, or probabilities that sum to one in each row, but got rows"
+            f" without a negative number that sum to {low:.6g} to {high:.6g}. If they are probabilities, return"
+            " `p / p.sum(axis=1, keepdims=True)`; clipped ones are better not clipped."
+        )
 
 
 def are_probabilities(outputs: Tensor) -> bool:

@@ -15,6 +15,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lightning_robust.functional.input_space.float64 import float64_dtype
+
+_SORTED = 32  # of many classes
+
 
 def softmax_root(logits: Tensor, signs: Tensor) -> Tensor:
     """``F u`` with ``F Fᵀ = diag(p) − p pᵀ`` and ``p = softmax(logits)``, taking classes apart most probable first.
@@ -24,14 +28,33 @@ def softmax_root(logits: Tensor, signs: Tensor) -> Tensor:
     ``(M, N, C)``; signs of the last column have no effect.
     """
     p, order = logits.detach().double().softmax(dim=1).sort(dim=1, descending=True)
+    in_order = _apart(p, signs)
+    return torch.zeros_like(in_order).scatter_(2, order.expand_as(in_order), in_order)
+
+
+def softmax_root_of_many(logits: Tensor, signs: Tensor) -> Tensor:
+    """The same for many classes, of which only the most probable are sorted: any order of the rest gives a root.
+
+    Signs and the result are ``(N, C)``, the result in the precision of the logits, ``(N, C)``.
+    """
+    p = logits.detach().to(float64_dtype(logits)).softmax(dim=1)
+    top = p.topk(min(_SORTED, p.shape[1]), dim=1)
+    in_order = torch.cat([top.values, p.scatter(1, top.indices, 0.0)], dim=1)
+    of_order = torch.cat([signs.gather(1, top.indices), signs], dim=1)
+    found = _apart(in_order, of_order[None])[0].to(logits)
+    sorted_ones = top.indices.shape[1]
+    return found[:, sorted_ones:].scatter(1, top.indices, found[:, :sorted_ones])
+
+
+def _apart(p: Tensor, signs: Tensor) -> Tensor:
+    """``F u`` (M, N, C) for probabilities (N, C), one class taken apart from those after it at a time."""
     tails = _cumulated(p.flip(1)).flip(1)
     after = torch.cat([tails[:, 1:], torch.zeros_like(tails[:, :1])], dim=1)
     slopes = (p / (tails * after)).sqrt()
     slopes = torch.where((tails * after > 0) & slopes.isfinite(), slopes, 0)
     weighted = signs.to(slopes) * slopes  # (M, N, C)
     before = _cumulated(weighted) - weighted
-    in_order = weighted * after - p * before
-    return torch.zeros_like(in_order).scatter_(2, order.expand_as(in_order), in_order)
+    return weighted * after - p * before
 
 
 def _cumulated(values: Tensor) -> Tensor:

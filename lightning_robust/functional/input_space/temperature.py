@@ -32,7 +32,7 @@ from lightning_robust.functional._validation.scales import masked_classes, ordin
 from lightning_robust.functional.input_space.float64 import to_float64
 
 # Weight, in samples, of the smoothing that keeps a fitted temperature finite.
-_PSEUDO_SAMPLES = 0.5
+PSEUDO_SAMPLES = 0.5
 # Temperatures are searched between the median margin over this number and the largest margin times this number.
 _RANGE = 1e4
 
@@ -68,7 +68,7 @@ class TemperatureFit:
             return cls(z.new_ones(()), influences)
         gap = typical.quantile(0.5)
         missed = (-margins[counted]).clamp_min(0).sum() / gap
-        likelihood = _Likelihood(z[counted], y[counted], gap, (_PSEUDO_SAMPLES - missed).clamp_min(0))
+        likelihood = _Likelihood(z[counted], y[counted], gap, (PSEUDO_SAMPLES - missed).clamp_min(0))
         temperature = likelihood.minimiser(gap / _RANGE, typical.max() * _RANGE)
         slopes, curvature = likelihood.slopes(1 / temperature), likelihood.curvature(1 / temperature)
         fitted = slopes.mean().abs() <= 1e-6 * slopes.abs().mean()  # an end of the range would not move

@@ -184,3 +184,12 @@ def test_what_are_no_labels_is_refused(kind: str) -> None:
     predict, sentence = WRONG[kind]
     with pytest.raises((TypeError, ValueError), match=sentence):
         decision_margin(predict, INPUTS, TARGETS)
+
+
+def test_where_nothing_is_classified_correctly_all_margins_are_zero() -> None:
+    model = random_linear(0, num_classes=3, num_features=4)
+    inputs = random(1, 5, 4)
+    wrong = (model(inputs).argmax(dim=1) + 1) % 3
+    for rows in (slice(None), slice(1)):
+        margins = decision_margin(lambda x: model(x).argmax(dim=1), inputs[rows], wrong[rows], num_directions=4)
+        assert torch.equal(margins, torch.zeros(len(inputs[rows]), dtype=margins.dtype))

@@ -110,7 +110,7 @@ def test_spectral_norms_are_those_of_exact_gradients_at_a_few_passes(
         assert float(shares.quantile(0.05)) > 0.97
         assert float(value.mean() / expected.mean()) > 0.98
     assert information.converged.all()
-    assert passes.total() / len(probe) <= MOST_PASSES
+    assert passes.total() / len(probe) - 1 <= MOST_PASSES  # one is for the trace alone
 
 
 @every_stage

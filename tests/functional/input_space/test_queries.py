@@ -565,3 +565,19 @@ def test_normalised_inputs_with_channels_are_moved_in_their_own_units() -> None:
     inside = linearize_by_queries(lambda x: model(normalise(x, mean, std)), raw, num_directions=147)
     outside = linearize_by_queries(model, normalise(raw, mean, std), num_directions=147, input_std=std)
     torch.testing.assert_close(spectral_norm(inside), spectral_norm(outside), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize(
+    "spoilt",
+    [lambda p: 100 * p, lambda p: p.clip(1e-3, 1 - 1e-3), lambda p: p + 1e-4, lambda p: 0.9 * p],
+    ids=["percent", "clipped", "raised", "not normalised"],
+)
+def test_probabilities_that_do_not_sum_to_one_are_no_logits(spoilt: Callable[[Tensor], Tensor]) -> None:
+    with pytest.raises(ValueError, match=re.escape("return `p / p.sum(axis=1, keepdims=True)`")):
+        linearize_by_queries(lambda x: spoilt((3 * LINEAR(x)).softmax(dim=1)), INPUTS, num_directions=12)
+
+
+def test_logits_without_a_negative_one_are_logits() -> None:
+    expected = linearize(lambda x: LINEAR(x) + 50, INPUTS)
+    found = linearize_by_queries(lambda x: LINEAR(x) + 50, INPUTS, num_directions=12)
+    torch.testing.assert_close(found.gram, expected.gram, rtol=1e-5, atol=1e-6)
