@@ -23,8 +23,9 @@ from lightning_robust.functional.fisher_rao.paths import FisherRaoPaths, trace_f
 from lightning_robust.functional.input_space.attacks import Norm, pgd
 from lightning_robust.functional.input_space.input_information import InputInformation, input_information
 from lightning_robust.functional.input_space.likelihoods import likelihood_of
-from lightning_robust.functional.input_space.linearization import Linearization, linearize_up_to, relinearize
+from lightning_robust.functional.input_space.linearization import Linearization, linearize_up_to
 from lightning_robust.functional.input_space.queries import linearize_by_queries
+from lightning_robust.functional.input_space.relinearization import relinearize
 from lightning_robust.samples import Samples
 
 _MOST_OUTPUTS = 32  # of which all gradients are taken, unless a probe says otherwise

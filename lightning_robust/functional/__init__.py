@@ -18,7 +18,7 @@ from lightning_robust.functional.input_space.fisher_information import (
     saturated,
 )
 from lightning_robust.functional.input_space.likelihoods import fit_temperature
-from lightning_robust.functional.input_space.linearization import Linearization, linearize, relinearize
+from lightning_robust.functional.input_space.linearization import Linearization, linearize
 from lightning_robust.functional.input_space.linearized_margin import (
     linearized_accuracy,
     linearized_margin,
@@ -33,6 +33,7 @@ from lightning_robust.functional.input_space.queries import (
     fim_spectral_norm_by_queries,
     linearize_by_queries,
 )
+from lightning_robust.functional.input_space.relinearization import relinearize
 
 __all__ = [
     "CalibratedSpectralNorm",

@@ -74,7 +74,7 @@ class FisherSpectralNorm(ProbeMetric):
     State: targets and outputs of each sample, because the temperature is fitted to all samples of all processes, and
     the upper triangle of its Gram matrix: ``1 + C + C(C + 1)/2`` numbers. With more than 32 outputs seven numbers take
     the place of the Gram matrix. With ``"bernoulli"`` and ``"gaussian"`` there is a target for each output. Of a
-    sequence there are 60 numbers.
+    sequence there are 61 numbers.
 
     Source: arXiv 2606.04767; the calibration is ours.
     """

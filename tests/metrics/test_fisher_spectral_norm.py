@@ -152,7 +152,7 @@ def test_states_of_krylov_subspaces_merge_exactly(sizes: list[int]) -> None:
     (metric, found), (_, expected) = krylov(*parts), krylov(probe)
     assert found == pytest.approx(expected, rel=1e-5)
     numbers = sum(row.numel() for row in metric.summaries)
-    assert numbers == 60 * (1 + 40 + 6)  # and not C²
+    assert numbers == 60 * (1 + 40 + 7)  # and not C²
 
 
 def test_a_metric_restored_from_its_states_goes_on() -> None:

@@ -58,13 +58,13 @@ def test_values_are_those_of_the_sequences_with_words_that_count() -> None:
     torch.testing.assert_close(near[key], there[key], rtol=0.005, atol=0)
 
 
-def test_the_state_is_60_numbers_for_any_number_of_words_and_positions() -> None:
+def test_the_state_is_61_numbers_for_any_number_of_words_and_positions() -> None:
     metric = FisherSpectralNorm()
     metric.update(probe_of())
-    assert sum(rows.numel() for rows in metric.summaries) == 60 * N
+    assert sum(rows.numel() for rows in metric.summaries) == 61 * N
     model = LanguageModel(2 * V, width=8, length=T, heads=2).eval()
     metric.update(Probe(model.from_embeddings, samples()[0][:4, :3], samples()[1][:4, :3], likelihood="token"))
-    assert sum(rows.numel() for rows in metric.summaries) == 60 * (N + 4)
+    assert sum(rows.numel() for rows in metric.summaries) == 61 * (N + 4)
 
 
 def test_batches_change_nothing_and_sequences_without_words_alone_give_nothing() -> None:

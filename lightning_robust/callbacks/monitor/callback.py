@@ -50,16 +50,13 @@ class RobustnessMonitor(Callback):
     **Logged metrics**
 
     - those of each metric under ``log_key_prefix``, by default ``robust/fim_spectral_norm…``,
-      ``robust/linearized_accuracy…``, ``robust/hessian_trace…`` and ``robust/wci…`` (see
-      :class:`~lightning_robust.FisherSpectralNorm`, :class:`~lightning_robust.LinearizedAccuracy`,
-      :class:`~lightning_robust.HessianTrace` and :class:`~lightning_robust.WeightCurvatureIndex`)
+      ``robust/linearized_accuracy…``, ``robust/hessian_trace…`` and ``robust/wci…`` (see the classes of these names)
     - ``robust/num_samples``: samples measured, over all processes
     - ``robust/seconds``: wall time of the measurement, on the slowest process
     - ``robust/overhead``: share of the wall time of ``fit`` so far that was spent measuring; also in validations that a
       budget leaves out
 
-    Values that are not finite are not logged. With a TensorBoard logger a Custom Scalars layout is written once, which
-    puts any accuracy that the module logs on one chart with the predicted robust accuracy.
+    Values that are not finite are not logged. With a TensorBoard logger a Custom Scalars layout is written once.
 
     Args:
         metrics: Metrics to measure, by object or by name, or a single one; by default ``fisher_spectral_norm``,
@@ -68,30 +65,23 @@ class RobustnessMonitor(Callback):
         every_n_epochs: Epochs from one measurement to the next.
         max_samples: Size of the subset, over all processes.
         overhead_budget: Share of the wall time of ``fit``, e.g. 0.05, that measuring may take. Measurements are skipped
-            to keep it; the others stay the same, so that curves stay paired. All processes decide alike. The first
-            measurement is always made. By default there is no limit.
+            to keep it, but never the first. All processes decide alike. By default there is no limit.
         log_key_prefix: Beginning of the logged keys; several monitors in one Trainer need different ones.
         input_std: Standard deviation by which the data module divides the inputs, one number or one per channel. With
             it, ε, margins and Fisher information are in units of the un-normalised input.
-        input_mean: Mean that it subtracts, one number or one per channel; ``valid_range`` needs it.
+        input_mean: Mean that it subtracts; ``valid_range`` needs it.
         valid_range: Smallest and largest value of an un-normalised input, e.g. ``(0, 1)`` for images, which
-            perturbations cannot leave. L∞ margins and attacks respect it. Without it, robustness is underestimated
-            where many inputs lie at the end of their range, such as black pixels.
+            perturbations cannot leave. Without it, robustness is underestimated where many inputs lie at the end of
+            their range, such as black pixels.
         probe_fn: Makes a :class:`~lightning_robust.Probe` from ``(pl_module, batch)``, for batches other than
-            ``(x, y)`` or dictionaries. A method ``robustness_probe(batch)`` of the module does the same. The monitor
-            fills in options that the probe leaves open.
+            ``(x, y)`` or dictionaries; the monitor fills in options that it leaves open. A method
+            ``robustness_probe(batch)`` of the module does the same.
         loss_fn: Maps logits and targets to the loss whose curvature is measured, e.g.
             ``nn.CrossEntropyLoss(label_smoothing=0.1)``; by default that of the likelihood: cross-entropy, BCE or MSE.
-        likelihood: What outputs mean: ``"categorical"``, logits of classes; ``"bernoulli"``, logits of several labels
-            per sample; ``"gaussian"``, numbers (regression); ``"token"``, logits ``(N, T, V)`` of words at T positions
-            (language models), with targets ``(N, T)`` that are −100 where a position does not count.
-        linearization: ``"exact"`` takes the gradients of all outputs; ``"krylov"`` finds spectral norms in Krylov
-            subspaces, and margins among the most probable classes. By default the number of outputs decides: up to 32,
-            all gradients are taken.
-        tolerance: How far a number may move, in its own units, before a prediction counts as changed: for margins with
-            ``"gaussian"``.
-        chunk_size: Largest number of samples that pass through the network together, a bound on memory. The size of the
-            largest validation batch is always a bound.
+        likelihood: What outputs mean; see :class:`~lightning_robust.Probe`.
+        linearization: As in :class:`~lightning_robust.Probe`; by default ``"exact"`` up to 32 outputs.
+        tolerance: How far a number may move before its prediction counts as changed, for likelihood ``"gaussian"``.
+        chunk_size: Largest number of samples that pass through the network together, at most a validation batch.
         dataloader_idx: Which of several validation loaders to measure on.
         prog_bar: Show the first value of each metric in the progress bar, and a line of text per measurement above it.
         on_error: ``"warn"`` turns any failure of a measurement into one warning; the run and all unaffected metrics
@@ -100,10 +90,6 @@ class RobustnessMonitor(Callback):
 
     Raises:
         MisconfigurationException: If an argument has a wrong type or value.
-
-    Example::
-
-        trainer = Trainer(callbacks=[RobustnessMonitor()])
     """
 
     def __init__(
